@@ -1,0 +1,5 @@
+"""`python -m featherweight` is the `featherweight` command."""
+
+from featherweight.cli import main
+
+main()

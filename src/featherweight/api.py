@@ -1,0 +1,159 @@
+"""The Python surface: what the command line does, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight import data, formats
+from featherweight.core.problem import LayerProblem
+from featherweight.core.refine import refine
+from featherweight.core.rules import Grid
+from featherweight.core.solution import Solution
+from featherweight.core.sweep import sweep
+from featherweight.evaluate import bits_per_weight
+from featherweight.evaluate import evaluate as evaluate_model
+from featherweight.linear import CompressedLinear
+from featherweight.models.checkpoint import Checkpoint, resolve
+from featherweight.models.load import load_dense, load_tokenizer, load_with
+from featherweight.models.tree import build, checkpoint_dtype
+from featherweight.recipe import Recipe
+from featherweight.stream.compress import Result, Tell
+from featherweight.stream.compress import compress as stream_compress
+from featherweight.stream.device import compute_dtype, pick_device
+from featherweight.stream.folder import journal_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def compress(
+    model: str | Path, out: str | Path, recipe: Recipe | None = None, device: str = "auto", tell: Tell | None = None
+) -> Result:
+    """Compresses a checkpoint folder (or hub name, or "feather-tiny") into the folder `out`; see `stream.compress`.
+
+    `tell(done, total, what)` hears of the progress in blocks. Repeated on a half-done folder, it goes on there.
+    """
+    return stream_compress(model, out, recipe or Recipe(), device, tell)
+
+
+def solve(problem: LayerProblem, grid: Grid, rounds: int = 3) -> Solution:
+    """One layer by the default method: the sweep in activation order, then `rounds` of descent."""
+    return refine(problem, sweep(problem, grid), rounds)
+
+
+def load(
+    path: str | Path, device: str = "auto", dtype: torch.dtype | None = None, kernel: str = "auto"
+) -> PreTrainedModel:
+    """A transformers model of a compressed (or dense) checkpoint folder, ready to run.
+
+    Args:
+        path: a folder that `compress` wrote, any folder in a format we read, or a dense checkpoint.
+        dtype: to compute in; None takes the checkpoint's, or float32 on CPUs that are slow in it.
+        kernel: how compressed matrices are multiplied: "auto", "reference", "cpu-int4" or "dense" (unpacked once).
+    """
+    folder, torch_device = resolve(path), pick_device(device)
+    checkpoint = Checkpoint.open(folder)
+    dtype = dtype or compute_dtype(checkpoint_dtype(checkpoint), torch_device)
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is None:
+        return load_dense(folder, torch_device, dtype)
+    format, grid = formats.from_config(quantization)
+
+    def replace(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        bias = tensors.pop("bias", None)
+        return CompressedLinear.from_tensors(format, grid, tensors, bias, dtype, kernel)
+
+    return load_with(folder, replace, torch_device, dtype)
+
+
+def evaluate(
+    model: str | Path,
+    text: Sequence[str] = ("builtin:evaluation",),
+    context: int = 2048,
+    against: str | Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    tell: Tell | None = None,
+) -> dict[str, Any]:
+    """Perplexity of a checkpoint folder over whole windows of text, bits per weight, and distance from `against`.
+
+    A BOS goes in front of every window exactly where the tokenizer adds one by default. `limit` takes only the first
+    so many windows. Returns the fields of `eval`'s JSON line: model, perplexity, tokens, context, bits_per_weight,
+    kl_nats (mean KL(dense || model) a prediction), top1_agreement, and bos (the id in front of windows, or None).
+    """
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    bos = data.bos_of(tokenizer)
+    ids_ST = data.evaluation_windows(data.tokens(tokenizer, text), context, bos)[:limit]
+    reference = None if against is None else load(against, device, kernel="dense")
+
+    def progress(done: int, total: int) -> None:
+        if tell is not None:
+            tell(done, total, f"{done} of {total} windows")
+
+    found = evaluate_model(load(folder, device, kernel="dense"), ids_ST, reference, 1, progress)
+    return {
+        "model": str(model),
+        "perplexity": found.perplexity,
+        "tokens": found.tokens,
+        "context": context,
+        "bits_per_weight": stored_bits_per_weight(folder),
+        "kl_nats": found.kl_nats,
+        "top1_agreement": found.top1_agreement,
+        "bos": bos,
+    }
+
+
+def stored_bits_per_weight(folder: Path) -> float:
+    """8 x bytes / weights over the matrices of the blocks, scales and zeros included."""
+    return bits_per_weight(
+        (matrix["bytes"], matrix["shape"][0] * matrix["shape"][1]) for matrix in inspect(folder)["matrices"]
+    )
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint folder holds, from its files alone: {"format", "matrices": [name, shape, bits, ...]}.
+
+    `loss` comes from the journal `compress` left there, None without one. A dense checkpoint has the format "dense".
+    """
+    checkpoint = Checkpoint.open(resolve(path))
+    quantization = checkpoint.config.get("quantization_config")
+    losses = journal_losses(checkpoint.path)
+    if quantization is None:
+        return {"format": "dense", "matrices": _dense_rows(checkpoint)}
+    format, grid = formats.from_config(quantization)
+    first, *others = format.suffixes(grid)
+    rows = []
+    for name in [n.removesuffix(f".{first}") for n in checkpoint.names if n.endswith(f".{first}")]:
+        tensors = checkpoint.read([f"{name}.{suffix}" for suffix in (first, *others)])
+        shape = format.shape({n.rpartition(".")[2]: tensor for n, tensor in tensors.items()}, grid, name)
+        stored = sum(checkpoint.nbytes(f"{name}.{suffix}") for suffix in (first, *others))
+        row = {
+            "name": name,
+            "shape": list(shape),
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "symmetric": grid.symmetric,
+        }
+        rows.append({**row, "bytes": stored, "loss": losses.get(name)})
+    return {"format": format.name, "matrices": rows}
+
+
+def _dense_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    matrices = [matrix for block in build(checkpoint).blocks for matrix in block.matrices]
+    common = {"group_size": None, "symmetric": None, "loss": None}
+    return [
+        {
+            "name": m.name,
+            "shape": [m.rows, m.columns],
+            "bits": 8 * checkpoint.dtype(m.weight).itemsize,
+            **common,
+            "bytes": checkpoint.nbytes(m.weight),
+        }
+        for m in matrices
+    ]

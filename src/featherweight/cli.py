@@ -1,0 +1,179 @@
+"""The command line. Progress and tables go to stderr; the last line of stdout is one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featherweight import recipes
+from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Model = Annotated[str, typer.Argument(help="A local Hugging Face folder, a hub name, or feather-tiny.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Texts = Annotated[
+    list[str] | None, typer.Option(help="Text file (.txt, .jsonl, .parquet) or hub data set; repeatable.")
+]
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write; repeat the command to resume.")],
+    recipe: Annotated[str, typer.Option(help=f"{', '.join(recipes.RECIPES)}, or module:function.")] = "default",
+    bits: Annotated[float | None, typer.Option(help="1.58, 2, 3, 4, 5, 6, 7 or 8.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Inputs sharing a scale, or 'row'.")] = None,
+    asymmetric: Annotated[bool | None, typer.Option("--asymmetric/--symmetric", help="Store zero points.")] = None,
+    method: Annotated[str | None, typer.Option(help="gptq or rtn.")] = None,
+    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq or gptq_v2.")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="Text file or hub data set; repeatable.")] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template", help="Wrap calibration documents as chats.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens in each.")] = None,
+    search: Annotated[str | None, typer.Option(help="Scales by hessian, mse or minmax.")] = None,
+    order: Annotated[str | None, typer.Option(help="Columns by activation, pivot or natural order.")] = None,
+    scales_from: Annotated[str | None, typer.Option(help="original or updated weights.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Added to H's diagonal, relative to its mean.")] = None,
+    refine: Annotated[int | None, typer.Option(help="Rounds of descent after the sweep.")] = None,
+    target: Annotated[str | None, typer.Option(help="Match outputs on drifted or original inputs.")] = None,
+    true_sequential: Annotated[
+        bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Compress MODEL into the folder OUT."""
+    from featherweight import api
+
+    chosen = recipes.by_name(recipe).but(
+        bits=None if bits is None else int(bits) if bits == int(bits) else bits,
+        symmetric=None if asymmetric is None else not asymmetric,
+        calibration=tuple(calibration) if calibration else None,
+        method=method,
+        format=format,
+        chat_template=chat_template,
+        samples=samples,
+        tokens=tokens,
+        search=search,
+        order=order,
+        scales_from=scales_from,
+        damping=damping,
+        refine=refine,
+        target=target,
+        true_sequential=true_sequential,
+        seed=seed,
+    )
+    chosen = _with_group_size(chosen, group_size)
+    _say(f"recipe {chosen.digest()}: {json.dumps(chosen.as_dict())}")
+    try:
+        with _progress() as tell:
+            result = api.compress(model, out, chosen, device, tell)
+    except KeyboardInterrupt:
+        _say(f"stopped; finished blocks are kept in {out}: repeat the command to go on.")
+        raise typer.Exit(1) from None
+    _last_line(asdict(result))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Texts = None,
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    against: Annotated[str | None, typer.Option(help="The dense model, for KL and top-1 agreement.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Perplexity of MODEL, bits per weight, and its distance from a dense model."""
+    from featherweight import api
+
+    with _progress() as tell:
+        report = api.evaluate(model, text or ["builtin:evaluation"], context, against, windows, device, tell)
+    bos = report.pop("bos")
+    _say(
+        "no BOS in front of windows (the tokenizer adds none)"
+        if bos is None
+        else f"BOS (id {bos}) in front of every window"
+    )
+    _last_line(report)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Print MODEL's continuation of PROMPT."""
+    from featherweight import api
+    from featherweight.evaluate import generate as continuation
+    from featherweight.models.load import load_tokenizer
+
+    text = continuation(api.load(model, device), load_tokenizer(model), prompt, max_new_tokens, temperature, seed)
+    typer.echo(prompt + text)
+    _last_line({"model": model, "prompt": prompt, "text": text})
+
+
+def _with_group_size(recipe: Any, group_size: str | None) -> Any:
+    if group_size is None:
+        return recipe
+    from dataclasses import replace
+
+    if group_size == "row":
+        return replace(recipe, group_size=None)
+    if not group_size.isdigit():
+        raise RequestError(f"group size must be a number or 'row', not {group_size!r}.")
+    return replace(recipe, group_size=int(group_size))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float, float, str], None]]:
+    """A bar with the time left, on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _last_line(values: dict[str, Any]) -> None:
+    typer.echo(json.dumps(values))
+
+
+def main() -> None:
+    """Runs the command; our own errors become one sentence on stderr and exit code 2 (bad request) or 1 (failed)."""
+    warnings.simplefilter("always", FallbackWarning)
+    warnings.showwarning = lambda message, *_rest, **_named: _say(f"warning: {message}")
+    try:
+        app()
+    except RequestError as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+    except FeatherweightError as error:
+        _say(f"failed: {error}")
+        sys.exit(1)

@@ -1,0 +1,5 @@
+"""Bits and words: pure functions on tensors, with no idea of what the numbers mean. Imports no other room."""
+
+from featherweight.codec.bits import pack_dense, unpack_dense, words_for
+
+__all__ = ["pack_dense", "unpack_dense", "words_for"]

@@ -1,0 +1,66 @@
+"""Small integers in 32-bit words: a little-endian bit stream without gaps.
+
+Element i of a row occupies the bits i*bits .. i*bits + bits - 1 of the row, bit 0 being the lowest of word 0, so a
+code may straddle two words. 32 codes fill exactly `bits` words, which makes the work below a fixed schedule of 32
+shifts. The widths that divide 32 never straddle and this is then the usual packing; compressed-tensors (since 0.18) and
+GPTQ use the same stream for the others too.
+
+Shapes: ... any leading axes, N codes of a row, W words of a row, B blocks of 32 codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+
+
+def words_for(count: int, bits: int) -> int:
+    """Words that hold `count` codes of `bits` bits: the ceiling of count * bits / 32."""
+    return -(-count * bits // WORD_BITS)
+
+
+def pack_dense(codes_N: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes below 2**bits (1 .. 8 bits) along the last axis.
+
+    Returns int32 of shape (..., W), W = words_for(N, bits), contiguous; the last word of a row is filled up with zeros.
+    """
+    assert 1 <= bits <= 8 and codes_N.dtype == torch.uint8, (bits, codes_N.dtype)
+    # A code too wide would spill into its neighbour: one pass over the codes is a small price for never doing that.
+    assert codes_N.numel() == 0 or int(codes_N.max()) < 1 << bits, f"a code does not fit in {bits} bits"
+    count = codes_N.shape[-1]
+    blocks = -(-count // WORD_BITS)
+    padded = torch.nn.functional.pad(codes_N, (0, blocks * WORD_BITS - count))
+    codes_B32 = padded.reshape(*padded.shape[:-1], blocks, WORD_BITS)
+    words_Bb = torch.zeros(*codes_B32.shape[:-1], bits, dtype=torch.int32, device=codes_N.device)
+    for i in range(WORD_BITS):
+        word, shift = divmod(i * bits, WORD_BITS)
+        code = codes_B32[..., i].to(torch.int32)
+        words_Bb[..., word] |= code << shift
+        if shift + bits > WORD_BITS:
+            words_Bb[..., word + 1] |= code >> (WORD_BITS - shift)
+    return words_Bb.flatten(-2)[..., : words_for(count, bits)].contiguous()
+
+
+def unpack_dense(words_W: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_dense`: the first `count` codes of each row, uint8 of shape (..., count).
+
+    `words_W` is int32 with exactly words_for(count, bits) words along the last axis.
+    """
+    assert 1 <= bits <= 8 and words_W.dtype == torch.int32, (bits, words_W.dtype)
+    assert words_W.shape[-1] == words_for(count, bits), (words_W.shape, bits, count)
+    blocks = -(-count // WORD_BITS)
+    padded = torch.nn.functional.pad(words_W, (0, blocks * bits - words_W.shape[-1]))
+    words_Bb = padded.reshape(*padded.shape[:-1], blocks, bits)
+    codes_B32 = torch.empty(*words_Bb.shape[:-1], WORD_BITS, dtype=torch.uint8, device=words_W.device)
+    mask = (1 << bits) - 1
+    for i in range(WORD_BITS):
+        word, shift = divmod(i * bits, WORD_BITS)
+        code = words_Bb[..., word] >> shift
+        if shift + bits > WORD_BITS:
+            # The shift above copies the sign into the high bits; they make room for the part in the next word.
+            low = WORD_BITS - shift
+            code = (code & ((1 << low) - 1)) | (words_Bb[..., word + 1] << low)
+        codes_B32[..., i] = (code & mask).to(torch.uint8)
+    return codes_B32.flatten(-2)[..., :count].contiguous()

@@ -1,0 +1,1 @@
+"""The mathematics: layer problems, rules, solvers and solutions. Imports torch and nothing else of ours."""

@@ -1,0 +1,59 @@
+"""H = X^T X / T, added up over batches of a layer's inputs.
+
+Shapes: C inputs, T tokens (all leading axes of a batch are tokens).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HessianSum:
+    """The running sum of x x^T in float32, and of z x^T against a second stream where one is given.
+
+    On a GPU, bf16 and fp16 inputs go through the tensor cores as they are: their products are exact in float32.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum_CC = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor, weight_T: Tensor | None = None) -> None:
+        """Adds the inputs of one batch, ... x C in any float dtype; `weight_T` weighs the tokens (None = alike)."""
+        x_TC = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += x_TC.shape[0]
+        if weight_T is not None:
+            x_TC = x_TC * weight_T.sqrt().to(x_TC.dtype).unsqueeze(-1)
+        _accumulate(self.sum_CC, x_TC, x_TC)
+
+    def mean(self) -> Tensor:
+        """X^T X / T."""
+        return self.sum_CC / max(self.tokens, 1)
+
+
+class CrossSum:
+    """The running sum of d^T x: what a difference d (T x R) has in common with the inputs x (T x C)."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.sum_RC = torch.zeros(rows, columns, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, difference: Tensor, inputs: Tensor, weight_T: Tensor | None = None) -> None:
+        """Adds one batch: ... x R differences and ... x C inputs, in one dtype; `weight_T` weighs the tokens."""
+        x_TC = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += x_TC.shape[0]
+        if weight_T is not None:
+            x_TC = x_TC * weight_T.to(x_TC.dtype).unsqueeze(-1)
+        _accumulate(self.sum_RC, difference.reshape(-1, difference.shape[-1]), x_TC)
+
+    def mean(self) -> Tensor:
+        return self.sum_RC / max(self.tokens, 1)
+
+
+def _accumulate(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:
+    """sum += a^T b with float32 accumulation, without a float32 copy of the inputs where the device can do without."""
+    if a_TA.is_cuda and a_TA.dtype in (torch.bfloat16, torch.float16):
+        sum_AB += torch.mm(a_TA.T, b_TB, out_dtype=torch.float32)
+    else:
+        sum_AB.addmm_(a_TA.T.float(), b_TB.float())

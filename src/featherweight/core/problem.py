@@ -1,0 +1,155 @@
+"""One linear layer as a quadratic: its weights and the Hessian of its inputs.
+
+Shapes: R outputs, C inputs; a leading E (layers of one shape, experts) is allowed throughout.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from featherweight.errors import FallbackWarning, RequestError
+
+Order = Literal["activation", "pivot", "natural"]
+DAMPING_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What solvers need of H: U upper triangular with inv(H damped and permuted) = U^T U, and the permutation."""
+
+    upper_CC: Tensor
+    order_C: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Minimise tr(D H D^T) over the values V a rule allows, D = weight - V.
+
+    Attributes:
+        weight_RC: float32 weights (or float64, then everything is computed in float64).
+        hessian_CC: X^T X / tokens of the layer's inputs, same dtype.
+        tokens: how many inputs H was made of.
+        damping: what is added to H's diagonal, relative to its mean (0.01 = 1 %).
+        name: the layer's name, for messages.
+    """
+
+    weight_RC: Tensor
+    hessian_CC: Tensor
+    tokens: int = 0
+    damping: float = 0.01
+    name: str = "the layer"
+
+    def __post_init__(self) -> None:
+        columns = self.weight_RC.shape[-1]
+        if self.hessian_CC.shape[-2:] != (columns, columns):
+            shape = tuple(self.hessian_CC.shape)
+            raise RequestError(
+                f"{self.name} has {columns} inputs but its Hessian is {shape}: collect H from its inputs."
+            )
+        if not bool(torch.isfinite(self.hessian_CC).all()):
+            raise RequestError(
+                f"{self.name} saw inputs with NaN or Inf: run the model in float32 or check its weights."
+            )
+
+    @property
+    def dead_C(self) -> Tensor:
+        """Inputs that were never different from zero; any value of their weights costs nothing."""
+        return self.hessian_CC.diagonal(dim1=-2, dim2=-1) == 0
+
+    def damped(self, damping: float | None = None) -> Tensor:
+        """H with a diagonal of one for dead inputs, and `damping` x mean(diagonal) added to all of it."""
+        hessian_CC = self.hessian_CC.clone()
+        diagonal_C = hessian_CC.diagonal(dim1=-2, dim2=-1)
+        diagonal_C.add_(self.dead_C.to(diagonal_C.dtype))
+        diagonal_C.add_((self.damping if damping is None else damping) * diagonal_C.mean(-1, keepdim=True))
+        return hessian_CC
+
+    def factor(self, order: Order = "activation") -> Factor:
+        """The upper Cholesky factor of the inverse, by one reversed Cholesky and one triangular inverse.
+
+        With J the reversal of the order and J H J = L L^T, U = inv(J L J). If L does not exist in float32 it is tried
+        in float64; if not there either, the damping is raised tenfold, with a FallbackWarning, until it does.
+        """
+        for step in range(DAMPING_TRIES):
+            damping = max(self.damping, 1e-4) * 10.0**step if step else self.damping
+            damped_CC = self.damped(damping)
+            order_C = column_order(damped_CC, order)
+            damped_CC = permuted(damped_CC, order_C)
+            upper_CC = _inverse_factor(damped_CC)
+            if upper_CC is not None:
+                if step:
+                    warnings.warn(
+                        f"{self.name}: H needs more than damping {self.damping:g}: going on with {damping:g}",
+                        FallbackWarning,
+                        stacklevel=2,
+                    )
+                return Factor(upper_CC, order_C, damping)
+        raise RequestError(
+            f"{self.name}: H is not positive definite even with damping {damping:g} (asked: {self.damping:g}): "
+            "calibrate on more text."
+        )
+
+
+def loss_R(problem: LayerProblem, values_RC: Tensor, damping: float | None = None) -> Tensor:
+    """tr(D H D^T) row by row, D = weight - values; `damping` None takes H as measured, else damped by that much."""
+    hessian_CC = problem.hessian_CC if damping is None else problem.damped(damping)
+    delta_RC = problem.weight_RC - values_RC.to(problem.weight_RC.dtype)
+    return ((delta_RC @ hessian_CC) * delta_RC).sum(-1)
+
+
+def column_order(damped_CC: Tensor, order: Order) -> Tensor:
+    """The order in which columns are rounded, as indices C (E x C with a leading axis).
+
+    natural: as they come. activation: falling diagonal of H (GPTQ's act-order). pivot: the smallest remaining
+    Schur complement goes last, again and again (2507.18553), which makes sum 1/U_jj^2 smaller still.
+    """
+    diagonal_C = damped_CC.diagonal(dim1=-2, dim2=-1)
+    if order == "activation":
+        return torch.argsort(diagonal_C, dim=-1, descending=True, stable=True)
+    if order == "pivot":
+        return _pivot_order(damped_CC)
+    columns = torch.arange(damped_CC.shape[-1], device=damped_CC.device)
+    return columns.expand(diagonal_C.shape).contiguous()
+
+
+def permuted(matrix_CC: Tensor, order_C: Tensor) -> Tensor:
+    """Rows and columns of a symmetric matrix taken in the given order."""
+    rows = torch.take_along_dim(matrix_CC, order_C.unsqueeze(-1), -2)
+    return torch.take_along_dim(rows, order_C.unsqueeze(-2), -1)
+
+
+def _pivot_order(damped_CC: Tensor) -> Tensor:
+    """Greedy: factor H from the last column to the first, each time taking the smallest pivot that is left."""
+    rest_CC = damped_CC.clone()
+    columns = rest_CC.shape[-1]
+    alive_C = torch.ones_like(rest_CC[..., 0], dtype=torch.bool)
+    picks = []
+    for _ in range(columns):
+        diagonal_C = rest_CC.diagonal(dim1=-2, dim2=-1).masked_fill(~alive_C, torch.inf)
+        pick = diagonal_C.argmin(-1, keepdim=True)
+        picks.append(pick)
+        alive_C.scatter_(-1, pick, False)
+        column_C = torch.take_along_dim(rest_CC, pick.unsqueeze(-1), -1).squeeze(-1)
+        pivot = torch.take_along_dim(column_C, pick, -1)
+        rest_CC -= column_C.unsqueeze(-1) * (column_C / pivot).unsqueeze(-2)
+    return torch.cat(picks[::-1], -1)
+
+
+def _inverse_factor(damped_CC: Tensor) -> Tensor | None:
+    """U with inv(H) = U^T U, or None where H is not positive definite even in float64."""
+    for dtype in (damped_CC.dtype, torch.float64):
+        lower_CC, info = torch.linalg.cholesky_ex(damped_CC.to(dtype).flip(-2, -1))
+        if bool((info == 0).all()):
+            reversed_CC = lower_CC.flip(-2, -1)
+            identity_CC = torch.eye(damped_CC.shape[-1], dtype=dtype, device=damped_CC.device)
+            upper_CC = torch.linalg.solve_triangular(reversed_CC, identity_CC.expand_as(reversed_CC), upper=True)
+            result_CC: Tensor = upper_CC.to(damped_CC.dtype)
+            if bool(torch.isfinite(result_CC).all()):
+                return result_CC
+    return None

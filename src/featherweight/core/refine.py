@@ -1,0 +1,142 @@
+"""After the sweep: moves that can only lower a layer's loss, taken with all other weights in view.
+
+The sweep decides each column once, knowing only the columns before it, on scales fitted before it began. Here the
+codes are decided again with every other column known (coordinate descent: QuantEase, CDQuant, LNQ), and each row's
+scales again with its codes known (a small least-squares problem). Both are exact minimisers of tr(D H D^T) in their
+own variables, so alternating them descends.
+
+Shapes: R outputs, C inputs, G groups, N inputs of one group, E layers of one shape (always there inside).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from featherweight.core import scales
+from featherweight.core.problem import LayerProblem
+from featherweight.core.serial import one_thread
+from featherweight.core.solution import Solution
+
+SLAB = 128
+CHUNK_ELEMENTS = 1 << 25  # of the largest temporary in `refit_scales`
+
+
+def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Solution:
+    """Alternates `refit_scales` and `descend`; no row's tr(D H D^T), for H damped as in `solution`, ever rises."""
+    hessian_CC = problem.damped(solution.damping)
+    for _ in range(rounds):
+        solution = descend(problem.weight_RC, hessian_CC, refit_scales(problem.weight_RC, hessian_CC, solution))
+    return refit_scales(problem.weight_RC, hessian_CC, solution)
+
+
+def row_loss(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tensor:
+    """tr(D H D^T) of every row for the H given."""
+    delta_RC = weight_RC - solution.values(weight_RC.dtype)
+    return ((delta_RC @ hessian_CC) * delta_RC).sum(-1)
+
+
+def keep_better(weight_RC: Tensor, hessian_CC: Tensor, old: Solution, new: Solution) -> Solution:
+    """Row by row, the solution with the smaller loss; `old` where they tie."""
+    old_R, new_R = row_loss(weight_RC, hessian_CC, old), row_loss(weight_RC, hessian_CC, new)
+    take_R1 = (new_R < old_R).unsqueeze(-1)
+    return replace(
+        old,
+        codes_RC=torch.where(take_R1, new.codes_RC, old.codes_RC),
+        scales_RG=torch.where(take_R1, new.scales_RG, old.scales_RG),
+        zeros_RG=torch.where(take_R1, new.zeros_RG, old.zeros_RG),
+        loss_R=torch.minimum(new_R, old_R),
+    )
+
+
+def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Solution:
+    """The least-squares scales of each row for its codes, all groups of the row at once, rounded as they are stored.
+
+    With K the codes less their zeros, masked to one group a row (G x C), the scales solve (K H K^T) s = K H w.
+    A row keeps its scales where the new ones, once rounded, are no better.
+    """
+    rows = weight_RC.shape[-2]
+    chunk = max(1, CHUNK_ELEMENTS // (solution.scales_RG.shape[-1] * weight_RC.shape[-1]))
+    parts = [_least_squares(weight_RC, hessian_CC, solution, at, min(at + chunk, rows)) for at in range(0, rows, chunk)]
+    new_RG = scales.store(torch.cat(parts, -2), solution.grid.scale_dtype)
+    old_RG = solution.scales_RG
+    usable = torch.isfinite(new_RG) & (new_RG.abs() > 1e-3 * old_RG.abs()) & (new_RG.abs() < 1e3 * old_RG.abs())
+    new = replace(solution, scales_RG=torch.where(usable, new_RG, old_RG))
+    return keep_better(weight_RC, hessian_CC, solution, new)
+
+
+def _least_squares(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, start: int, stop: int) -> Tensor:
+    """The unrounded scales of rows start .. stop-1."""
+    part = solution.rows(start, stop)
+    weight_RC = weight_RC[..., start:stop, :]
+    groups = part.scales_RG.shape[-1]
+    shift_RGN = part.codes_RC.unflatten(-1, (groups, -1)).to(weight_RC.dtype)
+    shift_RGN = shift_RGN - part.zeros_RG.unsqueeze(-1).to(weight_RC.dtype)
+    hessian_GNC = hessian_CC.unflatten(-2, (groups, -1))
+    pull_RGC = torch.einsum("...rgn,...gnc->...rgc", shift_RGN, hessian_GNC)
+    right_RG = (pull_RGC * weight_RC.unsqueeze(-2)).sum(-1)
+    left_RGG = (pull_RGC.unflatten(-1, (groups, -1)) * shift_RGN.unsqueeze(-3)).sum(-1)
+    diagonal_RG = left_RGG.diagonal(dim1=-2, dim2=-1)
+    diagonal_RG += 1e-6 * diagonal_RG.mean(-1, keepdim=True) + torch.finfo(weight_RC.dtype).tiny
+    scale_RG: Tensor = torch.linalg.solve_ex(left_RGG, right_RG)[0]
+    return scale_RG
+
+
+def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Solution:
+    """One pass of coordinate descent over the codes, column after column, all rows at once.
+
+    With all other columns fixed, the loss in column j is a parabola around v_j + (D H)_j / H_jj; its best allowed
+    value is the nearest one. Columns go by slabs: one GEMM brings D H up to date for the next slab.
+    """
+    if weight_RC.dim() == 2:
+        return descend(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked()).first()
+    weight_ECR = weight_RC.transpose(1, 2)
+    scale_EGR, zero_EGR = (
+        t.to(weight_RC.dtype).transpose(1, 2).contiguous() for t in (solution.scales_RG, solution.zeros_RG)
+    )
+    values_ECR = solution.values(weight_RC.dtype).transpose(1, 2).contiguous()
+    delta_ECR = weight_ECR - values_ECR
+    codes_ECR = solution.codes_RC.transpose(1, 2).contiguous()
+    width = weight_ECR.shape[1] // scale_EGR.shape[1]
+    for start in range(0, weight_ECR.shape[1], SLAB):
+        at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
+        pull_ENR = hessian_CC[:, at] @ delta_ECR
+        group_N = torch.arange(at.start, at.stop, device=weight_RC.device) // width
+        with one_thread(weight_RC.device):
+            moved_ENR, codes_ENR = _descend_slab(
+                pull_ENR,
+                hessian_CC[:, at, at],
+                values_ECR[:, at],
+                scale_EGR[:, group_N],
+                zero_EGR[:, group_N],
+                solution,
+            )
+        delta_ECR[:, at] -= moved_ENR
+        codes_ECR[:, at] = codes_ENR
+    codes_RC = codes_ECR.transpose(1, 2).contiguous()
+    return keep_better(weight_RC, hessian_CC, solution, replace(solution, codes_RC=codes_RC))
+
+
+def _descend_slab(
+    pull_ENR: Tensor, hessian_ENN: Tensor, values_ENR: Tensor, scale_ENR: Tensor, zero_ENR: Tensor, solution: Solution
+) -> tuple[Tensor, Tensor]:
+    """How far each value of the slab moves, and its codes; `pull` is (D H) of the slab's columns as it begins."""
+    grid = solution.grid
+    moved_ENR, shifts_ENR = torch.empty_like(values_ENR), torch.empty_like(values_ENR)
+    low_ENR, high_ENR = grid.bottom - zero_ENR, grid.top - zero_ENR
+    inverse_ENR = scale_ENR.reciprocal()
+    curve_EN1 = hessian_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
+    for j in range(values_ENR.shape[1]):
+        at = slice(j, j + 1)
+        pull_E1R = pull_ENR[:, at]
+        if j:
+            pull_E1R = torch.baddbmm(pull_E1R, hessian_ENN[:, at, :j], moved_ENR[:, :j], alpha=-1)
+        goal_E1R = torch.addcmul(values_ENR[:, at], pull_E1R, curve_EN1[:, at])
+        shift_E1R = torch.mul(goal_E1R, inverse_ENR[:, at], out=shifts_ENR[:, at]).round_()
+        shift_E1R = torch.maximum(
+            torch.minimum(shift_E1R, high_ENR[:, at], out=shift_E1R), low_ENR[:, at], out=shift_E1R
+        )
+        torch.mul(shift_E1R, scale_ENR[:, at], out=moved_ENR[:, at]).sub_(values_ENR[:, at])
+    return moved_ENR, (shifts_ENR + zero_ENR).to(torch.uint8)

@@ -1,0 +1,65 @@
+"""A solved layer: integer codes and what turns them into numbers, with the certificate of its loss.
+
+Shapes: R outputs, C inputs, G groups of C/G neighbouring inputs; a leading E (experts) is allowed throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from featherweight.core.rules import Grid
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Integer codes of one weight matrix; floats are a view of them.
+
+    Attributes:
+        codes_RC: uint8, 0 .. levels-1 (`Grid.levels`).
+        scales_RG: the step of each group in the dtype it is stored in; may be negative (a mirrored grid), never zero.
+        zeros_RG: uint8, the code that stands for 0.0; a symmetric grid holds `Grid.middle` everywhere.
+        grid: the rule the codes obey.
+        loss_R: float32, what the solver says each row's tr(D H D^T) is, for the damped H it worked with.
+        damping: the relative damping that was needed in the end (the asked one, or ten times it, ...).
+        metrics: anything else worth a line in the journal, by name.
+    """
+
+    codes_RC: Tensor
+    scales_RG: Tensor
+    zeros_RG: Tensor
+    grid: Grid
+    loss_R: Tensor
+    damping: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def certificate(self) -> float:
+        """The solver's own figure for tr(D H D^T), damped H, summed over rows."""
+        return float(self.loss_R.double().sum())
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights these codes stand for, (code - zero) * scale, computed in `dtype`; shape R x C."""
+        grouped: Tensor = self.codes_RC.unflatten(-1, (self.scales_RG.shape[-1], -1)).to(dtype)
+        grouped = (grouped - self.zeros_RG.unsqueeze(-1).to(dtype)) * self.scales_RG.unsqueeze(-1).to(dtype)
+        return grouped.flatten(-2)
+
+    def rows(self, start: int, stop: int) -> Solution:
+        """The solution of rows start .. stop-1: how layers that were solved stacked come apart again."""
+        return self._each(lambda tensor: tensor.narrow(self.codes_RC.dim() - 2, start, stop - start))
+
+    def stacked(self) -> Solution:
+        """The same with a leading axis of one layer."""
+        return self._each(lambda tensor: tensor.unsqueeze(0))
+
+    def first(self) -> Solution:
+        """Without the leading axis: its first layer."""
+        return self._each(lambda tensor: tensor[0])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Solution:
+        tensors = (self.codes_RC, self.scales_RG, self.zeros_RG)
+        codes_RC, scales_RG, zeros_RG = (change(tensor) for tensor in tensors)
+        return replace(self, codes_RC=codes_RC, scales_RG=scales_RG, zeros_RG=zeros_RG, loss_R=change(self.loss_R))

@@ -1,0 +1,159 @@
+"""GPTQ: one pass over the columns, each rounding error pushed into the columns still free (2210.17323).
+
+Shapes: R outputs, C inputs, G groups, N inputs of one group, E layers of one shape solved together (always there
+inside). The weights are held transposed, E x C x R, so that a column is contiguous memory.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from featherweight.core import scales
+from featherweight.core.problem import Factor, LayerProblem, Order
+from featherweight.core.rules import Grid
+from featherweight.core.serial import one_thread
+from featherweight.core.solution import Solution
+from featherweight.errors import RequestError
+
+SLAB = 128
+ScalesFrom = Literal["original", "updated"]
+
+
+def round_to_nearest(problem: LayerProblem, grid: Grid, lowest_zero: int = 0) -> Solution:
+    """Every weight to its nearest level, nothing compensated; its loss is that of H damped like the sweep's.
+
+    `lowest_zero` is the smallest zero the file format can hold. Raises RequestError if the groups do not fit.
+    """
+    weight_RC = problem.weight_RC
+    grouped_RGN = weight_RC.unflatten(-1, (-1, grid.width(weight_RC.shape[-1], problem.name)))
+    scale_RG, zero_RG = scales.fit(grid, grouped_RGN, None, lowest_zero)
+    step, zero = scale_RG.unsqueeze(-1).to(weight_RC.dtype), zero_RG.unsqueeze(-1).to(weight_RC.dtype)
+    codes_RC = grid.encode(grouped_RGN, step, zero).flatten(-2)
+    delta_RC = weight_RC - ((codes_RC.unflatten(-1, grouped_RGN.shape[-2:]) - zero) * step).flatten(-2)
+    loss_R = ((delta_RC @ problem.damped()) * delta_RC).sum(-1)
+    return Solution(codes_RC.to(torch.uint8), scale_RG, zero_RG, grid, loss_R, problem.damping)
+
+
+def sweep(
+    problem: LayerProblem,
+    grid: Grid,
+    order: Order = "activation",
+    scales_from: ScalesFrom = "original",
+    slab: int = SLAB,
+    lowest_zero: int = 0,
+    fitted: tuple[Tensor, Tensor] | None = None,
+    factor: Factor | None = None,
+) -> Solution:
+    """Rounds the columns one by one in `order`; inside a slab column by column, between slabs by one GEMM.
+
+    Args:
+        scales_from: "original" fits every group on the given weights before the sweep (static groups: any order, and
+            nothing to store but the scales); "updated" fits a group on the weights as they stand when the slab it
+            begins in begins, which needs the natural order.
+        slab: columns swept together; the result does not depend on it except for the last bits (and "updated").
+        lowest_zero: the smallest zero the file format can hold.
+        fitted: scales and zeros (R x G) to use instead of fitting them.
+        factor: of this problem and order, where the caller already has it.
+
+    Raises RequestError if the groups do not divide the columns, or H cannot be factored.
+    """
+    if scales_from == "updated" and order != "natural":
+        raise RequestError("scales from updated weights need the natural column order: use --order natural.")
+    width = grid.width(problem.weight_RC.shape[-1], problem.name)
+    factor = factor or problem.factor(order)
+    stacked = problem.weight_RC.dim() == 3
+    weight_ERC = problem.weight_RC if stacked else problem.weight_RC.unsqueeze(0)
+    upper_ECC = factor.upper_CC if stacked else factor.upper_CC.unsqueeze(0)
+    order_EC = factor.order_C if stacked else factor.order_C.unsqueeze(0)
+    if fitted is not None:
+        scale_ERG, zero_ERG = fitted if stacked else (fitted[0].unsqueeze(0), fitted[1].unsqueeze(0))
+    else:
+        scale_ERG, zero_ERG = scales.fit(
+            grid, weight_ERC.unflatten(-1, (-1, width)), _importance(upper_ECC, order_EC, width), lowest_zero
+        )
+    weight_ECR = torch.take_along_dim(weight_ERC.transpose(1, 2), order_EC.unsqueeze(-1), 1).contiguous()
+    pass_ = _Pass(grid, width, weight_ECR, upper_ECC, order_EC, scale_ERG, zero_ERG, lowest_zero)
+    pass_.run(slab, refit=scales_from == "updated" and fitted is None)
+    codes_ERC = torch.empty(weight_ERC.shape, dtype=torch.uint8, device=weight_ERC.device)
+    codes_ERC.scatter_(-1, order_EC.unsqueeze(1).expand_as(codes_ERC), pass_.codes_ECR.transpose(1, 2))
+    solution = Solution(codes_ERC, pass_.scale_ERG, pass_.zero_ERG, grid, pass_.loss_ER, factor.damping)
+    return solution if stacked else solution.first()
+
+
+def _importance(upper_ECC: Tensor, order_EC: Tensor, width: int) -> Tensor:
+    """1/U_jj^2 of each column in its original place, E x G x N: the price of an error once the rest makes up for it."""
+    price_EC = upper_ECC.diagonal(dim1=-2, dim2=-1).square().reciprocal()
+    in_place_EGN: Tensor = torch.empty_like(price_EC).scatter_(-1, order_EC, price_EC).unflatten(-1, (-1, width))
+    return in_place_EGN
+
+
+class _Pass:
+    """One sweep's working state; `run` fills codes and losses (and, when refitting, scales and zeros)."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        width: int,
+        weight_ECR: Tensor,
+        upper_ECC: Tensor,
+        order_EC: Tensor,
+        scale_ERG: Tensor,
+        zero_ERG: Tensor,
+        lowest_zero: int,
+    ) -> None:
+        self.grid, self.width, self.lowest_zero = grid, width, lowest_zero
+        self.weight_ECR, self.upper_ECC, self.group_EC = weight_ECR, upper_ECC, order_EC // width
+        self.scale_ERG, self.zero_ERG = scale_ERG, zero_ERG
+        self.codes_ECR = torch.empty_like(weight_ECR, dtype=torch.uint8)
+        self.loss_ER = torch.zeros_like(weight_ECR[:, 0])
+
+    def run(self, slab: int, refit: bool) -> None:
+        columns = self.weight_ECR.shape[1]
+        if refit:
+            self.scale_ERG, self.zero_ERG = self.scale_ERG.clone(), self.zero_ERG.clone()
+        for start in range(0, columns, slab):
+            stop = min(start + slab, columns)
+            if refit:
+                self._refit(start, stop)
+            with one_thread(self.weight_ECR.device):
+                errors_ENR = self._slab(start, stop)
+            if stop < columns:
+                rest = self.upper_ECC[:, start:stop, stop:].transpose(1, 2)
+                self.weight_ECR[:, stop:].baddbmm_(rest, errors_ENR, alpha=-1)
+
+    def _slab(self, start: int, stop: int) -> Tensor:
+        """Rounds the columns start .. stop-1 and returns their scaled errors E, with W - V = E U."""
+        weight_ENR, upper_ENN = self.weight_ECR[:, start:stop], self.upper_ECC[:, start:stop, start:stop]
+        dtype, group = weight_ENR.dtype, self.group_EC[:, start:stop].unsqueeze(-1)
+        scale_ENR = torch.take_along_dim(self.scale_ERG.transpose(1, 2), group, 1).to(dtype)
+        zero_ENR = torch.take_along_dim(self.zero_ERG.transpose(1, 2), group, 1).to(dtype)
+        low_ENR, high_ENR = self.grid.bottom - zero_ENR, self.grid.top - zero_ENR
+        inverse_ENR = scale_ENR.reciprocal()
+        pivot_EN1 = upper_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
+        errors_ENR = torch.empty_like(weight_ENR)
+        steps_ENR = torch.empty_like(weight_ENR)
+        for j in range(stop - start):
+            now_E1R = weight_ENR[:, j : j + 1]
+            if j:  # what the columns before owe to this one: left-looking, so each weight is written once
+                now_E1R = torch.baddbmm(now_E1R, upper_ENN[:, :j, j].unsqueeze(1), errors_ENR[:, :j], alpha=-1)
+            at = slice(j, j + 1)
+            step_E1R = torch.mul(now_E1R, inverse_ENR[:, at], out=steps_ENR[:, at]).round_()
+            step_E1R = torch.maximum(
+                torch.minimum(step_E1R, high_ENR[:, at], out=step_E1R), low_ENR[:, at], out=step_E1R
+            )
+            torch.addcmul(now_E1R, step_E1R, scale_ENR[:, at], value=-1, out=errors_ENR[:, at]).mul_(pivot_EN1[:, at])
+        self.codes_ECR[:, start:stop] = (steps_ENR + zero_ENR).to(torch.uint8)
+        self.loss_ER += errors_ENR.square().sum(1)
+        return errors_ENR
+
+    def _refit(self, start: int, stop: int) -> None:
+        """Fits the groups that begin in this slab on the weights as they are now (natural order)."""
+        for begin in range(-(-start // self.width) * self.width, stop, self.width):
+            group_ERN = self.weight_ECR[:, begin : begin + self.width].transpose(1, 2).unsqueeze(2)
+            price_EN = self.upper_ECC.diagonal(dim1=-2, dim2=-1)[:, begin : begin + self.width].square().reciprocal()
+            scale, zero = scales.fit(self.grid, group_ERN, price_EN.unsqueeze(1), self.lowest_zero)
+            at = begin // self.width
+            self.scale_ERG[..., at : at + 1], self.zero_ERG[..., at : at + 1] = scale, zero

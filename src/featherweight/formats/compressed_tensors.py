@@ -1,0 +1,173 @@
+"""compressed-tensors `pack-quantized`, read by vLLM, SGLang, transformers and llama.cpp's converter.
+
+    weight_packed      int32 [R, ceil(C*bits/32)]   codes, along the inputs
+    weight_scale       float [R, G]                 the model's dtype
+    weight_zero_point  int32 [ceil(R*bits/32), G]   asymmetric only, packed along the *outputs*
+    weight_shape       int64 [2]                    R, C
+
+The package thinks of codes and zeros as signed, -2^(bits-1) .. 2^(bits-1)-1, and adds 2^(bits-1) to both before it
+packs them: what lies in the file is our unsigned code and our unsigned zero, and a symmetric file, whose signed zero is
+0, decodes around our `Grid.middle`. Widths that do not divide 32 (3, 5, 6, 7 bits) are packed without gaps since
+compressed-tensors 0.18; up to 0.17.1 each word held floor(32/bits) codes. No version flag tells such files apart, only
+their width does, and 0.17 reads ours wrong or not at all.
+
+Source: compressed_tensors/compressors/pack_quantized/{base,helpers}.py of 0.17.0, 0.18.0 and 0.20.0.
+Shapes: R outputs, C inputs, G groups, W words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featherweight.codec import pack_dense, unpack_dense, words_for
+from featherweight.core.rules import Grid
+from featherweight.core.solution import Solution
+from featherweight.errors import RequestError
+from featherweight.formats.base import SCALE_DTYPES, THE_MATRIX, Format, require_storable, solution_of, take
+
+CONFIG = "quantization_config"
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Format):
+    """Integer codes of 2 to 8 bits, by group or by row, with or without zeros."""
+
+    name: str = "compressed-tensors"
+
+    def check(self, name: str, rows: int, columns: int, grid: Grid) -> None:
+        grid.width(columns, name)
+        if grid.scale_dtype not in SCALE_DTYPES:
+            raise RequestError(
+                f"{name} has {grid.scale_dtype} scales, and {self.name} stores {', '.join(map(str, SCALE_DTYPES))}: "
+                "use the model's dtype."
+            )
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        return model_dtype
+
+    def lowest_zero(self, grid: Grid) -> int:
+        return 0
+
+    def suffixes(self, grid: Grid) -> tuple[str, ...]:
+        zeros = () if grid.symmetric else ("weight_zero_point",)
+        return ("weight_packed", "weight_scale", *zeros, "weight_shape")
+
+    def pack(self, solution: Solution, name: str = THE_MATRIX) -> dict[str, Tensor]:
+        require_storable(self, solution, name)
+        bits = solution.grid.stored_bits
+        tensors = {
+            "weight_packed": pack_dense(solution.codes_RC, bits),
+            "weight_scale": solution.scales_RG.contiguous(),
+            "weight_shape": torch.tensor(solution.codes_RC.shape, dtype=torch.int64, device=solution.codes_RC.device),
+        }
+        if not solution.grid.symmetric:
+            tensors["weight_zero_point"] = pack_dense(solution.zeros_RG.T, bits).T.contiguous()
+        return {suffix: tensors[suffix] for suffix in self.suffixes(solution.grid)}
+
+    def shape(self, tensors: Mapping[str, Tensor], grid: Grid, name: str = THE_MATRIX) -> tuple[int, int]:
+        rows, columns = (int(n) for n in take(tensors, "weight_shape", name, (2,)).tolist())
+        bits, packed = grid.stored_bits, take(tensors, "weight_packed", name)
+        padded = -(-columns // (32 // bits))
+        if packed.shape[-1] != words_for(columns, bits) and packed.shape[-1] == padded:
+            raise RequestError(
+                f"{name} has {padded} words a row, and {columns} inputs fill {words_for(columns, bits)}: "
+                "it was packed with gaps by compressed-tensors 0.17 or older; write it again with 0.18 or later."
+            )
+        take(tensors, "weight_packed", name, (rows, words_for(columns, bits)))
+        take(tensors, "weight_scale", name, (rows, columns // grid.width(columns, name)))
+        return rows, columns
+
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, name: str = THE_MATRIX) -> Solution:
+        rows, columns = self.shape(tensors, grid, name)
+        bits, scales_RG = grid.stored_bits, tensors["weight_scale"]
+        groups = scales_RG.shape[1]
+        if grid.symmetric:
+            zeros_RG = torch.full((rows, groups), grid.middle, dtype=torch.uint8, device=scales_RG.device)
+        else:
+            words_WG = take(tensors, "weight_zero_point", name, (words_for(rows, bits), groups))
+            zeros_RG = unpack_dense(words_WG.T, bits, rows).T.contiguous()
+        return solution_of(unpack_dense(tensors["weight_packed"], bits, columns), scales_RG, zeros_RG, grid)
+
+    def config(
+        self,
+        grid: Grid,
+        ignore: Sequence[str] = (),
+        *,
+        targets: Sequence[str] = ("Linear",),
+        meta: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """As `Format.config`; there is no room for `meta`. Only keys 0.17 knows: an unknown one fails the load."""
+        weights = {
+            "num_bits": grid.stored_bits,
+            "type": "int",
+            "symmetric": grid.symmetric,
+            "strategy": "channel" if grid.group_size is None else "group",
+            "group_size": grid.group_size,
+            "block_structure": None,
+            "dynamic": False,
+            "actorder": None,
+            "observer": "minmax",
+            "observer_kwargs": {},
+        }
+        group = {"targets": list(targets), "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": list(ignore),
+            "config_groups": {"group_0": group},
+        }
+
+    def read(self, config: Mapping[str, Any]) -> Grid:
+        groups = config.get("config_groups") or {}
+        if len(groups) != 1:
+            raise RequestError(f"{CONFIG} has {len(groups)} config_groups, and one is read: use a single scheme.")
+        ((label, group),) = groups.items()
+        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+            raise RequestError(f"{CONFIG}.config_groups.{label} spells out no weights: presets by name are not read.")
+        _refuse(config, "kv_cache_scheme", "sparsity_config", "transform_config")
+        _refuse(group, "input_activations", "output_activations")
+        layout = group.get("format") or config.get("format")
+        if layout != "pack-quantized":
+            raise RequestError(f"{CONFIG}.format is {layout}, and only pack-quantized is read: convert the checkpoint.")
+        return _grid(group["weights"])
+
+
+def _refuse(config: Mapping[str, Any], *keys: str) -> None:
+    """Raise RequestError for settings that change what the model computes in ways we would drop."""
+    for key in keys:
+        if config.get(key):
+            raise RequestError(f"{CONFIG} has {key}, which is not read: use a checkpoint where it is null.")
+
+
+def _grid(weights: Mapping[str, Any]) -> Grid:
+    """The grid of one `weights` entry."""
+    allowed = {
+        "type": ("int",),
+        "strategy": ("group", "channel"),
+        "dynamic": (False, None),
+        # "weight" (alias "static") orders the columns while solving only; "group" stores them in another order.
+        "actorder": (None, False, "weight", "static"),
+    }
+    defaults = {"type": "int", "strategy": "group" if (weights.get("group_size") or -1) > 0 else "channel"}
+    for key, values in allowed.items():
+        value = weights.get(key) or defaults.get(key)
+        if value not in values:
+            raise RequestError(f"{CONFIG} says weights.{key} {value}, and {' or '.join(map(str, values))} is read.")
+    size = weights.get("group_size") or -1
+    if (size > 0) != ((weights.get("strategy") or defaults["strategy"]) == "group"):
+        raise RequestError(
+            f"{CONFIG} says strategy {weights.get('strategy')} with group_size {size}: it takes both or none."
+        )
+    return Grid(
+        bits=weights.get("num_bits", 8),
+        group_size=size if size > 0 else None,
+        symmetric=bool(weights.get("symmetric", True)),
+    )

@@ -1,0 +1,48 @@
+"""What a kernel is: y_TR = x_TC V^T for the tensors of one format, and what it takes.
+
+Shapes: R outputs, C inputs, T tokens (any leading axes).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from featherweight.formats.base import Format, Grid
+
+Run = Callable[[Tensor, Tensor | None], Tensor]
+"""(x_TC, bias_R or None) -> y_TR, with the weights in whatever shape the kernel likes them held inside."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a layer is, as far as choosing its kernel goes."""
+
+    format: Format
+    grid: Grid
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Kernel(ABC):
+    """One way to multiply by compressed weights."""
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, case: Case) -> str | None:
+        """Why this kernel does not take this layer, in a few words with both numbers; None when it does."""
+
+    @abstractmethod
+    def prepare(self, format: Format, grid: Grid, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
+        """Rearrange the weights once, on the device where `tensors` lie, and return the function that multiplies.
+
+        `dtype` is that of the activations, and of what comes out.
+        """

@@ -1,0 +1,47 @@
+"""Which kernel serves a layer, and why not the others."""
+
+from __future__ import annotations
+
+import torch
+
+from featherweight.errors import RequestError
+from featherweight.formats.base import Format, Grid
+from featherweight.kernels.base import Case, Kernel
+from featherweight.kernels.cpu_int4 import CpuInt4
+from featherweight.kernels.reference import Dense, Reference
+
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt4(), Reference(), Dense())}
+AUTO = ("cpu-int4", "reference")
+"""The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for."""
+
+
+def reasons(
+    format: Format, grid: Grid, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, str | None]:
+    """Of every kernel, by name, why it does not take this layer; None when it does."""
+    case = Case(format, grid, rows, columns, dtype, torch.device(device))
+    return {name: kernel.refusal(case) for name, kernel in KERNELS.items()}
+
+
+def pick(
+    format: Format,
+    grid: Grid,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    wanted: str = "auto",
+) -> Kernel:
+    """The kernel `wanted`, or for "auto" the first of AUTO that takes the layer.
+
+    Raises RequestError for a name that is not known, or a kernel that does not take this layer.
+    """
+    if wanted != "auto" and wanted not in KERNELS:
+        raise RequestError(f"there is no kernel {wanted}: choose auto, {', '.join(KERNELS)}.")
+    refusals = reasons(format, grid, rows, columns, dtype, device)
+    if wanted == "auto":
+        return next(KERNELS[name] for name in AUTO if refusals[name] is None)
+    if refusals[wanted] is not None:
+        fits = " or ".join(name for name, why in refusals.items() if why is None)
+        raise RequestError(f"the kernel {wanted} does not take this layer: {refusals[wanted]}; choose {fits}.")
+    return KERNELS[wanted]

@@ -1,0 +1,131 @@
+"""A linear layer over the tensors of one format, multiplied by the kernel picked for them.
+
+Shapes: R outputs, C inputs, T tokens (any leading axes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import RequestError
+from featherweight.formats import Format, Grid, Solution
+from featherweight.kernels import Kernel, Run, dequantize, pick
+
+
+class CompressedLinear(nn.Module):
+    """y = x V^T + bias, V held as the tensors of a format, in buffers that bear their names on disk.
+
+    Those buffers are bytes of a file: moving the layer moves them, but casting it (`.half()`, `.to(torch.bfloat16)`)
+    changes only its bias and the dtype it computes in, never a stored scale. What the kernel needs beside them is made
+    at the first call (or by `prepare`), kept out of the state dict, and made again after a move, a cast or a load.
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        grid: Grid,
+        tensors: Mapping[str, Tensor],
+        bias_R: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        kernel: str = "auto",
+    ) -> None:
+        """Args as `from_tensors`, which is the usual way in."""
+        super().__init__()
+        self.out_features, self.in_features = format.shape(tensors, grid)
+        self.format, self.grid, self.dtype, self.wanted = format, grid, dtype, kernel
+        for suffix in format.suffixes(grid):
+            self.register_buffer(suffix, tensors[suffix])
+        if bias_R is not None and tuple(bias_R.shape) != (self.out_features,):
+            raise RequestError(f"the bias has shape {tuple(bias_R.shape)}, and the matrix {self.out_features} outputs.")
+        self.bias = None if bias_R is None else nn.Parameter(bias_R.detach().to(dtype), requires_grad=False)
+        self._run: Run | None = None
+        _ = self.kernel  # a kernel that cannot serve this layer is an error here, not in the first call
+
+    @classmethod
+    def from_tensors(
+        cls,
+        format: Format,
+        grid: Grid,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        kernel: str = "auto",
+    ) -> CompressedLinear:
+        """A layer over the tensors of one matrix.
+
+        Args:
+            format: the layout of `tensors`.
+            grid: bits, group size and symmetry, as `format.read` or the recipe says.
+            tensors: by suffix, as `format.pack` returns them; kept, not copied.
+            bias: R values, or None.
+            dtype: of the activations; weights are rounded to it.
+            kernel: "auto" or a name in `kernels.KERNELS`.
+
+        Raises RequestError for tensors that contradict each other or a kernel that does not take them.
+        """
+        return cls(format, grid, tensors, bias, dtype, kernel)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel that serves this layer where it now is."""
+        return pick(
+            self.format, self.grid, self.out_features, self.in_features, self.dtype, self._device(), wanted=self.wanted
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The values the codes stand for, rounded to the layer's dtype; R x C, made anew at each access."""
+        return dequantize(self.solution(), self.dtype)
+
+    def solution(self) -> Solution:
+        """Codes, scales and zeros as stored."""
+        return self.format.unpack(self._stored(), self.grid)
+
+    def prepare(self) -> CompressedLinear:
+        """Let the kernel rearrange the weights now rather than in the first call; returns the layer."""
+        # Tensors made in inference mode could not be trained through later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._run = self.kernel.prepare(self.format, self.grid, self._stored(), self.dtype)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y_TR for x_TC of the layer's dtype."""
+        run = self._run or self.prepare()._run
+        assert run is not None
+        return run(x, self.bias)
+
+    def extra_repr(self) -> str:
+        zeros = "symmetric" if self.grid.symmetric else "asymmetric"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format.name}, bits={self.grid.bits}, group_size={self.grid.group_size or 'row'}, {zeros}, "
+            f"kernel={self.wanted}"
+        )
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {suffix: self.get_buffer(suffix) for suffix in self.format.suffixes(self.grid)}
+
+    def _device(self) -> torch.device:
+        return self.get_buffer(self.format.suffixes(self.grid)[0]).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        before = self._stored()
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._device())).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for suffix, stored in before.items():
+            moved = self.get_buffer(suffix)
+            if moved.dtype != stored.dtype:
+                setattr(self, suffix, stored.to(moved.device))
+        self._run = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._run = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}  # a closure over tensors: made again where the copy is used

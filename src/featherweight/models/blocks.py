@@ -1,0 +1,266 @@
+"""One block of a model at a time on the device, everything else on meta.
+
+What a block is called with besides the hidden states (position embeddings, masks, alibi) is not known here for any
+family: the model's own forward is run over recorders that stand in for the blocks and keep what they were handed.
+
+Shapes: S sequences, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import RequestError
+from featherweight.models.load import fill_buffers, meta_tensors, place, put
+from featherweight.models.tree import ModelTree, skeleton
+
+# Shapes whose arguments are kept: the usual batch, and the smaller one at the end. Masks are big.
+SHAPES_KEPT = 2
+
+
+class _AllSeen(Exception):
+    """Raised in the last recorder: whatever follows the blocks is never run."""
+
+
+class _WrongAnswer(Exception):
+    """A recorder was not handed what the one before it returned."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one block was called with: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
+        if self.keyword:
+            return block(*self.args, hidden_states=hidden, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The hidden states in front of the first block, and every block's call."""
+
+    hidden_STD: Tensor
+    calls: tuple[Call, ...]
+
+
+class BlockRunner:
+    """Runs the blocks of a checkpoint one after the other, each loaded from disk when its turn comes.
+
+    Args:
+        tree: the model; it is left as it is (the runner has a skeleton of its own).
+        device: where blocks, hidden states and recorded arguments live.
+        dtype: what parameters are turned into and computed in (the family's float32 modules excepted).
+
+    The order is `embed` for each batch, then for each block `load`, `run` for each batch, `unload`. Nothing here
+    switches gradients off but `embed` and the recording; loaded parameters do not require them. Raises RequestError
+    for architectures whose blocks depend on each other or on the tokens by more than the hidden states.
+    """
+
+    def __init__(self, tree: ModelTree, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.tree = tree
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.model = skeleton(tree.checkpoint, dtype)
+        blocks = self.model.get_submodule(tree.blocks_path)
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks: list[nn.Module] = list(blocks)
+        inside = {id(module) for module in blocks.modules()}
+        self._outside = {path: module for path, module in self.model.named_modules() if id(module) not in inside}
+        for module in self._outside.values():
+            fill_buffers(self.model, module, self.device)
+        self._loaded: dict[int, nn.Module] = {}
+        self._on_meta: list[tuple[nn.Module, str, Tensor]] = []
+        self._recordings: OrderedDict[tuple[int, int], tuple[Call, ...]] = OrderedDict()
+        self._answer: Callable[[Tensor], Any] | None = None
+
+    def embed(self, ids_ST: Tensor) -> Tensor:
+        """The hidden states in front of block 0 (S x T x D, in the computing dtype) of token ids (int64, S x T).
+
+        Reads the embedding at the first call and keeps it until `release` or the next `load`.
+        """
+        if self._answer is None:
+            self._probe()
+        recording = self._record(ids_ST)
+        self._remember(ids_ST.shape, recording.calls)
+        return recording.hidden_STD
+
+    def load(self, index: int) -> nn.Module:
+        """Block `index` with its weights from disk on the device, in eval mode; lets go of the embedding."""
+        self.release()
+        block = copy.deepcopy(self.blocks[index])
+        module = self.tree.blocks[index].module
+        for child in block.modules():
+            fill_buffers(self.model, child, self.device)
+        wanted = {name: self.tree.disk[f"{module}.{name}"] for name, _ in meta_tensors(block)}
+        tensors = self.tree.checkpoint.read(dict.fromkeys(wanted.values()))
+        for name, on_disk in wanted.items():
+            place(block, name, tensors[on_disk], self.device)
+        self._loaded[index] = block.eval()
+        return block
+
+    def run(self, index: int, block: nn.Module, hidden_STD: Tensor) -> Tensor:
+        """The output of one block for one batch, S x T x D; `block` may have had modules replaced.
+
+        Gradients flow when the caller has them on and something requires them.
+        """
+        sequences, tokens = hidden_STD.shape[:2]
+        output = self._calls(sequences, tokens)[index](block, hidden_STD)
+        result = output[0] if isinstance(output, (tuple, list)) else output
+        assert isinstance(result, Tensor) and result.shape == hidden_STD.shape
+        return result
+
+    def unload(self, index: int) -> None:
+        """Move a loaded block back to meta, which frees its memory even where it is still referred to."""
+        if block := self._loaded.pop(index, None):
+            block.to("meta")
+
+    def release(self) -> None:
+        """Back to meta with the embedding and all else read for `embed`."""
+        while self._on_meta:
+            module, name, tensor = self._on_meta.pop()
+            put(module, name, tensor)
+
+    def _calls(self, sequences: int, tokens: int) -> tuple[Call, ...]:
+        """The blocks' arguments for one shape. They do not depend on the tokens (see _probe): any will do."""
+        key = (sequences, tokens)
+        if key in self._recordings:
+            self._recordings.move_to_end(key)
+        else:
+            held = bool(self._on_meta)
+            if self._answer is None:
+                self._probe()
+            self._remember(key, self._record(torch.zeros(key, dtype=torch.int64)).calls)
+            if not held:
+                self.release()
+        return self._recordings[key]
+
+    def _remember(self, shape: tuple[int, ...], calls: tuple[Call, ...]) -> None:
+        key = (shape[0], shape[1])
+        self._recordings.setdefault(key, calls)
+        self._recordings.move_to_end(key)
+        while len(self._recordings) > SHAPES_KEPT:
+            self._recordings.popitem(last=False)
+
+    def _probe(self) -> None:
+        """Find out once whether blocks return a tensor or a tuple, and that their arguments ignore the tokens."""
+        ids = torch.zeros((1, 4), dtype=torch.int64)
+        failures: list[Exception] = []
+        for answer in (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None)):
+            self._answer = answer
+            try:
+                first, second = self._record(ids), self._record(ids + 1)
+            except RequestError:
+                raise
+            except (_WrongAnswer, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+                failures.append(error)
+                continue
+            if not _same(first.calls, second.calls):
+                raise RequestError(
+                    f"{self._family} hands its blocks more that depends on the tokens than the hidden states: this "
+                    "architecture is not supported by this version."
+                )
+            return
+        self._answer = None
+        raise RequestError(
+            f"{self._family} works on the hidden states between its {len(self.blocks)} blocks ({failures[0]}): this "
+            "architecture is not supported by this version."
+        ) from failures[0]
+
+    @property
+    def _family(self) -> str:
+        return type(self.model).__name__
+
+    @torch.no_grad()
+    def _record(self, ids_ST: Tensor) -> Recording:
+        seen: list[Call] = []
+        held: list[Tensor] = []
+        with self._recorders(seen, held), self._reading():
+            try:
+                self.model(input_ids=ids_ST.to(self.device), use_cache=False)
+            except _AllSeen:
+                hidden = held[0]
+                if hidden.is_meta:
+                    raise RequestError(f"{self._family} embeds tokens by weights outside its modules.") from None
+                return Recording(hidden, tuple(seen))
+        raise RequestError(f"{self._family} called {len(seen)} of its {len(self.blocks)} blocks: not supported.")
+
+    @contextmanager
+    def _recorders(self, seen: list[Call], held: list[Tensor]) -> Iterator[None]:
+        """Let each block's forward, on this instance only, record its call and return its input."""
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                keyword = not args
+                hidden = kwargs.pop("hidden_states") if keyword else args[0]
+                if index != len(seen) or (held and hidden is not held[0]):
+                    raise _WrongAnswer(f"block {index} was not handed the output of block {index - 1}")
+                held.append(hidden)
+                seen.append(_call(args[1:], kwargs, keyword))
+                if len(seen) == len(self.blocks):
+                    raise _AllSeen
+                assert self._answer is not None
+                return self._answer(hidden)
+
+            return forward
+
+        for index, block in enumerate(self.blocks):
+            block.__dict__["forward"] = recorder(index)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.__dict__["forward"]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """While the model runs, read the weights of a module outside the blocks at the moment it is called."""
+        hooks = [
+            module.register_forward_pre_hook(lambda module, _args, path=path: self._materialize(path, module))
+            for path, module in self._outside.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _materialize(self, path: str, module: nn.Module) -> None:
+        for name, tensor in list(meta_tensors(module, recurse=False)):
+            on_disk = self.tree.disk[f"{path}.{name}" if path else name]
+            self._on_meta.append((module, name, tensor))
+            place(module, name, self.tree.checkpoint.read([on_disk])[on_disk], self.device)
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool) -> Call:
+    """A call without caches: they would grow with every batch."""
+
+    def clean(value: Any) -> Any:
+        return None if hasattr(value, "get_seq_length") else value
+
+    return Call(tuple(map(clean, args)), {name: clean(value) for name, value in kwargs.items()}, keyword)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two nests of arguments are equal, tensors by value."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, Call):
+        return _same((one.args, one.kwargs), (other.args, other.kwargs))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return True

@@ -1,0 +1,193 @@
+"""Whole models: dense ones as transformers loads them, and compressed ones with modules of ours in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import RequestError
+from featherweight.models.checkpoint import Checkpoint, resolve
+from featherweight.models.tree import checkpoint_dtype, disk_names, is_matrix, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# (module name on disk, the Linear or Conv1D on meta, its tensors by suffix) -> the module to put in its place
+Replace = Callable[[str, nn.Module, dict[str, Tensor]], nn.Module]
+READ_BYTES = 256 << 20
+
+
+def load_dense(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model as transformers loads it from a local folder, in eval mode; dtype None = the checkpoint's own."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint.open(resolve(path))
+    dtype = dtype or checkpoint_dtype(checkpoint)
+    skeleton(checkpoint, dtype)  # for its error: from_pretrained's own runs over many lines
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    result: PreTrainedModel = model.to(device).eval()  # type: ignore[arg-type]
+    return result
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; RequestError if it has none that transformers can load without remote code."""
+    from transformers import AutoTokenizer
+
+    folder = resolve(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise RequestError(f"{folder} has no tokenizer that can be loaded ({reason}): add tokenizer.json.") from error
+    return tokenizer
+
+
+def load_with(
+    path: str | Path, replace: Replace, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model of a compressed checkpoint, with what `replace` returns in place of compressed matrices.
+
+    Args:
+        path: the checkpoint; a `quantization_config` in its config.json is not looked at.
+        replace: called for every Linear and Conv1D with '<name>.<suffix>' tensors on disk but no '<name>.weight':
+            the module's name on disk, the module (on meta), its tensors by suffix (CPU, stored dtypes, a bias too).
+        device, dtype: of the model; None = the checkpoint's dtype. Modules from `replace` are only moved.
+
+    Raises RequestError naming the parameters no tensor was found for.
+    """
+    checkpoint = Checkpoint.open(resolve(path))
+    model = skeleton(checkpoint, dtype or checkpoint_dtype(checkpoint))
+    device = torch.device(device)
+    for module in model.modules():
+        fill_buffers(model, module, device)
+    disk = disk_names(checkpoint, model)
+    _replace_matrices(checkpoint, model, replace, device)
+    _assign(checkpoint, model, disk, device)
+    # Nothing is called missing: twins left out on disk were given one tensor already, unequal ones stay apart.
+    model.tie_weights(missing_keys=set(), recompute_mapping=False)
+    _require_none_on_meta(checkpoint, model)
+    _set_generation_config(checkpoint.path, model)
+    return model.eval()
+
+
+def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: Replace, device: torch.device) -> None:
+    stored: dict[str, list[str]] = {}
+    for name in checkpoint.names:
+        parent, _, suffix = name.rpartition(".")
+        stored.setdefault(parent, []).append(suffix)
+    prefix = model.base_model_prefix
+    for path, module in [(path, module) for path, module in model.named_modules() if is_matrix(module)]:
+        choices = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
+        owner = next((choice for choice in choices if choice in stored), None)
+        if owner is None or "weight" in stored[owner] or stored[owner] == ["bias"]:
+            continue
+        tensors = checkpoint.read(f"{owner}.{suffix}" for suffix in stored[owner])
+        by_suffix = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+        model.set_submodule(path, replace(owner, module, by_suffix).to(device))
+        model.all_tied_weights_keys.pop(f"{path}.weight", None)
+
+
+def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, str], device: torch.device) -> None:
+    """Every tensor that is still on meta and on disk, a few at a time; tied twins get one tensor between them."""
+    users: dict[str, list[str]] = {}
+    for name, _ in meta_tensors(model):
+        if name in disk:
+            users.setdefault(disk[name], []).append(name)
+    for batch in _batches(checkpoint, list(users)):
+        tensors = checkpoint.read(batch)
+        for on_disk in batch:
+            tensor = tensors.pop(on_disk)
+            first, *others = users[on_disk]
+            placed = place(model, first, tensor, device)
+            for name in others:
+                share(model, name, placed)
+
+
+def _batches(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    filled = 0
+    for name in names:
+        batch.append(name)
+        filled += checkpoint.nbytes(name)
+        if filled >= READ_BYTES:
+            yield batch
+            batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def _require_none_on_meta(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    left = [name for name, _ in meta_tensors(model)]
+    if left:
+        raise RequestError(
+            f"{len(left)} parameters of {type(model).__name__} have no tensor in {checkpoint.path}, the first is "
+            f"{left[0]}: the checkpoint is incomplete or of another architecture."
+        )
+
+
+def _set_generation_config(folder: Path, model: PreTrainedModel) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def meta_tensors(module: nn.Module, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that are still on meta, by name (tied ones under each name)."""
+    for named in (module.named_parameters, module.named_buffers):
+        yield from ((name, tensor) for name, tensor in named(recurse=recurse, remove_duplicate=False) if tensor.is_meta)
+
+
+def place(module: nn.Module, name: str, value: Tensor, device: torch.device) -> Tensor:
+    """Put a value from disk where a meta tensor is: on the device, in the meta tensor's dtype; returns it."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    old = getattr(owner, leaf)
+    value = value.to(device=device, dtype=old.dtype)
+    new = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+    put(owner, leaf, new)
+    return new
+
+
+def share(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor that has been placed already under another name: tied weights."""
+    path, _, leaf = name.rpartition(".")
+    put(module.get_submodule(path), leaf, tensor)
+
+
+def put(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Set a module's own parameter or buffer, whichever the tensor is."""
+    if isinstance(tensor, nn.Parameter):
+        owner._parameters[leaf] = tensor
+    else:
+        owner._buffers[leaf] = tensor
+
+
+@torch.no_grad()
+def fill_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
+    """Give a module's own non-persistent buffers (rotary frequencies, embedding scales) their values, which no file
+    holds: made by the family's `_init_weights`, on the CPU, as transformers does when it loads a model. Call it while
+    the module's parameters are on meta, since those are initialised too."""
+    names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+    names = [name for name in names if name in module._non_persistent_buffers_set]
+    for name in names:
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    if names:
+        initialize: Any = getattr(model, "_init_weights")  # noqa: B009
+        initialize(module)
+    for name in names:
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = buffer.to(device)

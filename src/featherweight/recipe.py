@@ -1,0 +1,109 @@
+"""A recipe: everything that decides what a compressed model's bytes are, as one frozen value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from featherweight.core.problem import Order
+from featherweight.core.rules import Grid, Search
+from featherweight.core.sweep import ScalesFrom
+from featherweight.errors import RequestError
+
+Method = Literal["gptq", "rtn"]
+CHOICES = {
+    "method": get_args(Method),
+    "search": get_args(Search),
+    "order": get_args(Order),
+    "scales_from": get_args(ScalesFrom),
+    "target": ("drifted", "original"),
+    "tokens_count": ("alike", "relative"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compress a model. `replace(recipe, bits=3)` derives one from another.
+
+    Attributes:
+        method: "gptq" (error-compensating sweep) or "rtn" (round to nearest, no calibration text).
+        bits: 2 .. 8, or 1.58 for ternary; group_size: inputs sharing a scale, None for the whole row.
+        symmetric: no zero points; search, order, scales_from, damping: see `Grid`, `LayerProblem` and `sweep`.
+        refine: rounds of descent after the sweep (`core.refine`), 0 for none.
+        target: whose output each matrix is to match: that of its own inputs as the compressed blocks before it make
+            them ("drifted", GPTQ), or that of the original model's inputs ("original", in the spirit of GPTAQ and
+            Qronos), which costs one more forward pass a block.
+        pull: with target "original", how far the weights are moved towards undoing the drift, 0 .. 1.
+        tokens_count: "alike", or "relative" to the size of the token's hidden state (`stream.layerwise.token_weights`).
+        true_sequential: collect each group's inputs after the groups before it in the block are compressed.
+        format: the file format by name; calibration: text sources ("builtin" is the embedded text).
+        samples, tokens: calibration windows and their length; seed: which windows.
+    """
+
+    method: Method = "gptq"
+    bits: float = 4
+    group_size: int | None = 128
+    symmetric: bool = True
+    search: Search = "hessian"
+    mirror: bool = True
+    order: Order = "activation"
+    scales_from: ScalesFrom = "original"
+    damping: float = 0.01
+    refine: int = 3
+    target: Literal["drifted", "original"] = "drifted"
+    pull: float = 1.0
+    tokens_count: Literal["alike", "relative"] = "alike"
+    true_sequential: bool = False
+    format: str = "compressed-tensors"
+    calibration: tuple[str, ...] = ("builtin",)
+    chat_template: bool = False
+    samples: int = 128
+    tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise RequestError(f"{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}.")
+        for name in ("samples", "tokens"):
+            if getattr(self, name) < (2 if name == "tokens" else 1):
+                raise RequestError(f"{name} must be {2 if name == 'tokens' else 1} or more, not {getattr(self, name)}.")
+        if not 0 <= self.damping <= 10:
+            raise RequestError(f"damping must lie between 0 and 10 (times the mean diagonal of H), not {self.damping}.")
+        if self.refine < 0:
+            raise RequestError(f"refine must be 0 rounds or more, not {self.refine}.")
+        if not 0 <= self.pull <= 1:
+            raise RequestError(f"pull must lie between 0 and 1, not {self.pull}.")
+        if self.true_sequential and self.target == "original":
+            raise RequestError(
+                "target original compares with the whole original block: use it without true-sequential."
+            )
+        self.grid(torch.float16)
+
+    def grid(self, scale_dtype: torch.dtype) -> Grid:
+        """The rule of every matrix, with scales in the dtype the format stores."""
+        return Grid(self.bits, self.group_size, self.symmetric, self.search, scale_dtype, self.mirror)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "calibration": list(self.calibration)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        return cls(**{**values, "calibration": tuple(values["calibration"])})
+
+    def digest(self) -> str:
+        """Twelve hex digits that name this recipe."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def but(self, **changes: Any) -> Recipe:
+        """This recipe with some fields changed; None leaves a field as it is; an unknown field is an error."""
+        known = {name: value for name, value in changes.items() if value is not None}
+        for name in known:
+            if name not in self.__dataclass_fields__:
+                raise RequestError(f"a recipe has no field {name!r}: it has {', '.join(self.__dataclass_fields__)}.")
+        return replace(self, **known)

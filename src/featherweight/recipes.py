@@ -1,0 +1,66 @@
+"""The recipes we ship, by name: functions that return a Recipe. `--recipe NAME` or `--recipe your.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+
+from featherweight.errors import RequestError
+from featherweight.recipe import Recipe
+
+
+def default() -> Recipe:
+    """GPTQ with Hessian-weighted scales and three rounds of descent: what `compress` does unless told otherwise."""
+    return Recipe()
+
+
+def fast() -> Recipe:
+    """The default without the descent after the sweep and with fewer, shorter samples."""
+    return Recipe(refine=0, samples=32, tokens=512)
+
+
+def rtn() -> Recipe:
+    """Round to nearest on the least-squares grid; needs no text."""
+    return Recipe(method="rtn")
+
+
+def papers_rtn() -> Recipe:
+    """Round to nearest on the min-max grid, as the GPTQ paper's baseline."""
+    return Recipe(method="rtn", search="minmax", mirror=False)
+
+
+def papers_gptq() -> Recipe:
+    """GPTQ as published: min-max grid, activation order with static groups, 1 % damping, nothing after the sweep."""
+    return Recipe(search="minmax", mirror=False, refine=0)
+
+
+def papers_gptq_mse() -> Recipe:
+    """GPTQ as published, with the squared-error grid search of the authors' code."""
+    return papers_gptq().but(search="mse")
+
+
+RECIPES = {
+    "default": default,
+    "fast": fast,
+    "rtn": rtn,
+    "papers.rtn": papers_rtn,
+    "papers.gptq": papers_gptq,
+    "papers.gptq-mse": papers_gptq_mse,
+}
+
+
+def by_name(name: str) -> Recipe:
+    """The recipe of a shipped name, or of `module:function`; RequestError naming the known ones otherwise."""
+    if name in RECIPES:
+        return RECIPES[name]()
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise RequestError(f"no recipe is called {name!r}: take {', '.join(RECIPES)}, or give module:function.")
+    try:
+        recipe = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise RequestError(
+            f"recipe {name!r} cannot be imported ({error}): give module:function of a Recipe."
+        ) from error
+    if not isinstance(recipe, Recipe):
+        raise RequestError(f"recipe {name!r} returned {type(recipe).__name__}, not a featherweight Recipe.")
+    return recipe

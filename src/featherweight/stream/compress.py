@@ -1,0 +1,269 @@
+"""compress: a checkpoint in, a compressed checkpoint out, one block at a time.
+
+Shapes: S sequences, T tokens, R outputs, C inputs.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight import data
+from featherweight.core.rules import Grid
+from featherweight.core.solution import Solution
+from featherweight.data import windows
+from featherweight.errors import FeatherweightError, RequestError
+from featherweight.formats import Format
+from featherweight.formats import by_name as format_by_name
+from featherweight.models import tree as trees
+from featherweight.models.blocks import BlockRunner
+from featherweight.models.checkpoint import Checkpoint, resolve
+from featherweight.models.load import load_tokenizer
+from featherweight.models.tree import Block, Matrix, ModelTree
+from featherweight.recipe import Recipe
+from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
+from featherweight.stream.folder import OutputFolder
+from featherweight.stream.hidden import HiddenStates
+from featherweight.stream.layerwise import BlockView, layerwise
+
+Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward pass; measured, see docs/log.md
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` made: the output folder, matrices compressed, their bits per weight from bytes on disk, the bytes
+    of all shards, the seconds this run took, and the most memory it held (of the GPU, or of the process on a CPU)."""
+
+    out: str
+    matrices: int
+    bits_per_weight: float
+    bytes: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+def compress(
+    model: str | Path, out: str | Path, recipe: Recipe, device: str = "auto", tell: Tell | None = None
+) -> Result:
+    """Compresses `model` into the folder `out`; started again on a half-done folder, it goes on where it stopped.
+
+    Raises RequestError for everything the user can mend: a broken checkpoint, an architecture or a shape that does not
+    fit, too little text, a folder begun with another recipe, model or data, a full disk.
+    """
+    started = time.perf_counter()
+    torch_device = pick_device(device)
+    checkpoint = Checkpoint.open(resolve(model))
+    tree = trees.build(checkpoint)
+    job = _Job(tree, recipe, torch_device, Path(out), tell or (lambda done, total, what: None))
+    job.check()
+    folder = OutputFolder(Path(out), len(tree.blocks))
+    with folder.locked():
+        ids_ST = calibration_ids(checkpoint.path, recipe)
+        folder.begin(job.manifest(ids_ST))
+        if not folder.done:
+            with torch.no_grad():
+                job.run(folder, ids_ST)
+            job.finish(folder)
+    bits = 8 * sum(row["bytes"] for row in folder.rows) / sum(row["shape"][0] * row["shape"][1] for row in folder.rows)
+    seconds = time.perf_counter() - started
+    return Result(str(out), len(folder.rows), bits, folder.size_bytes(), seconds, peak_memory_bytes(torch_device))
+
+
+def calibration_ids(path: Path, recipe: Recipe) -> Tensor | None:
+    """The recipe's windows of token ids (int64, S x T), or None where it needs none."""
+    if recipe.method == "rtn":
+        return None
+    tokenizer = load_tokenizer(path)
+    tokens_T = data.tokens(tokenizer, recipe.calibration, recipe.chat_template)
+    return windows.calibration_windows(tokens_T, recipe.samples, recipe.tokens, recipe.seed, data.bos_of(tokenizer))
+
+
+class _Job:
+    """One run of `compress`: what does not change from block to block."""
+
+    def __init__(self, tree: ModelTree, recipe: Recipe, device: torch.device, out: Path, tell: Tell) -> None:
+        self.tree, self.recipe, self.device, self.out, self.tell = tree, recipe, device, out, tell
+        self.format: Format = format_by_name(recipe.format)
+        self.grid: Grid = recipe.grid(self.format.scale_dtype(tree.dtype))
+        self.dtype = compute_dtype(tree.dtype, device)
+        self.batch = max(1, BATCH_TOKENS[device.type] // recipe.tokens)
+
+    def check(self) -> None:
+        """Everything that can be refused before any work is done."""
+        for block in self.tree.blocks:
+            for matrix in block.matrices:
+                self.format.check(matrix.name, matrix.rows, matrix.columns, self.grid)
+        if self.recipe.tokens > (
+            longest := getattr(self.tree.model.config, "max_position_embeddings", None) or self.recipe.tokens
+        ):
+            raise RequestError(
+                f"--tokens {self.recipe.tokens} is longer than the model's {longest} positions: use --tokens {longest}."
+            )
+
+    def manifest(self, ids_ST: Tensor | None) -> dict[str, Any]:
+        """What the output's bytes follow from; `OutputFolder.begin` compares it on resuming."""
+        import transformers
+
+        return {
+            "recipe": self.recipe.as_dict(),
+            "recipe_digest": self.recipe.digest(),
+            "model": {"fingerprint": self.tree.checkpoint.fingerprint(), "blocks": len(self.tree.blocks)},
+            "data": {"ids_sha256": None if ids_ST is None else windows.digest(ids_ST)},
+            "made_with": {
+                "featherweight": version("featherweight"),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            },
+        }
+
+    def run(self, folder: OutputFolder, ids_ST: Tensor | None) -> None:
+        """Writes every shard that is not there yet."""
+        self.tell(0, len(self.tree.blocks), "reading")
+        if not folder.finished(0):
+            with folder.staged(0, self.tree.checkpoint.read(self.tree.rest)):
+                pass
+        runner = BlockRunner(self.tree, self.device, self.dtype)
+        states = _States(self, runner, ids_ST)
+        try:
+            for index, block in enumerate(self.tree.blocks):
+                if ids_ST is None and folder.finished(index + 1):
+                    continue
+                module = runner.load(index)
+                if not folder.finished(index + 1):
+                    self._solve(folder, index, block, states.view(index, module, block))
+                elif states.dense is not None:
+                    states.advance(states.dense, index, module)
+                if states.hidden is not None and index + 1 < len(self.tree.blocks):
+                    self._put_stored(folder, index, block, module)
+                    states.advance(states.hidden, index, module)
+                runner.unload(index)
+                self.tell(index + 1, len(self.tree.blocks), f"block {index + 1}")
+        finally:
+            states.close()
+
+    def _solve(self, folder: OutputFolder, index: int, block: Block, view: BlockView) -> None:
+        """Solves a block and writes its shard, having read it back and compared."""
+        began, total = time.perf_counter(), len(self.tree.blocks)
+        rules = {matrix.path: self.grid for matrix in block.matrices}
+        solutions = layerwise(
+            view,
+            rules,
+            self.recipe,
+            self.format.lowest_zero(self.grid),
+            lambda share: self.tell(index + 0.9 * share, total, f"block {index + 1}"),
+        )
+        seconds = time.perf_counter() - began
+        packed = {m.path: self.format.pack(solutions[m.path], m.name) for m in block.matrices}
+        weights = {matrix.weight for matrix in block.matrices}
+        tensors = self.tree.checkpoint.read([name for name in block.tensors if name not in weights])
+        for matrix in block.matrices:
+            tensors |= {f"{matrix.name}.{suffix}": tensor.cpu() for suffix, tensor in packed[matrix.path].items()}
+        with folder.staged(index + 1, tensors) as part:
+            for matrix in block.matrices:
+                stored = self._read_back(part, matrix)
+                _require_same(matrix, solutions[matrix.path], stored)
+                folder.rows.append(self._row(index, matrix, solutions[matrix.path], packed[matrix.path], seconds))
+
+    def _row(
+        self, index: int, matrix: Matrix, solution: Solution, packed: dict[str, Tensor], seconds: float
+    ) -> dict[str, Any]:
+        """The journal's line of one matrix."""
+        return {
+            "block": index,
+            "name": matrix.name,
+            "shape": [matrix.rows, matrix.columns],
+            "bits": self.recipe.bits,
+            "group_size": self.grid.group_size,
+            "symmetric": self.grid.symmetric,
+            "bytes": sum(tensor.nbytes for tensor in packed.values()),
+            "loss": None if self.recipe.method == "rtn" else solution.certificate,
+            **solution.metrics,
+            "damping": solution.damping,
+            "block_seconds": round(seconds, 3),
+        }
+
+    def _read_back(self, shard: Path, matrix: Matrix) -> Solution:
+        """A matrix's solution from the bytes of its shard."""
+        from safetensors import safe_open
+
+        with safe_open(shard, framework="pt") as file:
+            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(self.grid)}
+        return self.format.unpack(tensors, self.grid, matrix.name)
+
+    def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
+        """Gives the block the weights its shard holds."""
+        for matrix in block.matrices:
+            values_RC = self._read_back(folder.shard(index + 1), matrix).values()
+            weight = module.get_submodule(matrix.path).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(values_RC.T if matrix.transposed else values_RC)
+
+    def finish(self, folder: OutputFolder) -> None:
+        """The small files that make the folder a checkpoint."""
+        quantization = self.format.config(self.grid, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
+        extra = {"quantize_config.json": quantization} if self.recipe.format.startswith("gptq") else {}
+        config = {**self.tree.checkpoint.config, "quantization_config": quantization}
+        folder.finish(config, extra, self.tree.checkpoint.side_files())
+
+
+class _States:
+    """The hidden states in front of a block: those of the compressed model and, if asked for, the original's."""
+
+    def __init__(self, job: _Job, runner: BlockRunner, ids_ST: Tensor | None) -> None:
+        self.job, self.runner = job, runner
+        self.hidden: HiddenStates | None = None
+        self.dense: HiddenStates | None = None
+        if ids_ST is None:
+            return
+        ids = ids_ST
+        width = runner.embed(ids[:1]).shape[-1]
+        shape = (ids.shape[0], ids.shape[1], width)
+        self.hidden = HiddenStates(shape, job.dtype, job.device, job.out / ".hidden.scratch")
+        self.hidden.fill(job.batch, lambda at: runner.embed(ids[at]), lambda done: None)
+        if job.recipe.target == "original":
+            self.dense = HiddenStates(shape, job.dtype, job.device, job.out / ".dense.scratch")
+            self.dense.states_STD.copy_(self.hidden.states_STD)
+        runner.release()
+
+    def view(self, index: int, module: nn.Module, block: Block) -> BlockView:
+        """The block as the solver sees it (with round-to-nearest, without any hidden states)."""
+        return BlockView(
+            module,
+            block.matrices,
+            lambda hidden: self.runner.run(index, module, hidden),
+            self.hidden,
+            self.dense,
+            self.job.batch,
+        )
+
+    def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:
+        """Replaces the states by the block's outputs, batch by batch."""
+        for at, hidden_STD in states.batches(self.job.batch):
+            states.states_STD[at] = self.runner.run(index, module, hidden_STD)
+
+    def close(self) -> None:
+        for states in (self.hidden, self.dense):
+            if states is not None:
+                states.close()
+
+
+def _require_same(matrix: Matrix, solution: Solution, stored: Solution) -> None:
+    """The stored bytes must say what the solver found, code by code and scale by scale."""
+    for field in ("codes_RC", "scales_RG", "zeros_RG"):
+        if not torch.equal(getattr(solution, field).cpu(), getattr(stored, field)):
+            raise FeatherweightError(
+                f"{matrix.name}: its {field} read back from the shard differ from the solution's: please report this."
+            )

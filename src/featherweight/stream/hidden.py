@@ -1,0 +1,61 @@
+"""The hidden states of every calibration sequence between two blocks, kept where they fit.
+
+Shapes: S sequences, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SHARE = 0.4  # of the free memory that hidden states may take before they move one place further out
+
+
+class HiddenStates:
+    """An S x T x D tensor on the device, in memory or in a memory-mapped scratch file; read and written by batches."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, scratch: Path) -> None:
+        """Takes the nearest place with room; `scratch` is the file to map if neither device nor memory has it."""
+        size_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
+        self.device, self.scratch = device, None
+        if device.type == "cuda" and size_bytes < SHARE * torch.cuda.mem_get_info(device)[0]:
+            self.place = "device"
+            self.states_STD = torch.empty(shape, dtype=dtype, device=device)
+        elif size_bytes < SHARE * free_memory_bytes():
+            self.place = "memory"
+            self.states_STD = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        else:
+            self.place, self.scratch = "disk", scratch
+            elements = shape[0] * shape[1] * shape[2]
+            self.states_STD = torch.from_file(str(scratch), shared=True, size=elements, dtype=dtype).view(shape)
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of `size` sequences with their states on the device."""
+        for start in range(0, self.states_STD.shape[0], size):
+            at = slice(start, min(start + size, self.states_STD.shape[0]))
+            yield at, self.states_STD[at].to(self.device, non_blocking=True)
+
+    def fill(self, size: int, make: Callable[[slice], Tensor], tick: Callable[[int], None]) -> None:
+        """Writes make(slice) for every batch; `tick` hears how many sequences are done."""
+        for start in range(0, self.states_STD.shape[0], size):
+            at = slice(start, min(start + size, self.states_STD.shape[0]))
+            self.states_STD[at] = make(at).to(self.states_STD.dtype)
+            tick(at.stop)
+
+    def close(self) -> None:
+        """Removes the scratch file, if there is one."""
+        self.states_STD = torch.empty(0)
+        if self.scratch is not None:
+            self.scratch.unlink(missing_ok=True)
+
+
+def free_memory_bytes() -> int:
+    """Memory this process may still take, by the operating system's word."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 8 << 30  # where the system does not say (macOS, Windows): a laptop's worth

@@ -1,0 +1,20 @@
+"""Options and fixtures for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--models", type=Path, default=None, help="folder of real checkpoints (else their tests skip)")
+
+
+@pytest.fixture(scope="session")
+def models_folder(request: pytest.FixtureRequest) -> Path:
+    """The folder given by --models."""
+    folder = request.config.getoption("--models")
+    if folder is None or not folder.is_dir():
+        pytest.skip("no folder of real checkpoints: give one with --models DIR")
+    return Path(folder)

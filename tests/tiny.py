@@ -1,0 +1,93 @@
+"""Tiny random checkpoints of many model families, for tests: a few blocks, width 64, real layouts and odd corners."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SLIDING_WINDOW = 8
+LLAMA: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GEMMA = {**LLAMA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": SLIDING_WINDOW}
+OPT: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "word_embed_proj_dim": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+FALCON: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 128,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MOE = {**LLAMA, "num_experts_per_tok": 2}
+# family -> (configuration class, its arguments)
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**LLAMA, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**LLAMA, "sliding_window": SLIDING_WINDOW}),
+    "qwen2": ("Qwen2Config", {**LLAMA, "use_sliding_window": True, "sliding_window": SLIDING_WINDOW,
+                              "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {**LLAMA, "head_dim": 32}),
+    "gemma2": ("Gemma2Config", GEMMA),
+    "gemma3": ("Gemma3TextConfig", {**GEMMA, "num_hidden_layers": 3, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3": ("Phi3Config", LLAMA),
+    "opt": ("OPTConfig", OPT),
+    "opt-projected": ("OPTConfig", {**OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "gpt2": ("GPT2Config", {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128,
+                            "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt-neox": ("GPTNeoXConfig", {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}),
+    "bloom": ("BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "falcon-new": ("FalconConfig", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-old": ("FalconConfig", {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False,
+                                    "bias": True}),
+    "olmo2": ("Olmo2Config", LLAMA),
+    "granite": ("GraniteConfig", {**LLAMA, "embedding_multiplier": 12.0, "residual_multiplier": 0.3,
+                                  "logits_scaling": 2.0}),
+    "cohere": ("CohereConfig", {**LLAMA, "use_qk_norm": True}),
+    "starcoder2": ("Starcoder2Config", {**LLAMA, "sliding_window": SLIDING_WINDOW}),
+    "one-block": ("BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 1, "n_head": 4}),
+}  # fmt: skip
+FAMILIES = sorted(CONFIGS)
+# families with fused 3-D experts, which are refused
+MOE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {**MOE, "num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}),
+}
+MOE_FAMILIES = sorted(MOE_CONFIGS)
+
+
+def make(
+    family: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    **changes: Any,
+) -> Path:
+    """Save a random model of a family (with `changes` to its configuration) in `folder`, which is returned.
+
+    Matrices are drawn with a spread of 1.5 / sqrt(inputs), vectors are moved by a tenth, so that every tensor matters.
+    """
+    import transformers
+
+    name, arguments = {**CONFIGS, **MOE_CONFIGS}[family]
+    config = getattr(transformers, name)(**{**arguments, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def token_ids(sequences: int, tokens: int, vocabulary: int = 128, seed: int = 1) -> torch.Tensor:
+    """Random token ids, int64, sequences x tokens; neither padding nor beginning nor end."""
+    return torch.randint(3, vocabulary, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
