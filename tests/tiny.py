@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,30 @@ def make(
 def token_ids(sequences: int, tokens: int, vocabulary: int = 128, seed: int = 1) -> torch.Tensor:
     """Random token ids, int64, sequences x tokens; neither padding nor beginning nor end."""
     return torch.randint(3, vocabulary, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+CHARACTERS = ("<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127)))
+
+
+def add_tokenizer(folder: Path, bos: bool = False) -> Path:
+    """Save a tokenizer of one token a character beside a tiny checkpoint (its folder is returned); `bos` puts <s> in
+    front of text by default."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {character: index for index, character in enumerate(CHARACTERS)}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, words: int = 600, seed: int = 0) -> Path:
+    """A text file of random words, about five characters each."""
+    draw = random.Random(seed)
+    path.write_text(" ".join("".join(draw.choices("etaoinshrdlu.,", k=draw.randint(1, 8))) for _ in range(words)))
+    return path

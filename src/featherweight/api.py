@@ -74,7 +74,7 @@ def load(
 def evaluate(
     model: str | Path,
     text: Sequence[str] = ("builtin:evaluation",),
-    context: int = 2048,
+    context: int | None = None,
     against: str | Path | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -82,13 +82,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a checkpoint folder over whole windows of text, bits per weight, and distance from `against`.
 
-    A BOS goes in front of every window exactly where the tokenizer adds one by default. `limit` takes only the first
-    so many windows. Returns the fields of `eval`'s JSON line: model, perplexity, tokens, context, bits_per_weight,
-    kl_nats (mean KL(dense || model) a prediction), top1_agreement, and bos (the id in front of windows, or None).
+    A BOS goes in front of every window exactly where the tokenizer adds one by default. `context` None is 2048, or the
+    model's positions if those are fewer; `limit` takes only the first so many windows. Returns the fields of `eval`'s
+    JSON line: model, perplexity, tokens, context, bits_per_weight, kl_nats (mean KL(dense || model) a prediction),
+    top1_agreement, and bos (the id in front of windows, or None).
     """
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     bos = data.bos_of(tokenizer)
+    model_config = Checkpoint.open(folder).config
+    context = context or min(2048, model_config.get("max_position_embeddings") or 2048)
     ids_ST = data.evaluation_windows(data.tokens(tokenizer, text), context, bos)[:limit]
     reference = None if against is None else load(against, device, kernel="dense")
 

@@ -47,6 +47,7 @@ def compress(
     damping: Annotated[float | None, typer.Option(help="Added to H's diagonal, relative to its mean.")] = None,
     refine: Annotated[int | None, typer.Option(help="Rounds of descent after the sweep.")] = None,
     target: Annotated[str | None, typer.Option(help="Match outputs on drifted or original inputs.")] = None,
+    pull: Annotated[float | None, typer.Option(help="With target original: the share of the drift to undo.")] = None,
     true_sequential: Annotated[
         bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
     ] = None,
@@ -71,6 +72,7 @@ def compress(
         damping=damping,
         refine=refine,
         target=target,
+        pull=pull,
         true_sequential=true_sequential,
         seed=seed,
     )
@@ -89,7 +91,7 @@ def compress(
 def evaluate(
     model: Model,
     text: Texts = None,
-    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    context: Annotated[int | None, typer.Option(help="Tokens in a window (2048, or the model's positions).")] = None,
     against: Annotated[str | None, typer.Option(help="The dense model, for KL and top-1 agreement.")] = None,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
     device: Device = "auto",
@@ -125,6 +127,54 @@ def generate(
     text = continuation(api.load(model, device), load_tokenizer(model), prompt, max_new_tokens, temperature, seed)
     typer.echo(prompt + text)
     _last_line({"model": model, "prompt": prompt, "text": text})
+
+
+@app.command()
+def inspect(model: Model) -> None:
+    """List MODEL's compressed matrices from its files alone."""
+    from featherweight import api
+
+    found = api.inspect(model)
+    columns = ("name", "shape", "bits", "group_size", "symmetric", "bytes", "loss")
+    _table(columns, [[_cell(row[column]) for column in columns] for row in found["matrices"]])
+    _last_line(found)
+
+
+@app.command()
+def demo(device: Device = "auto") -> None:
+    """The embedded model at 4, 3 and 2 bits, rounded and compensated, in about a minute."""
+    from featherweight import demo as demonstration
+
+    with _progress() as tell:
+        found = demonstration.run(device, tell)
+    rows = [["dense", "16", "16.00", f"{found['dense_perplexity']:.2f}", "0", ""]]
+    for row in found["rows"]:
+        numbers = [
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['kl_nats']:.4f}",
+            f"{row['seconds']:.1f}",
+        ]
+        rows.append([row["method"], str(row["bits"]), *numbers])
+    _table(("method", "bits", "bits per weight", "perplexity", "KL (nats)", "seconds"), rows)
+    _last_line(found)
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    """A table on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " x ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
 
 
 def _with_group_size(recipe: Any, group_size: str | None) -> Any:

@@ -21,7 +21,6 @@ CHOICES = {
     "order": get_args(Order),
     "scales_from": get_args(ScalesFrom),
     "target": ("drifted", "original"),
-    "tokens_count": ("alike", "relative"),
 }
 
 
@@ -38,10 +37,10 @@ class Recipe:
             them ("drifted", GPTQ), or that of the original model's inputs ("original", in the spirit of GPTAQ and
             Qronos), which costs one more forward pass a block.
         pull: with target "original", how far the weights are moved towards undoing the drift, 0 .. 1.
-        tokens_count: "alike", or "relative" to the size of the token's hidden state (`stream.layerwise.token_weights`).
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
         format: the file format by name; calibration: text sources ("builtin" is the embedded text).
-        samples, tokens: calibration windows and their length; seed: which windows.
+        samples, tokens: calibration windows and their length, None for 2048 or the model's positions if fewer; seed:
+            which windows.
     """
 
     method: Method = "gptq"
@@ -52,26 +51,26 @@ class Recipe:
     mirror: bool = True
     order: Order = "activation"
     scales_from: ScalesFrom = "original"
-    damping: float = 0.01
+    damping: float = 0.1
     refine: int = 3
-    target: Literal["drifted", "original"] = "drifted"
-    pull: float = 1.0
-    tokens_count: Literal["alike", "relative"] = "alike"
+    target: Literal["drifted", "original"] = "original"
+    pull: float = 0.25
     true_sequential: bool = False
     format: str = "compressed-tensors"
     calibration: tuple[str, ...] = ("builtin",)
     chat_template: bool = False
     samples: int = 128
-    tokens: int = 2048
+    tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RequestError(f"{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}.")
-        for name in ("samples", "tokens"):
-            if getattr(self, name) < (2 if name == "tokens" else 1):
-                raise RequestError(f"{name} must be {2 if name == 'tokens' else 1} or more, not {getattr(self, name)}.")
+        if self.samples < 1:
+            raise RequestError(f"samples must be 1 or more, not {self.samples}.")
+        if self.tokens is not None and self.tokens < 2:
+            raise RequestError(f"tokens must be 2 or more, not {self.tokens}.")
         if not 0 <= self.damping <= 10:
             raise RequestError(f"damping must lie between 0 and 10 (times the mean diagonal of H), not {self.damping}.")
         if self.refine < 0:
@@ -79,9 +78,7 @@ class Recipe:
         if not 0 <= self.pull <= 1:
             raise RequestError(f"pull must lie between 0 and 1, not {self.pull}.")
         if self.true_sequential and self.target == "original":
-            raise RequestError(
-                "target original compares with the whole original block: use it without true-sequential."
-            )
+            raise RequestError("true-sequential works towards the drifted outputs only: add --target drifted.")
         self.grid(torch.float16)
 
     def grid(self, scale_dtype: torch.dtype) -> Grid:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class HessianSum:
-    """The running sum of x x^T in float32, and of z x^T against a second stream where one is given.
+    """The running sum of x x^T in float32.
 
     On a GPU, bf16 and fp16 inputs go through the tensor cores as they are: their products are exact in float32.
     """
@@ -19,12 +19,10 @@ class HessianSum:
         self.sum_CC = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, inputs: Tensor, weight_T: Tensor | None = None) -> None:
-        """Adds the inputs of one batch, ... x C in any float dtype; `weight_T` weighs the tokens (None = alike)."""
+    def add(self, inputs: Tensor) -> None:
+        """Adds the inputs of one batch, ... x C in any float dtype."""
         x_TC = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x_TC.shape[0]
-        if weight_T is not None:
-            x_TC = x_TC * weight_T.sqrt().to(x_TC.dtype).unsqueeze(-1)
         _accumulate(self.sum_CC, x_TC, x_TC)
 
     def mean(self) -> Tensor:
@@ -39,12 +37,10 @@ class CrossSum:
         self.sum_RC = torch.zeros(rows, columns, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, difference: Tensor, inputs: Tensor, weight_T: Tensor | None = None) -> None:
-        """Adds one batch: ... x R differences and ... x C inputs, in one dtype; `weight_T` weighs the tokens."""
+    def add(self, difference: Tensor, inputs: Tensor) -> None:
+        """Adds one batch: ... x R differences and ... x C inputs, in one dtype."""
         x_TC = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x_TC.shape[0]
-        if weight_T is not None:
-            x_TC = x_TC * weight_T.to(x_TC.dtype).unsqueeze(-1)
         _accumulate(self.sum_RC, difference.reshape(-1, difference.shape[-1]), x_TC)
 
     def mean(self) -> Tensor:

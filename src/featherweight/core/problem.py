@@ -63,11 +63,18 @@ class LayerProblem:
         return self.hessian_CC.diagonal(dim1=-2, dim2=-1) == 0
 
     def damped(self, damping: float | None = None) -> Tensor:
-        """H with a diagonal of one for dead inputs, and `damping` x mean(diagonal) added to all of it."""
+        """H with `damping` x the mean diagonal of live inputs added, and a hundredth of that mean for dead inputs.
+
+        Dead inputs so weigh little in every search and sum, whatever the unit of H.
+        """
         hessian_CC = self.hessian_CC.clone()
         diagonal_C = hessian_CC.diagonal(dim1=-2, dim2=-1)
-        diagonal_C.add_(self.dead_C.to(diagonal_C.dtype))
-        diagonal_C.add_((self.damping if damping is None else damping) * diagonal_C.mean(-1, keepdim=True))
+        dead_C = self.dead_C.to(diagonal_C.dtype)
+        live = (diagonal_C.shape[-1] - dead_C.sum(-1, keepdim=True)).clamp(min=1)
+        mean = diagonal_C.sum(-1, keepdim=True) / live
+        mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+        diagonal_C.add_(0.01 * mean * dead_C)
+        diagonal_C.add_((self.damping if damping is None else damping) * mean)
         return hessian_CC
 
     def factor(self, order: Order = "activation") -> Factor:

@@ -98,7 +98,7 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
     )
     values_ECR = solution.values(weight_RC.dtype).transpose(1, 2).contiguous()
     delta_ECR = weight_ECR - values_ECR
-    codes_ECR = solution.codes_RC.transpose(1, 2).contiguous()
+    codes_ECR = solution.codes_RC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     width = weight_ECR.shape[1] // scale_EGR.shape[1]
     for start in range(0, weight_ECR.shape[1], SLAB):
         at = slice(start, min(start + SLAB, weight_ECR.shape[1]))

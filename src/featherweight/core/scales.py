@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core.rules import Grid
+from featherweight.core.serial import one_thread
 
 SHRINKS = 80  # candidates of the paper's search: the range times 1.00, 0.99, ... 0.21
 PAPER_POWER = 2.4  # and the power of the error it adds up
@@ -28,7 +29,8 @@ def fit(
     importance = torch.ones_like(weight_RGN[..., 0, :, :]) if importance_GN is None else importance_GN
     importance = importance.unsqueeze(-3)
     rows = max(1, CHUNK_ELEMENTS[weight_RGN.device.type] // weight_RGN[..., 0, :, :].numel())
-    parts = [_fit(grid, part, importance, lowest_zero) for part in weight_RGN.split(rows, -3)]
+    with one_thread(weight_RGN.device):
+        parts = [_fit(grid, part, importance, lowest_zero) for part in weight_RGN.split(rows, -3)]
     return torch.cat([scale for scale, _ in parts], -2), torch.cat([zero for _, zero in parts], -2)
 
 
@@ -123,9 +125,9 @@ def _symmetric_search(grid: Grid, weight_RGN: Tensor, importance: Tensor) -> tup
         scale = store(scale, grid.scale_dtype)
         best.offer(_weighted(grid, weight_RGN, importance, scale, zero), scale, zero)
 
-    for step in range(16):
+    for factor in (1.0, *(1.08 - 0.05 * step for step in range(16))):  # 1.0: weights on such a grid stay there
         for sign in signs:
-            offer(sign * extreme * (1.08 - 0.05 * step) / levels)
+            offer(sign * extreme * factor / levels)
     centre = best.scale.to(weight_RGN.dtype)
     for fine in (-0.025, -0.0125, 0.0125, 0.025):
         offer(centre + torch.copysign(fine * extreme / levels, fine * centre))
@@ -137,8 +139,8 @@ def _asymmetric_search(grid: Grid, weight_RGN: Tensor, importance: Tensor, lowes
     low, high = _range(weight_RGN, grid)
     full = (high - low) / grid.top
     best = _Best()
-    for step in range(16):
-        _offer_zeros(best, grid, weight_RGN, importance, full * (1.04 - 0.05 * step), low, high, lowest_zero)
+    for factor in (1.0, *(1.04 - 0.05 * step for step in range(16))):  # 1.0: weights on such a grid stay there
+        _offer_zeros(best, grid, weight_RGN, importance, full * factor, low, high, lowest_zero)
     centre = best.scale.to(weight_RGN.dtype)
     for fine in (-0.025, -0.0125, 0.0125, 0.025):
         _offer_zeros(best, grid, weight_RGN, importance, centre + fine * full, low, high, lowest_zero)

@@ -35,6 +35,7 @@ from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.layerwise import BlockView, layerwise
 
 Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
+TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward pass; measured, see docs/log.md
 
 
@@ -63,6 +64,7 @@ def compress(
     torch_device = pick_device(device)
     checkpoint = Checkpoint.open(resolve(model))
     tree = trees.build(checkpoint)
+    recipe = recipe.but(tokens=window_length(recipe, tree))
     job = _Job(tree, recipe, torch_device, Path(out), tell or (lambda done, total, what: None))
     job.check()
     folder = OutputFolder(Path(out), len(tree.blocks))
@@ -78,11 +80,21 @@ def compress(
     return Result(str(out), len(folder.rows), bits, folder.size_bytes(), seconds, peak_memory_bytes(torch_device))
 
 
+def window_length(recipe: Recipe, tree: ModelTree) -> int:
+    """The recipe's tokens in a window; left open, 2048 or what the model takes. RequestError if it takes fewer."""
+    longest = getattr(tree.model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
+    tokens = recipe.tokens or min(TOKENS, longest)
+    if tokens > longest:
+        raise RequestError(f"--tokens {tokens} is longer than the model's {longest} positions: use --tokens {longest}.")
+    return tokens
+
+
 def calibration_ids(path: Path, recipe: Recipe) -> Tensor | None:
     """The recipe's windows of token ids (int64, S x T), or None where it needs none."""
     if recipe.method == "rtn":
         return None
     tokenizer = load_tokenizer(path)
+    assert recipe.tokens is not None
     tokens_T = data.tokens(tokenizer, recipe.calibration, recipe.chat_template)
     return windows.calibration_windows(tokens_T, recipe.samples, recipe.tokens, recipe.seed, data.bos_of(tokenizer))
 
@@ -95,19 +107,13 @@ class _Job:
         self.format: Format = format_by_name(recipe.format)
         self.grid: Grid = recipe.grid(self.format.scale_dtype(tree.dtype))
         self.dtype = compute_dtype(tree.dtype, device)
-        self.batch = max(1, BATCH_TOKENS[device.type] // recipe.tokens)
+        self.batch = max(1, BATCH_TOKENS[device.type] // (recipe.tokens or TOKENS))
 
     def check(self) -> None:
         """Everything that can be refused before any work is done."""
         for block in self.tree.blocks:
             for matrix in block.matrices:
                 self.format.check(matrix.name, matrix.rows, matrix.columns, self.grid)
-        if self.recipe.tokens > (
-            longest := getattr(self.tree.model.config, "max_position_embeddings", None) or self.recipe.tokens
-        ):
-            raise RequestError(
-                f"--tokens {self.recipe.tokens} is longer than the model's {longest} positions: use --tokens {longest}."
-            )
 
     def manifest(self, ids_ST: Tensor | None) -> dict[str, Any]:
         """What the output's bytes follow from; `OutputFolder.begin` compares it on resuming."""

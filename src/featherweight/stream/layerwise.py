@@ -83,7 +83,7 @@ def layerwise(
         def collected(share: float, number: int = number, span: float = span) -> None:
             tick((number + 0.6 * share) * span)
 
-        sums = collect(view, stage, recipe.tokens_count == "relative", collected)
+        sums = collect(view, stage, collected)
         for group, (hessian, cross) in zip(stage, sums, strict=True):
             solved = solve_group(view, group, hessian, cross, rules, recipe, lowest_zero)
             solutions |= solved
@@ -117,14 +117,8 @@ def input_groups(view: BlockView) -> list[tuple[Matrix, ...]]:
     return [tuple(matrices) for _, matrices in seen]
 
 
-def collect(
-    view: BlockView, groups: list[tuple[Matrix, ...]], weigh: bool, tick: Tick
-) -> list[tuple[HessianSum, CrossSum | None]]:
-    """H of each group's inputs over all sequences, and what those have in common with their drift (where wanted).
-
-    Args:
-        weigh: count every token by `token_weights` instead of alike.
-    """
+def collect(view: BlockView, groups: list[tuple[Matrix, ...]], tick: Tick) -> list[tuple[HessianSum, CrossSum | None]]:
+    """H of each group's inputs over all sequences, and what those have in common with their drift (where wanted)."""
     assert view.inputs is not None
     device = view.inputs.device
     sums = {group[0].path: HessianSum(group[0].columns, device) for group in groups}
@@ -140,25 +134,13 @@ def collect(
             with _listening(view, leaders, lambda matrix, inputs: original.__setitem__(matrix.path, inputs)):
                 view.dense.states_STD[at] = view.run(view.dense.states_STD[at].to(device))
         with _listening(view, leaders, lambda matrix, inputs: heard.__setitem__(matrix.path, inputs)):
-            output_STD = view.run(hidden_STD)
-        weight_T = token_weights(output_STD) if weigh else None
+            view.run(hidden_STD)
         for path, inputs in heard.items():
-            sums[path].add(inputs, weight_T)
+            sums[path].add(inputs)
             if original:
-                crosses[path].add(original[path] - inputs, inputs, weight_T)
+                crosses[path].add(original[path] - inputs, inputs)
         tick(at.stop / sequences)
     return [(sums[group[0].path], crosses.get(group[0].path)) for group in groups]
-
-
-def token_weights(output_STD: Tensor) -> Tensor:
-    """How much each token counts: one over the mean square of the hidden state behind the block, scaled to mean one.
-
-    What follows normalises every token, so an error matters relative to the token's own size. Unweighted, the few
-    tokens with massive activations (attention sinks, a thousand times the rest) decide what H is like.
-    """
-    size_T = output_STD.float().square().mean(-1).flatten()
-    weight_T = (size_T + 1e-12).reciprocal()
-    return weight_T / weight_T.mean()
 
 
 def solve_group(
