@@ -22,8 +22,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from featherweight.core.solution import Solution
+from featherweight.linear import CompressedLinear
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
 from featherweight.stream.layerwise import BlockView
@@ -67,9 +71,9 @@ class Seen:
     """What the solver of one block was handed, and what it answered."""
 
     place: str
-    hidden_STD: torch.Tensor | None
-    dense_STD: torch.Tensor | None
-    weights: dict[str, torch.Tensor]
+    hidden_STD: Tensor | None
+    dense_STD: Tensor | None
+    weights: dict[str, Tensor]
     solutions: Mapping[str, Solution]
 
 
@@ -79,7 +83,7 @@ def watching() -> Iterator[list[Seen]]:
     seen: list[Seen] = []
     inner = pipeline.layerwise
 
-    def states(hidden: Any) -> torch.Tensor | None:
+    def states(hidden: Any) -> Tensor | None:
         return None if hidden is None else hidden.states_STD.clone()
 
     def solve(view: BlockView, *rest: Any) -> dict[str, Solution]:
@@ -93,6 +97,45 @@ def watching() -> Iterator[list[Seen]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "layerwise", solve)
         yield seen
+
+
+# --- models and their tensors
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    one, other = one.contiguous(), other.contiguous()
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
+    )
+
+
+def logits(model: Any, ids_ST: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids_ST, use_cache=False).logits
+    return found
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """R x C, whichever way the module keeps it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def put_weights(dense: Any, compressed: Any) -> int:
+    """Gives the dense model the values of the compressed one's matrices; returns how many."""
+    count = 0
+    for path, layer in compressed.named_modules():
+        if isinstance(layer, CompressedLinear):
+            weight_of(dense.get_submodule(path)).data.copy_(layer.weight)
+            count += 1
+    return count
 
 
 # --- the command line
@@ -113,7 +156,7 @@ class Ran:
 
     @property
     def error(self) -> str:
-        """The one sentence of a refusal: the last line of stderr, the only one that starts so, and nothing on stdout."""
+        """The one sentence of a refusal: the last line of stderr, the only one that starts so; stdout is empty."""
         lines = self.err.strip().splitlines()
         assert self.code == 2, (self.code, self.err)
         assert self.out == ""

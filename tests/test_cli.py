@@ -103,7 +103,7 @@ def test_every_option_reaches_the_recipe(source: Path, text: Path, monkeypatch: 
         "--format": ("gptq", "format", "gptq"), "--calibration": (text, "calibration", (str(text),)),
         "--samples": (7, "samples", 7), "--tokens": (9, "tokens", 9), "--search": ("mse", "search", "mse"),
         "--order": ("pivot", "order", "pivot"), "--damping": (0.5, "damping", 0.5), "--refine": (0, "refine", 0),
-        "--target": ("drifted", "target", "drifted"), "--seed": (5, "seed", 5),
+        "--target": ("drifted", "target", "drifted"), "--pull": (0.75, "pull", 0.75), "--seed": (5, "seed", 5),
         "--chat-template": (None, "chat_template", True), "--asymmetric": (None, "symmetric", False),
     }  # fmt: skip
     for name, shipped in RECIPES.items():
@@ -134,7 +134,8 @@ def test_every_shipped_recipe_runs(name: str, source: Path, text: Path, tmp_path
 
 def test_a_recipe_of_ones_own(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
-        "from featherweight.recipe import Recipe\n\ndef small():\n    return Recipe(method='rtn', bits=2, group_size=32)\n"
+        "from featherweight.recipe import Recipe\n\n"
+        "def small():\n    return Recipe(method='rtn', bits=2, group_size=32)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert featherweight("compress", source, tmp_path / "out", "--recipe", "mine:small").code == 0

@@ -21,9 +21,9 @@ METHODS = ("rtn", "gptq")
 
 
 def recipe(method: str, bits: int) -> Recipe:
-    """Groups of 64; plain rounding on the min-max grid against the default method; asymmetric below four bits."""
+    """Symmetric groups of 128; plain rounding on the min-max grid against the default method."""
     base = by_name("papers.rtn" if method == "rtn" else "default")
-    return base.but(bits=bits, group_size=64, symmetric=bits == 4, samples=64, tokens=CONTEXT)
+    return base.but(bits=bits, group_size=128, samples=64, tokens=CONTEXT)
 
 
 def run(device: str = "auto", tell: Tell | None = None) -> dict[str, Any]:

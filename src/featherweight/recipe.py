@@ -52,7 +52,7 @@ class Recipe:
     order: Order = "activation"
     scales_from: ScalesFrom = "original"
     damping: float = 0.1
-    refine: int = 3
+    refine: int = 1
     target: Literal["drifted", "original"] = "original"
     pull: float = 0.25
     true_sequential: bool = False

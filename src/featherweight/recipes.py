@@ -10,7 +10,7 @@ from featherweight.recipe import Recipe
 
 def default() -> Recipe:
     """GPTQ towards the original model's outputs, with scales searched by their price, ten times the usual damping and
-    three rounds of descent: what `compress` does unless told otherwise."""
+    a round of descent: what `compress` does unless told otherwise."""
     return Recipe()
 
 

@@ -5,6 +5,9 @@ Shapes: C inputs, T tokens (all leading axes of a batch are tokens).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -48,8 +51,23 @@ class CrossSum:
 
 
 def _accumulate(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:
-    """sum += a^T b with float32 accumulation, without a float32 copy of the inputs where the device can do without."""
-    if a_TA.is_cuda and a_TA.dtype in (torch.bfloat16, torch.float16):
+    """sum += a^T b with float32 accumulation; bf16 and fp16 products are exact in it, so nothing is lost to them."""
+    half = a_TA.dtype in (torch.bfloat16, torch.float16)
+    if a_TA.is_cuda and half:
         sum_AB += torch.mm(a_TA.T, b_TB, out_dtype=torch.float32)
-    else:
+        return
+    with _bf16_products(a_TA.dtype == torch.bfloat16 and not a_TA.is_cuda):
         sum_AB.addmm_(a_TA.T.float(), b_TB.float())
+
+
+@contextmanager
+def _bf16_products(exact: bool) -> Iterator[None]:
+    """Lets a CPU multiply float32 as bf16 (twice as fast with AMX), which is exact where the values are bf16."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if exact:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -26,7 +26,10 @@ CHUNK_ELEMENTS = 1 << 25  # of the largest temporary in `refit_scales`
 
 def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Solution:
     """Alternates `refit_scales` and `descend`; no row's tr(D H D^T), for H damped as in `solution`, ever rises."""
+    if not rounds:
+        return solution
     hessian_CC = problem.damped(solution.damping)
+    solution = replace(solution, loss_R=row_loss(problem.weight_RC, hessian_CC, solution))
     for _ in range(rounds):
         solution = descend(problem.weight_RC, hessian_CC, refit_scales(problem.weight_RC, hessian_CC, solution))
     return refit_scales(problem.weight_RC, hessian_CC, solution)
@@ -39,8 +42,8 @@ def row_loss(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tenso
 
 
 def keep_better(weight_RC: Tensor, hessian_CC: Tensor, old: Solution, new: Solution) -> Solution:
-    """Row by row, the solution with the smaller loss; `old` where they tie."""
-    old_R, new_R = row_loss(weight_RC, hessian_CC, old), row_loss(weight_RC, hessian_CC, new)
+    """Row by row, the solution with the smaller loss; `old`, whose loss_R must be for this H, where they tie."""
+    old_R, new_R = old.loss_R.to(weight_RC.dtype), row_loss(weight_RC, hessian_CC, new)
     take_R1 = (new_R < old_R).unsqueeze(-1)
     return replace(
         old,

@@ -125,7 +125,10 @@ def _symmetric_search(grid: Grid, weight_RGN: Tensor, importance: Tensor) -> tup
         scale = store(scale, grid.scale_dtype)
         best.offer(_weighted(grid, weight_RGN, importance, scale, zero), scale, zero)
 
-    for factor in (1.0, *(1.08 - 0.05 * step for step in range(16))):  # 1.0: weights on such a grid stay there
+    for factor in (
+        1.0,
+        *(1.08 - 0.05 * step for step in range(_steps(grid))),
+    ):  # 1.0: weights on such a grid stay there
         for sign in signs:
             offer(sign * extreme * factor / levels)
     centre = best.scale.to(weight_RGN.dtype)
@@ -139,12 +142,20 @@ def _asymmetric_search(grid: Grid, weight_RGN: Tensor, importance: Tensor, lowes
     low, high = _range(weight_RGN, grid)
     full = (high - low) / grid.top
     best = _Best()
-    for factor in (1.0, *(1.04 - 0.05 * step for step in range(16))):  # 1.0: weights on such a grid stay there
+    for factor in (
+        1.0,
+        *(1.04 - 0.05 * step for step in range(_steps(grid))),
+    ):  # 1.0: weights on such a grid stay there
         _offer_zeros(best, grid, weight_RGN, importance, full * factor, low, high, lowest_zero)
     centre = best.scale.to(weight_RGN.dtype)
     for fine in (-0.025, -0.0125, 0.0125, 0.025):
         _offer_zeros(best, grid, weight_RGN, importance, centre + fine * full, low, high, lowest_zero)
     return best.scale, best.zero
+
+
+def _steps(grid: Grid) -> int:
+    """How far down the ladder goes: clipping more than 40 % never pays at four bits, nor more than 70 % at two."""
+    return {2: 16, 3: 13}.get(grid.stored_bits, 10)
 
 
 def _offer_zeros(
