@@ -1,6 +1,6 @@
 # Two commands for a newcomer: `make demo` and `make test`. Each builds .venv on its first use.
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

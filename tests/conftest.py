@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--models", type=Path, default=None, help="folder of real checkpoints (else their tests skip)")
+
+
+def pytest_configure() -> None:
+    """One torch thread a process: tiny models gain nothing from two, and the suite runs in two processes."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
