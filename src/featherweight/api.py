@@ -15,6 +15,7 @@ from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import sweep
+from featherweight.errors import RequestError
 from featherweight.evaluate import bits_per_weight
 from featherweight.evaluate import evaluate as evaluate_model
 from featherweight.linear import CompressedLinear
@@ -87,6 +88,8 @@ def evaluate(
     JSON line: model, perplexity, tokens, context, bits_per_weight, kl_nats (mean KL(dense || model) a prediction),
     top1_agreement, and bos (the id in front of windows, or None).
     """
+    if limit is not None and limit < 1:
+        raise RequestError(f"{limit} windows were asked for and at least 1 is needed: raise --windows.")
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     bos = data.bos_of(tokenizer)

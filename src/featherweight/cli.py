@@ -58,7 +58,7 @@ def compress(
     from featherweight import api
 
     chosen = recipes.by_name(recipe).but(
-        bits=None if bits is None else int(bits) if bits == int(bits) else bits,
+        bits=None if bits is None else int(bits) if bits.is_integer() else bits,
         symmetric=None if asymmetric is None else not asymmetric,
         calibration=tuple(calibration) if calibration else None,
         method=method,
@@ -184,7 +184,7 @@ def _with_group_size(recipe: Any, group_size: str | None) -> Any:
 
     if group_size == "row":
         return replace(recipe, group_size=None)
-    if not group_size.isdigit():
+    if not (group_size.isascii() and group_size.isdigit()):
         raise RequestError(f"group size must be a number or 'row', not {group_size!r}.")
     return replace(recipe, group_size=int(group_size))
 

@@ -77,6 +77,12 @@ class Recipe:
             raise RequestError(f"refine must be 0 rounds or more, not {self.refine}.")
         if not 0 <= self.pull <= 1:
             raise RequestError(f"pull must lie between 0 and 1, not {self.pull}.")
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed must lie between 0 and 2^63 - 1, not {self.seed}.")
+        if self.scales_from == "updated" and self.order != "natural":
+            raise RequestError(
+                f"scales from updated weights need the natural order, not {self.order}: use --order natural."
+            )
         if self.true_sequential and self.target == "original":
             raise RequestError("true-sequential works towards the drifted outputs only: add --target drifted.")
         self.grid(torch.float16)

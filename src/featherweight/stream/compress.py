@@ -70,6 +70,7 @@ def compress(
     folder = OutputFolder(Path(out), len(tree.blocks))
     with folder.locked():
         ids_ST = calibration_ids(checkpoint.path, recipe)
+        job.check_ids(ids_ST)
         folder.begin(job.manifest(ids_ST))
         if not folder.done:
             with torch.no_grad():
@@ -114,6 +115,15 @@ class _Job:
         for block in self.tree.blocks:
             for matrix in block.matrices:
                 self.format.check(matrix.name, matrix.rows, matrix.columns, self.grid)
+
+    def check_ids(self, ids_ST: Tensor | None) -> None:
+        """Token ids the embedding does not have mean that the tokenizer is another model's."""
+        known = self.tree.model.get_input_embeddings().weight.shape[0]
+        if ids_ST is not None and int(ids_ST.max()) >= known:
+            raise RequestError(
+                f"the tokenizer gives token {int(ids_ST.max())} and the model knows 0 to {known - 1}: "
+                "use the model's own tokenizer."
+            )
 
     def manifest(self, ids_ST: Tensor | None) -> dict[str, Any]:
         """What the output's bytes follow from; `OutputFolder.begin` compares it on resuming."""
@@ -222,7 +232,7 @@ class _Job:
         quantization = self.format.config(self.grid, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
         extra = {"quantize_config.json": quantization} if self.recipe.format.startswith("gptq") else {}
         config = {**self.tree.checkpoint.config, "quantization_config": quantization}
-        folder.finish(config, extra, self.tree.checkpoint.side_files())
+        folder.finish(config, extra, self.tree.checkpoint.path, self.tree.checkpoint.side_files())
 
 
 class _States:
@@ -237,10 +247,10 @@ class _States:
         ids = ids_ST
         width = runner.embed(ids[:1]).shape[-1]
         shape = (ids.shape[0], ids.shape[1], width)
-        self.hidden = HiddenStates(shape, job.dtype, job.device, job.out / ".hidden.scratch")
+        self.hidden = HiddenStates(shape, job.dtype, job.device, job.out / "hidden.scratch")
         self.hidden.fill(job.batch, lambda at: runner.embed(ids[at]), lambda done: None)
         if job.recipe.target == "original":
-            self.dense = HiddenStates(shape, job.dtype, job.device, job.out / ".dense.scratch")
+            self.dense = HiddenStates(shape, job.dtype, job.device, job.out / "dense.scratch")
             self.dense.states_STD.copy_(self.hidden.states_STD)
         runner.release()
 

@@ -22,6 +22,7 @@ from featherweight.errors import FallbackWarning, RequestError
 
 MANIFEST, JOURNAL, LOCK = "featherweight.json", "journal.jsonl", ".featherweight.lock"
 INDEX = "model.safetensors.index.json"
+LEFTOVERS = ("*.part", "*.scratch", ".tmp*")  # of a run that was killed
 
 
 class OutputFolder:
@@ -55,6 +56,9 @@ class OutputFolder:
     def begin(self, manifest: dict[str, Any]) -> None:
         """Starts the folder, or checks that what is there was begun with the same request and picks up its journal."""
         path = self.path / MANIFEST
+        for pattern in LEFTOVERS:
+            for left in self.path.glob(pattern):
+                left.unlink()
         if path.exists():
             _compare(path, json.loads(path.read_text()), manifest)
             self._read_journal()
@@ -86,6 +90,7 @@ class OutputFolder:
         need = sum(tensor.nbytes for tensor in tensors.values())
         with self._saving(part, need):
             save_file(tensors, part, metadata={"format": "pt"})
+            shutil.copymode(self.path / MANIFEST, part)  # it comes for the owner alone
             _sync(part)
         lines_before = len(self.rows)
         try:
@@ -94,14 +99,12 @@ class OutputFolder:
             part.unlink(missing_ok=True)
             raise
         new = "".join(json.dumps(row) + "\n" for row in self.rows[lines_before:])
-        with (
-            self._saving(self.path / JOURNAL, len(new), keep=True),
-            open(self.path / JOURNAL, "a", encoding="utf-8") as journal,
-        ):
-            journal.write(new)
-            journal.flush()
-            os.fsync(journal.fileno())
-        part.rename(self.shard(index))
+        with self._saving(part, len(new)):
+            with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
+                journal.write(new)
+                journal.flush()
+                os.fsync(journal.fileno())
+            part.rename(self.shard(index))
 
     def write_text(self, name: str, text: str) -> None:
         """A small file, whole or not at all."""
@@ -111,8 +114,10 @@ class OutputFolder:
             _sync(part)
         part.rename(self.path / name)
 
-    def finish(self, config: dict[str, Any], extra: dict[str, dict[str, Any]], side_files: list[Path]) -> None:
-        """Index, side files (tokenizer, templates), `extra` JSON files by name, and config.json last."""
+    def finish(
+        self, config: dict[str, Any], extra: dict[str, dict[str, Any]], source: Path, side_files: list[Path]
+    ) -> None:
+        """Index, side files of the folder `source` (tokenizer, templates), `extra` JSON files, and config.json last."""
         from safetensors import safe_open
 
         weight_map: dict[str, str] = {}
@@ -123,9 +128,11 @@ class OutputFolder:
             total_bytes += self.shard(index).stat().st_size
         index_text = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_text(INDEX, json.dumps(index_text, indent=1) + "\n")
-        for source in side_files:
-            with self._saving(self.path / source.name, source.stat().st_size):
-                shutil.copyfile(source, self.path / source.name)
+        for side_file in side_files:
+            target = self.path / side_file.relative_to(source)
+            with self._saving(target, side_file.stat().st_size):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(side_file, target)
         for name, value in {**extra, "config.json": config}.items():
             self.write_text(name, json.dumps(value, indent=2) + "\n")
 
@@ -148,15 +155,14 @@ class OutputFolder:
         self.write_text(JOURNAL, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     @contextmanager
-    def _saving(self, path: Path, need_bytes: int, keep: bool = False) -> Iterator[None]:
+    def _saving(self, path: Path, need_bytes: int) -> Iterator[None]:
         """Turns a full disk into one sentence and takes the half-written file away."""
         from safetensors import SafetensorError
 
         try:
             yield
         except (OSError, SafetensorError) as error:
-            if not keep:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(
                 error
             )

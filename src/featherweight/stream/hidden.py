@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from featherweight.errors import RequestError
+
 SHARE = 0.4  # of the free memory that hidden states may take before they move one place further out
 
 
@@ -30,7 +32,14 @@ class HiddenStates:
         else:
             self.place, self.scratch = "disk", scratch
             elements = shape[0] * shape[1] * shape[2]
-            self.states_STD = torch.from_file(str(scratch), shared=True, size=elements, dtype=dtype).view(shape)
+            try:
+                self.states_STD = torch.from_file(str(scratch), shared=True, size=elements, dtype=dtype).view(shape)
+            except RuntimeError as error:
+                scratch.unlink(missing_ok=True)
+                raise RequestError(
+                    f"{scratch.name} could not be written: the disk is full ({size_bytes:,} bytes of hidden states are "
+                    "needed beside the output); make room and repeat the command, finished blocks are kept."
+                ) from error
 
     def batches(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of `size` sequences with their states on the device."""

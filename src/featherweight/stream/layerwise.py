@@ -130,15 +130,18 @@ def collect(view: BlockView, groups: list[tuple[Matrix, ...]], tick: Tick) -> li
     leaders = [group[0] for group in groups]
     sequences = view.inputs.states_STD.shape[0]
     for at, hidden_STD in view.inputs.batches(view.batch):
+        dense_STD = None
         if view.dense is not None:
             with _listening(view, leaders, lambda matrix, inputs: original.__setitem__(matrix.path, inputs)):
-                view.dense.states_STD[at] = view.run(view.dense.states_STD[at].to(device))
+                dense_STD = view.run(view.dense.states_STD[at].to(device))
         with _listening(view, leaders, lambda matrix, inputs: heard.__setitem__(matrix.path, inputs)):
             view.run(hidden_STD)
         for path, inputs in heard.items():
             sums[path].add(inputs)
             if original:
                 crosses[path].add(original[path] - inputs, inputs)
+        if view.dense is not None and dense_STD is not None:  # only now: what was heard may be a view of the states
+            view.dense.states_STD[at] = dense_STD
         tick(at.stop / sequences)
     return [(sums[group[0].path], crosses.get(group[0].path)) for group in groups]
 
