@@ -23,7 +23,7 @@ METHODS = ("rtn", "gptq")
 def recipe(method: str, bits: int) -> Recipe:
     """Symmetric groups of 128; plain rounding on the min-max grid against the default method."""
     base = by_name("papers.rtn" if method == "rtn" else "default")
-    return base.but(bits=bits, group_size=128, samples=64, tokens=CONTEXT)
+    return base.but(bits=bits, group_size=128, samples=32, tokens=CONTEXT)
 
 
 def run(device: str = "auto", tell: Tell | None = None) -> dict[str, Any]:
