@@ -318,6 +318,21 @@ def test_solve_one_layer() -> None:
 # --- memory
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_is_this_process_s_own() -> None:
+    """Whatever started it: a notebook, a server, a test run."""
+    code = (
+        "import torch; from featherweight.stream.device import peak_memory_bytes; "
+        "print(peak_memory_bytes(torch.device('cpu')), open('/proc/self/status').read())"
+    )
+    ballast = bytearray(1 << 30)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    del ballast
+    peak, _, status = ran.stdout.partition(" ")
+    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert int(peak) == pytest.approx(own * 1024, rel=0.05)
+
+
 def peak_of(blocks: int, folder: Path, text: Path) -> int:
     """Peak memory of `compress` in a process of its own, on a model of so many blocks, 13 MB each in float32."""
     source = add_tokenizer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +228,14 @@ def assert_loads_same_count(out: Path, matrices: int) -> None:
 
 
 # --- where hidden states live, and how they are batched
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot set room aside")
+def test_hidden_states_on_disk_have_their_room_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden_states, "free_memory_bytes", lambda: 0)
+    states = hidden_states.HiddenStates((64, 64, 64), torch.float32, CPU, tmp_path / "scratch")
+    assert (tmp_path / "scratch").stat().st_blocks * 512 >= 64**3 * 4
+    states.close()
 
 
 @pytest.mark.parametrize("target", ["drifted", "original"])

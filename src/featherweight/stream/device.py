@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -37,9 +39,20 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: by torch on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if found := re.search(r"^VmHWM:\s*(\d+) kB", _status(), re.MULTILINE):
+        return int(found[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows has no such figure in the standard library
         return 0
+    # On Linux this counts what the parent held when it started us, hence VmHWM first.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status() -> str:
+    """What Linux says of this process; empty elsewhere."""
+    try:
+        return Path("/proc/self/status").read_text()
+    except OSError:
+        return ""

@@ -5,6 +5,7 @@ Shapes: S sequences, T tokens, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,8 +34,9 @@ class HiddenStates:
             self.place, self.scratch = "disk", scratch
             elements = shape[0] * shape[1] * shape[2]
             try:
+                _reserve(scratch, size_bytes)
                 self.states_STD = torch.from_file(str(scratch), shared=True, size=elements, dtype=dtype).view(shape)
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
                 scratch.unlink(missing_ok=True)
                 raise RequestError(
                     f"{scratch.name} could not be written: the disk is full ({size_bytes:,} bytes of hidden states are "
@@ -59,6 +61,13 @@ class HiddenStates:
         self.states_STD = torch.empty(0)
         if self.scratch is not None:
             self.scratch.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size_bytes: int) -> None:
+    """Room on disk before it is mapped: on a full disk, writing to a map kills the process (SIGBUS)."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
 
 
 def free_memory_bytes() -> int:
