@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny import add_tokenizer, make, write_text
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--models", type=Path, default=None, help="folder of real checkpoints (else their tests skip)")
@@ -24,3 +26,15 @@ def models_folder(request: pytest.FixtureRequest) -> Path:
     if folder is None or not folder.is_dir():
         pytest.skip("no folder of real checkpoints: give one with --models DIR")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some calibration text."""
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a matrix of 256 inputs, which are more than one slab."""
+    return add_tokenizer(make("llama", tmp_path_factory.mktemp("llama"), intermediate_size=256))

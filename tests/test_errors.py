@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runs import LOCK, Ran, featherweight, model_files, processes, recipe, shards
-from tiny import MOE_FAMILIES, add_tokenizer, make, write_text
+from tiny import MOE_FAMILIES, add_tokenizer, make
 
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +33,9 @@ from runs import (
     tensors_of,
     watching,
 )
-from tiny import add_tokenizer, make, token_ids, write_text
+from tiny import add_tokenizer, make, token_ids
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a matrix of 256 inputs, which are more than one slab."""
-    return add_tokenizer(make("llama", tmp_path_factory.mktemp("llama"), intermediate_size=256))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def compress(
     return stream_compress(model, out, recipe or Recipe(), device, tell)
 
 
-def solve(problem: LayerProblem, grid: Grid, rounds: int = 3) -> Solution:
+def solve(problem: LayerProblem, grid: Grid, rounds: int = Recipe.refine) -> Solution:
     """One layer by the default method: the sweep in activation order, then `rounds` of descent."""
     return refine(problem, sweep(problem, grid), rounds)
 

@@ -95,10 +95,6 @@ class Recipe:
         """Plain JSON values."""
         return {**asdict(self), "calibration": list(self.calibration)}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        return cls(**{**values, "calibration": tuple(values["calibration"])})
-
     def digest(self) -> str:
         """Twelve hex digits that name this recipe."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]

@@ -36,7 +36,7 @@ from featherweight.stream.layerwise import BlockView, layerwise
 
 Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
 TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward pass; measured, see docs/log.md
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward pass; to be tuned
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class _States:
         width = runner.embed(ids[:1]).shape[-1]
         shape = (ids.shape[0], ids.shape[1], width)
         self.hidden = HiddenStates(shape, job.dtype, job.device, job.out / "hidden.scratch")
-        self.hidden.fill(job.batch, lambda at: runner.embed(ids[at]), lambda done: None)
+        self.hidden.fill(job.batch, lambda at: runner.embed(ids[at]))
         if job.recipe.target == "original":
             self.dense = HiddenStates(shape, job.dtype, job.device, job.out / "dense.scratch")
             self.dense.states_STD.copy_(self.hidden.states_STD)

@@ -49,12 +49,11 @@ class HiddenStates:
             at = slice(start, min(start + size, self.states_STD.shape[0]))
             yield at, self.states_STD[at].to(self.device, non_blocking=True)
 
-    def fill(self, size: int, make: Callable[[slice], Tensor], tick: Callable[[int], None]) -> None:
-        """Writes make(slice) for every batch; `tick` hears how many sequences are done."""
+    def fill(self, size: int, make: Callable[[slice], Tensor]) -> None:
+        """Writes make(slice) for every batch of `size` sequences."""
         for start in range(0, self.states_STD.shape[0], size):
             at = slice(start, min(start + size, self.states_STD.shape[0]))
             self.states_STD[at] = make(at).to(self.states_STD.dtype)
-            tick(at.stop)
 
     def close(self) -> None:
         """Removes the scratch file, if there is one."""
