@@ -51,6 +51,15 @@ def assert_same(one: Solution, other: Solution, rtol: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_a_factor_solves(order: Order) -> None:
+    """rows inv(H) in the layer's own column order, stacked layers too."""
+    problem = layer(columns=64, seed=3)
+    rows_RC = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected_RC = torch.linalg.solve(problem.damped(), rows_RC.T).T
+    torch.testing.assert_close(problem.factor(order).solve(rows_RC), expected_RC, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("group_size", [32, 128, None])
 @pytest.mark.parametrize("bits, symmetric", [(1.58, True), (2, False), (3, False), (4, True)])
 def test_sweep_is_elimination(bits: float, symmetric: bool, group_size: int | None, order: Order) -> None:

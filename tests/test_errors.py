@@ -247,7 +247,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path, out: Path, text: Path) -> 
         (("--scales-from", "above"), "scales_from must be original or updated, not 'above'"),
         (("--scales-from", "updated"), "use --order natural"),
         (("--target", "moon"), "target must be drifted or original, not 'moon'"),
-        (("--target", "original", "--true-sequential"), "true-sequential"),
+        (("--sink-share", 1), "sink_share must be at least 0 and less than 1, not 1.0"),
         (("--damping", -1), "damping must lie between 0 and 10"),
         (("--damping", "nan"), "not nan"),
         (("--refine", -1), "refine must be 0 rounds or more, not -1"),

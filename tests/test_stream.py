@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from featherweight import api
-from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedLinear
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.load import load_dense
 from featherweight.models.tree import build
 from featherweight.stream import compress as pipeline
-from featherweight.stream import layerwise as solver
 from runs import (
     Seen,
     journal,
@@ -198,93 +196,3 @@ def test_blocks_see_what_the_stored_blocks_before_them_make(
         assert (block.dense_STD is None) == (target == "drifted")
         if block.dense_STD is not None:
             torch.testing.assert_close(block.dense_STD, dense_STD, rtol=1e-4, atol=1e-4)
-
-
-def linear_inputs(model: Any, path: str, ids_ST: Tensor) -> Tensor:
-    """What goes into one matrix, T x C."""
-    heard: list[Tensor] = []
-    hook = model.get_submodule(path).register_forward_pre_hook(lambda _module, args: heard.append(args[0]))
-    logits(model, ids_ST)
-    hook.remove()
-    return heard[0].flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Handed:
-    """What a group of matrices with one input was solved with."""
-
-    names: tuple[str, ...]
-    hessian_CC: Tensor
-    cross_CC: Tensor | None
-
-
-@pytest.fixture
-def handed(monkeypatch: pytest.MonkeyPatch) -> list[Handed]:
-    """Every group solved in the test, in order."""
-    found: list[Handed] = []
-    solve = solver.solve_group
-
-    def noting(view: Any, group: Any, hessian: Any, cross: Any, *rest: Any) -> dict[str, Solution]:
-        names = tuple(matrix.name for matrix in group)
-        found.append(Handed(names, hessian.mean().clone(), None if cross is None else cross.mean().clone()))
-        return solve(view, group, hessian, cross, *rest)
-
-    monkeypatch.setattr(solver, "solve_group", noting)
-    return found
-
-
-def inputs_of(model: Any, paths: list[str], ids_ST: Tensor) -> dict[str, Tensor]:
-    """What goes into each of these matrices, T x C."""
-    heard: dict[str, Tensor] = {}
-    for path in paths:
-        module = model.get_submodule(path)
-        module.register_forward_pre_hook(
-            lambda _m, args, path=path: heard.__setitem__(path, args[0].reshape(-1, args[0].shape[-1]))
-        )
-    logits(model, ids_ST)
-    return heard
-
-
-# olmo2 and opt-projected have no norm in front of q, k and v: these see the hidden states themselves.
-@pytest.mark.parametrize("changes", [{}, {"true_sequential": True}, {"target": "original"}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "opt-projected", "falcon-new"])
-def test_sums_are_those_of_the_inputs(
-    family: str, changes: dict[str, Any], tmp_path: Path, text: Path, handed: list[Handed]
-) -> None:
-    """H of the last block's matrices: the blocks before it are compressed, its own matrices original (or, sequentially,
-    compressed as far as they run before). The cross sum: how the inputs differ from the original model's."""
-    source = add_tokenizer(make(family, tmp_path / "source"))
-    chosen = recipe(text, **changes)
-    api.compress(source, tmp_path / "out", chosen)
-    ids_ST = pipeline.calibration_ids(source, chosen)
-    assert ids_ST is not None
-    tree = build(Checkpoint.open(source))
-    last = tree.blocks[-1]
-    drifted = load_dense(source, CPU, torch.float32)
-    for name, layer in api.load(tmp_path / "out", "cpu", torch.float32, kernel="dense").named_modules():
-        if isinstance(layer, CompressedLinear) and (chosen.true_sequential or not name.startswith(last.module)):
-            weight_of(drifted.get_submodule(name)).data.copy_(layer.weight)
-    paths = {matrix.name: f"{last.module}.{matrix.path}" for matrix in last.matrices}
-    now = inputs_of(drifted, list(paths.values()), ids_ST)
-    before = inputs_of(load_dense(source, CPU, torch.float32), list(paths.values()), ids_ST)
-    sums = {name: group for group in handed for name in group.names if name in paths}
-    assert sums.keys() == paths.keys()
-    for name, path in paths.items():
-        x_TC, tokens = now[path], ids_ST.numel()
-        close(sums[name].hessian_CC, x_TC.T @ x_TC / tokens)
-        cross_CC = sums[name].cross_CC
-        assert (cross_CC is None) == (chosen.target == "drifted")
-        if cross_CC is not None:
-            close(cross_CC, (before[path] - x_TC).T @ x_TC / tokens)
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).norm() < 1e-3 * expected.norm()
-
-
-def test_matrices_with_one_input_are_solved_together(
-    llama: Path, tmp_path: Path, text: Path, handed: list[Handed]
-) -> None:
-    api.compress(llama, tmp_path / "out", recipe(text))
-    inner = [{name.rpartition(".")[2] for name in group.names} for group in handed]
-    assert inner == 2 * [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]

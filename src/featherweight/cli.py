@@ -48,6 +48,9 @@ def compress(
     refine: Annotated[int | None, typer.Option(help="Rounds of descent after the sweep.")] = None,
     target: Annotated[str | None, typer.Option(help="Match outputs on drifted or original inputs.")] = None,
     pull: Annotated[float | None, typer.Option(help="With target original: the share of the drift to undo.")] = None,
+    sink_share: Annotated[
+        float | None, typer.Option(help="The first tokens' least share of what attention reads.")
+    ] = None,
     true_sequential: Annotated[
         bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
     ] = None,
@@ -73,6 +76,7 @@ def compress(
         refine=refine,
         target=target,
         pull=pull,
+        sink_share=sink_share,
         true_sequential=true_sequential,
         seed=seed,
     )

@@ -34,9 +34,11 @@ class Recipe:
         symmetric: no zero points; search, order, scales_from, damping: see `Grid`, `LayerProblem` and `sweep`.
         refine: rounds of descent after the sweep (`core.refine`), 0 for none.
         target: whose output each matrix is to match: that of its own inputs as the compressed blocks before it make
-            them ("drifted", GPTQ), or that of the original model's inputs ("original", in the spirit of GPTAQ and
-            Qronos), which costs one more forward pass a block.
+            them ("drifted", GPTQ), or that of the original model ("original", in the spirit of GPTAQ and Qronos), the
+            residual stream included, with each block's last matrix solved after the others: two more forward passes.
         pull: with target "original", how far the weights are moved towards undoing the drift, 0 .. 1.
+        sink_share: the least share of H's trace that the windows' first tokens hold in what attention reads: every
+            token attends to them, so an error there is an error everywhere; 0 counts them like any other.
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
         format: the file format by name; calibration: text sources ("builtin" is the embedded text).
         samples, tokens: calibration windows and their length, None for 2048 or the model's positions if fewer; seed:
@@ -54,7 +56,8 @@ class Recipe:
     damping: float = 0.1
     refine: int = 1
     target: Literal["drifted", "original"] = "original"
-    pull: float = 0.25
+    pull: float = 0.5
+    sink_share: float = 0.05
     true_sequential: bool = False
     format: str = "compressed-tensors"
     calibration: tuple[str, ...] = ("builtin",)
@@ -77,14 +80,14 @@ class Recipe:
             raise RequestError(f"refine must be 0 rounds or more, not {self.refine}.")
         if not 0 <= self.pull <= 1:
             raise RequestError(f"pull must lie between 0 and 1, not {self.pull}.")
+        if not 0 <= self.sink_share < 1:
+            raise RequestError(f"sink_share must be at least 0 and less than 1, not {self.sink_share}.")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"seed must lie between 0 and 2^63 - 1, not {self.seed}.")
         if self.scales_from == "updated" and self.order != "natural":
             raise RequestError(
                 f"scales from updated weights need the natural order, not {self.order}: use --order natural."
             )
-        if self.true_sequential and self.target == "original":
-            raise RequestError("true-sequential works towards the drifted outputs only: add --target drifted.")
         self.grid(torch.float16)
 
     def grid(self, scale_dtype: torch.dtype) -> Grid:

@@ -9,8 +9,8 @@ from featherweight.recipe import Recipe
 
 
 def default() -> Recipe:
-    """GPTQ towards the original model's outputs, with scales searched by their price, ten times the usual damping and
-    a round of descent: what `compress` does unless told otherwise."""
+    """GPTQ towards the original model's outputs and residual stream, with scales searched by their price, ten times the
+    usual damping, attention's sinks weighed up and a round of descent: what `compress` does unless told otherwise."""
     return Recipe()
 
 
@@ -31,7 +31,7 @@ def papers_rtn() -> Recipe:
 
 def papers_gptq() -> Recipe:
     """GPTQ as published: min-max grid, activation order with static groups, 1 % damping, nothing after the sweep."""
-    return Recipe(search="minmax", mirror=False, refine=0, damping=0.01, target="drifted")
+    return Recipe(search="minmax", mirror=False, refine=0, damping=0.01, target="drifted", sink_share=0.0)
 
 
 def papers_gptq_mse() -> Recipe:

@@ -26,6 +26,12 @@ class Factor:
     order_C: Tensor
     damping: float
 
+    def solve(self, rows_RC: Tensor) -> Tensor:
+        """rows inv(H damped), for rows in the layer's own column order."""
+        order_RC = self.order_C.unsqueeze(-2).expand_as(rows_RC)
+        permuted_RC = rows_RC.gather(-1, order_RC) @ self.upper_CC.mT @ self.upper_CC
+        return torch.empty_like(permuted_RC).scatter_(-1, order_RC, permuted_RC)
+
 
 @dataclass(frozen=True)
 class LayerProblem:

@@ -32,7 +32,8 @@ from featherweight.recipe import Recipe
 from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.hidden import HiddenStates
-from featherweight.stream.layerwise import BlockView, layerwise
+from featherweight.stream.inputs import BlockView
+from featherweight.stream.layerwise import layerwise
 
 Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
 TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer

@@ -1,0 +1,266 @@
+"""What the matrices of one block see: which are fed the same tensor, where they write, and the sums over all tokens.
+
+Shapes: S sequences, T tokens, D width, R outputs, C inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.core.hessian import CrossSum, HessianSum
+from featherweight.errors import FeatherweightError
+from featherweight.models.tree import Matrix
+from featherweight.recipe import Recipe
+from featherweight.stream.hidden import HiddenStates
+
+Tick = Callable[[float], None]
+Hear = Callable[[Matrix, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """A block as a solver sees it.
+
+    Attributes:
+        module: the block on the device with its original weights, less what `put` has replaced.
+        matrices: what is to be compressed in it.
+        run: one batch of hidden states through the module.
+        inputs: the hidden states the compressed model brings to this block; None where the method needs none.
+        dense: those the original model brings, where the recipe's target asks for them; `collect` replaces them by the
+            original block's outputs.
+        batch: sequences in one forward pass.
+        originals: the weights that `put` has replaced.
+    """
+
+    module: nn.Module
+    matrices: tuple[Matrix, ...]
+    run: Callable[[Tensor], Tensor]
+    inputs: HiddenStates | None
+    dense: HiddenStates | None
+    batch: int
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, matrix: Matrix) -> Tensor:
+        """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""
+        weight = self.parameter(matrix.path).detach()
+        return (weight.T if matrix.transposed else weight).float()
+
+    def put(self, matrix: Matrix, values_RC: Tensor) -> None:
+        """Replaces the weights of a matrix by those of its solution."""
+        parameter = self.parameter(matrix.path)
+        self.originals.setdefault(matrix.path, parameter.data)
+        parameter.data = (values_RC.T if matrix.transposed else values_RC).to(parameter).contiguous()
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The block with all its original weights, for as long as this lasts."""
+        current = {path: self.parameter(path).data for path in self.originals}
+        for path, weight in self.originals.items():
+            self.parameter(path).data = weight
+        try:
+            yield
+        finally:
+            for path, weight in current.items():
+                self.parameter(path).data = weight
+
+    def parameter(self, path: str) -> nn.Parameter:
+        """The module's own weight, laid out as the module has it."""
+        return self.module.get_parameter(f"{path}.weight")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that are fed the same tensor (q, k, v; gate and up), and where they write.
+
+    Attributes:
+        first: whether they are the first to run in the block: what attention compares is made of their outputs.
+        writes: "middle" where the only matrix adds its output to the block's input, "end" where that sum is the
+            block's output; "" where the output goes through anything else before it reaches the residual stream.
+    """
+
+    matrices: tuple[Matrix, ...]
+    first: bool = False
+    writes: Literal["", "middle", "end"] = ""
+
+    @property
+    def path(self) -> str:
+        """What stands for the group: its first matrix."""
+        return self.matrices[0].path
+
+
+class GroupSums:
+    """H of a group's inputs, and what the way back to the original model has in common with them."""
+
+    def __init__(self, group: Group, drift: bool, sinks: bool, device: torch.device) -> None:
+        columns = group.matrices[0].columns
+        self.hessian = HessianSum(columns, device)
+        self.gap = CrossSum(group.matrices[0].rows if group.writes else columns, columns, device) if drift else None
+        self.sinks = GroupSums(group, drift, False, device) if sinks else None
+
+    def add(self, inputs_STC: Tensor, gap: Tensor | None) -> None:
+        """One batch of inputs and, for the same tokens, how far they or the residual stream are from the original's."""
+        self.hessian.add(inputs_STC)
+        if self.gap is not None:
+            assert gap is not None
+            self.gap.add(gap, inputs_STC)
+        if self.sinks is not None and inputs_STC.dim() == 3:
+            self.sinks.add(inputs_STC[:, :1], None if gap is None else gap[:, :1])
+
+    def weigh_sinks(self, share: float) -> None:
+        """Repeats the windows' first tokens until they hold this share of H's trace, if they do not hold it yet."""
+        if self.sinks is None:
+            return
+        total, held = float(self.hessian.sum_CC.trace()), float(self.sinks.hessian.sum_CC.trace())
+        if not 0 < held < share * total:
+            return
+        more = share / (1 - share) * (total - held) / held - 1
+        self.hessian.sum_CC += more * self.sinks.hessian.sum_CC
+        if self.gap is not None and self.sinks.gap is not None:
+            self.gap.sum_RC += more * self.sinks.gap.sum_RC
+
+
+def input_groups(view: BlockView) -> list[Group]:
+    """The groups of a block in the order they run; where they write is found only if there is a dense stream."""
+    seen: list[tuple[Tensor, list[Matrix]]] = []
+
+    def note(matrix: Matrix, inputs: Tensor, _: Tensor) -> None:
+        for tensor, matrices in seen:
+            if tensor is inputs or (tensor.data_ptr() == inputs.data_ptr() and tensor.shape == inputs.shape):
+                matrices.append(matrix)
+                return
+        seen.append((inputs, [matrix]))
+
+    assert view.inputs is not None
+    _, hidden_STD = next(view.inputs.batches(1))
+    with torch.no_grad(), _listening(view, view.matrices, note):
+        view.run(hidden_STD)
+    missed = {m.name for m in view.matrices} - {m.name for _, matrices in seen for m in matrices}
+    if missed:
+        raise FeatherweightError(
+            f"{min(missed)} was never run by its block: it cannot be calibrated; ignore it or use --method rtn."
+        )
+    groups = [Group(tuple(matrices), first=not number) for number, (_, matrices) in enumerate(seen)]
+    return groups if view.dense is None else _find_writers(view, groups, hidden_STD)
+
+
+@torch.no_grad()
+def _find_writers(view: BlockView, groups: list[Group], hidden_STD: Tensor) -> list[Group]:
+    """Finds the matrices that add to the residual stream, by putting noise in the place of their outputs.
+
+    "end": the noise of the block's last matrix must come out of the block as it is. "middle": with the last one
+    silent, so must that of another, and with both silent the block must return its input.
+    """
+    last, width = groups[-1], hidden_STD.shape[-1]
+    if not _may_write(last, width):
+        return groups
+    noise_STD = torch.randn(hidden_STD.shape, generator=torch.Generator().manual_seed(0)).to(hidden_STD)
+    noise_STD *= hidden_STD.float().square().mean().sqrt()
+    silence_STD = torch.zeros_like(noise_STD)
+    silent = _run_with(view, {last.path: silence_STD}, hidden_STD)
+    noisy = _run_with(view, {last.path: noise_STD}, hidden_STD)
+    if not _same(noisy - silent, noise_STD, silent):
+        return groups
+    found = {last.path: replace(last, writes="end")}
+    for group in groups[:-1]:
+        if _may_write(group, width):
+            silent = _run_with(view, {last.path: silence_STD, group.path: silence_STD}, hidden_STD)
+            noisy = _run_with(view, {last.path: silence_STD, group.path: noise_STD}, hidden_STD)
+            if _same(noisy - silent, noise_STD, silent) and _same(silent, hidden_STD, silent):
+                found[group.path] = replace(group, writes="middle")
+    return [found.get(group.path, group) for group in groups]
+
+
+def _may_write(group: Group, width: int) -> bool:
+    return len(group.matrices) == 1 and group.matrices[0].rows == width
+
+
+def _run_with(view: BlockView, outputs: dict[str, Tensor], hidden_STD: Tensor) -> Tensor:
+    """The block's output where some matrices, by path, are made to answer with what is given."""
+    handles = []
+    for path, answer in outputs.items():
+
+        def hook(_: nn.Module, __: object, output: Tensor, answer: Tensor = answer) -> Tensor:
+            return answer.reshape(output.shape).clone()  # some families add to it in place
+
+        handles.append(view.module.get_submodule(path).register_forward_hook(hook))
+    try:
+        return view.run(hidden_STD)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(one_STD: Tensor, other_STD: Tensor, scale_STD: Tensor) -> bool:
+    """Whether two tensors are equal, but for the rounding of sums as large as `scale`, at nearly every element."""
+    room_STD = 4 * torch.finfo(scale_STD.dtype).eps * (scale_STD.abs() + other_STD.abs())
+    return float(((one_STD - other_STD).abs() <= room_STD).float().mean()) > 0.99
+
+
+@torch.no_grad()
+def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Recipe, tick: Tick) -> list[GroupSums]:
+    """The sums of every group of one stage over all sequences.
+
+    The original block runs beside the compressed one in the stages that have a gap to measure inside it; after the
+    last of those, the original model's hidden states are the block's outputs, where the last matrix writes.
+    """
+    assert view.inputs is not None
+    device, dense, groups = view.inputs.device, view.dense, stages[number]
+    sums = {g.path: GroupSums(g, dense is not None, g.first and recipe.sink_share > 0, device) for g in groups}
+    beside = [n for n, stage in enumerate(stages) if any(group.writes != "end" for group in stage)] or [0]
+    leaders = [group.matrices[0] for group in groups]
+    middle = {group.path for group in groups if group.writes == "middle"}
+    now: dict[str, tuple[Tensor, Tensor | None]] = {}
+    original: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def hear(heard: dict[str, tuple[Tensor, Tensor | None]]) -> Hear:
+        return lambda matrix, x, y: heard.__setitem__(matrix.path, (x, y.clone() if matrix.path in middle else None))
+
+    sequences = view.inputs.states_STD.shape[0]
+    for at, hidden_STD in view.inputs.batches(view.batch):
+        target_STD = dense_STD = None if dense is None else dense.states_STD[at].to(device)
+        if dense_STD is not None and number in beside:
+            with view.undone(), _listening(view, leaders, hear(original)):
+                target_STD = view.run(dense_STD)
+        with _listening(view, leaders, hear(now)):
+            output_STD = view.run(hidden_STD)
+        for group in groups:
+            gap = None
+            if target_STD is not None and group.writes == "end":
+                gap = target_STD - output_STD
+            elif dense_STD is not None:
+                (inputs, written), (wanted, wanted_written) = now[group.path], original[group.path]
+                gap = wanted - inputs
+                if written is not None and wanted_written is not None:
+                    gap = (dense_STD - hidden_STD) + (wanted_written - written)
+            sums[group.path].add(now[group.path][0], gap)
+        if (
+            dense is not None and target_STD is not None and number == beside[-1]
+        ):  # only now: what was heard may be a view of the states
+            dense.states_STD[at] = target_STD
+        tick(at.stop / sequences)
+    for group in groups:
+        sums[group.path].weigh_sinks(recipe.sink_share)
+    return [sums[group.path] for group in groups]
+
+
+@contextmanager
+def _listening(view: BlockView, matrices: tuple[Matrix, ...] | list[Matrix], hear: Hear) -> Iterator[None]:
+    """Calls `hear` with the input and the output of each of these matrices as the block runs."""
+    handles = []
+    for matrix in matrices:
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, matrix: Matrix = matrix) -> None:
+            hear(matrix, args[0], output)
+
+        handles.append(view.module.get_submodule(matrix.path).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
