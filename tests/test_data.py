@@ -16,7 +16,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from featherweight.data import bos_of, calibration_windows, digest, documents, evaluation_windows, read_text, tokens
+from featherweight.data import (
+    bos_of,
+    calibration_text,
+    calibration_windows,
+    digest,
+    documents,
+    evaluation_windows,
+    read_text,
+    tokens,
+)
 from featherweight.data.text import HUB_CHARACTERS
 from featherweight.errors import RequestError
 
@@ -219,14 +228,15 @@ def test_chat_template_wraps_every_document(tmp_path: Path) -> None:
     plain = write(tmp_path / "a.txt", "the fox\n \na dog\n\n")
     lines = write(tmp_path / "a.jsonl", '{"text": "the fox"}\n{"text": "a dog"}\n')
     for source in (plain, lines):
-        assert tokenizer.decode(tokens(tokenizer, [source], chat_template=True)) == expected
+        assert calibration_text(tokenizer, [source], chat_template=True) == expected
     single = write(tmp_path / "b.jsonl", '{"text": "the\\n\\nfox"}\n')
-    assert tokenizer.decode(tokens(tokenizer, [single], chat_template=True)) == "[user]the\n\nfox</s>"
+    assert calibration_text(tokenizer, [single], chat_template=True) == "[user]the\n\nfox</s>"
+    assert calibration_text(tokenizer, [plain, single]) == "the fox\n \na dog\n\n\n\nthe\n\nfox"
 
 
 def test_chat_template_must_exist(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RequestError, match="this tokenizer has none"):
-        tokens(tokenizer, ["builtin"], chat_template=True)
+        calibration_text(tokenizer, ["builtin"], chat_template=True)
 
 
 def test_bos_is_used_exactly_where_the_tokenizer_adds_it() -> None:
@@ -237,29 +247,59 @@ def test_bos_is_used_exactly_where_the_tokenizer_adds_it() -> None:
 # --- windows
 
 
+def words(text: str) -> list[int]:
+    """A tokenizer of numbers: one token a word."""
+    return [int(word) for word in text.split()]
+
+
+def numbers(count: int, first: int = 0) -> str:
+    return " ".join(map(str, range(first, first + count)))
+
+
 def test_calibration_windows_are_seeded_pieces_of_the_text() -> None:
-    tokens_T = torch.arange(1000)
-    ids_ST = calibration_windows(tokens_T, samples=50, length=32, seed=0)
+    text = numbers(3000)
+    ids_ST = calibration_windows(words, text, samples=50, length=32, seed=0)
     assert ids_ST.shape == (50, 32) and ids_ST.dtype == torch.int64
     assert torch.equal(ids_ST - ids_ST[:, :1], torch.arange(32).expand(50, 32))
-    assert torch.equal(ids_ST, calibration_windows(tokens_T, 50, 32, seed=0))
-    assert not torch.equal(ids_ST, calibration_windows(tokens_T, 50, 32, seed=1))
+    assert torch.equal(ids_ST, calibration_windows(words, text, 50, 32, seed=0))
+    assert not torch.equal(ids_ST, calibration_windows(words, text, 50, 32, seed=1))
     state = torch.get_rng_state()
-    calibration_windows(tokens_T, 50, 32, seed=2)
+    calibration_windows(words, text, 50, 32, seed=2)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_calibration_windows_reach_both_ends() -> None:
-    starts = calibration_windows(torch.arange(10), samples=200, length=8, seed=0)[:, 0]
+    starts = calibration_windows(words, numbers(10), samples=200, length=8, seed=0)[:, 0]
     assert set(starts.tolist()) == {0, 1, 2}
+    starts = calibration_windows(words, numbers(2000), samples=4000, length=8, seed=0)[:, 0]
+    assert starts.min() < 10 and starts.max() > 1980
+    assert len(set(starts.tolist())) > 1500  # of 1,993 places; even chances would leave out one in seven
+
+
+def test_calibration_passages_grow_where_tokens_are_longer_than_at_the_start() -> None:
+    text = numbers(2000) + " " + " ".join(f"{word:040d}" for word in range(2000, 3000))
+    ids_ST = calibration_windows(words, text, samples=50, length=64, seed=0)
+    assert torch.equal(ids_ST - ids_ST[:, :1], torch.arange(64).expand(50, 64))
+    assert ids_ST.max() > 2500
+
+
+def test_only_what_is_drawn_is_tokenised() -> None:
+    text, seen = numbers(200_000), 0
+
+    def counting(part: str) -> list[int]:
+        nonlocal seen
+        seen += len(part)
+        return words(part)
+
+    calibration_windows(counting, text, samples=4, length=32, seed=0)
+    assert seen < len(text) / 100
 
 
 def test_calibration_windows_with_bos_keep_the_length() -> None:
-    tokens_T = torch.arange(100, 1100)
-    ids_ST = calibration_windows(tokens_T, samples=20, length=32, seed=0, bos=7)
+    ids_ST = calibration_windows(words, numbers(1000, 100), samples=20, length=32, seed=0, bos=7)
     assert ids_ST.shape == (20, 32) and (ids_ST[:, 0] == 7).all()
     assert torch.equal(ids_ST[:, 1:] - ids_ST[:, 1:2], torch.arange(31).expand(20, 31))
-    assert calibration_windows(torch.arange(31), 3, 32, seed=0, bos=7).shape == (3, 32)
+    assert calibration_windows(words, numbers(31), 3, 32, seed=0, bos=7).shape == (3, 32)
 
 
 def test_evaluation_windows_without_bos() -> None:
@@ -274,20 +314,20 @@ def test_evaluation_windows_with_bos() -> None:
 
 
 def test_short_text_is_refused_with_both_numbers_and_the_fix() -> None:
-    short_T = torch.arange(30)
+    short, short_T = numbers(30), torch.arange(30)
     with pytest.raises(RequestError, match="has 30 tokens and one window needs 32: lower --tokens or give more text"):
-        calibration_windows(short_T, 4, 32, seed=0)
+        calibration_windows(words, short, 4, 32, seed=0)
     with pytest.raises(RequestError, match="has 30 tokens and one window needs 31: lower --tokens"):
-        calibration_windows(short_T, 4, 32, seed=0, bos=0)
+        calibration_windows(words, short, 4, 32, seed=0, bos=0)
     with pytest.raises(RequestError, match="has 30 tokens and one window needs 32: lower --context or give more text"):
         evaluation_windows(short_T, 32)
 
 
 def test_numbers_below_their_least_are_refused() -> None:
     with pytest.raises(RequestError, match="0 calibration samples were asked for and at least 1"):
-        calibration_windows(torch.arange(30), 0, 8, seed=0)
+        calibration_windows(words, numbers(30), 0, 8, seed=0)
     with pytest.raises(RequestError, match=r"windows of 1 tokens .* at least 2 are needed: raise --tokens"):
-        calibration_windows(torch.arange(30), 1, 1, seed=0)
+        calibration_windows(words, numbers(30), 1, 1, seed=0)
     with pytest.raises(RequestError, match=r"windows of 0 tokens .* at least 2 are needed: raise --context"):
         evaluation_windows(torch.arange(30), 0)
 

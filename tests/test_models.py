@@ -294,12 +294,12 @@ def test_blocks_with_work_between_them_are_refused(tmp_path: Path) -> None:
 
 
 def test_tied_blocks_and_the_caller_share_arguments(tmp_path: Path) -> None:
-    """Masks are big: blocks of one kind hold one tensor between them, and two shapes are kept at most."""
+    """Masks are big: blocks of one kind hold one tensor between them, and three shapes are kept at most."""
     tree = build(Checkpoint.open(make("gemma3", tmp_path)))
     runner = BlockRunner(tree, CPU, torch.float32)
-    for tokens in (16, 24, 32):
+    for tokens in (8, 16, 24, 32):
         runner.embed(token_ids(2, tokens))
-    assert list(runner._recordings) == [(2, 24), (2, 32)]
+    assert list(runner._recordings) == [(2, 16), (2, 24), (2, 32)]
     first, _, third = runner._recordings[2, 32]
     assert first.kwargs["attention_mask"] is third.kwargs["attention_mask"]
     assert first.kwargs.get("past_key_values") is None

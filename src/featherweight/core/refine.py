@@ -21,7 +21,7 @@ from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution
 
 SLAB = 128
-CHUNK_ELEMENTS = 1 << 25  # of the largest temporary in `refit_scales`
+CHUNK_ELEMENTS = 1 << 24  # of the temporaries in `refit_scales`
 
 
 def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Solution:
@@ -29,7 +29,6 @@ def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Soluti
     if not rounds:
         return solution
     hessian_CC = problem.damped(solution.damping)
-    solution = replace(solution, loss_R=row_loss(problem.weight_RC, hessian_CC, solution))
     for _ in range(rounds):
         solution = descend(problem.weight_RC, hessian_CC, refit_scales(problem.weight_RC, hessian_CC, solution))
     return refit_scales(problem.weight_RC, hessian_CC, solution)
@@ -61,7 +60,7 @@ def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> S
     A row keeps its scales where the new ones, once rounded, are no better.
     """
     rows = weight_RC.shape[-2]
-    chunk = max(1, CHUNK_ELEMENTS // (solution.scales_RG.shape[-1] * weight_RC.shape[-1]))
+    chunk = max(1, CHUNK_ELEMENTS // (solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]))
     parts = [_least_squares(weight_RC, hessian_CC, solution, at, min(at + chunk, rows)) for at in range(0, rows, chunk)]
     new_RG = scales.store(torch.cat(parts, -2), solution.grid.scale_dtype)
     old_RG = solution.scales_RG
@@ -73,17 +72,21 @@ def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> S
 def _least_squares(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, start: int, stop: int) -> Tensor:
     """The unrounded scales of rows start .. stop-1."""
     part = solution.rows(start, stop)
-    weight_RC = weight_RC[..., start:stop, :]
     groups = part.scales_RG.shape[-1]
     shift_RGN = part.codes_RC.unflatten(-1, (groups, -1)).to(weight_RC.dtype)
     shift_RGN = shift_RGN - part.zeros_RG.unsqueeze(-1).to(weight_RC.dtype)
+    pull_RGN = (weight_RC[..., start:stop, :] @ hessian_CC).unflatten(-1, (groups, -1))
+    right_RG = (pull_RGN * shift_RGN).sum(-1)
     hessian_GNC = hessian_CC.unflatten(-2, (groups, -1))
-    pull_RGC = torch.einsum("...rgn,...gnc->...rgc", shift_RGN, hessian_GNC)
-    right_RG = (pull_RGC * weight_RC.unsqueeze(-2)).sum(-1)
-    left_RGG = (pull_RGC.unflatten(-1, (groups, -1)) * shift_RGN.unsqueeze(-3)).sum(-1)
+    width = hessian_GNC.shape[-2]
+    left_RGG = right_RG.new_empty((*right_RG.shape, groups))
+    for g in range(groups):  # the lower triangle: solvers of symmetric systems read no more
+        upto_RC = shift_RGN[..., g, :] @ hessian_GNC[..., g, :, : (g + 1) * width]
+        left_RGG[..., g, : g + 1] = (upto_RC.unflatten(-1, (g + 1, -1)) * shift_RGN[..., : g + 1, :]).sum(-1)
     diagonal_RG = left_RGG.diagonal(dim1=-2, dim2=-1)
     diagonal_RG += 1e-6 * diagonal_RG.mean(-1, keepdim=True) + torch.finfo(weight_RC.dtype).tiny
-    scale_RG: Tensor = torch.linalg.solve_ex(left_RGG, right_RG)[0]
+    lower_RGG = torch.linalg.cholesky_ex(left_RGG)[0]
+    scale_RG: Tensor = torch.cholesky_solve(right_RG.unsqueeze(-1), lower_RGG).squeeze(-1)
     return scale_RG
 
 
@@ -129,17 +132,24 @@ def _descend_slab(
     grid = solution.grid
     moved_ENR, shifts_ENR = torch.empty_like(values_ENR), torch.empty_like(values_ENR)
     low_ENR, high_ENR = grid.bottom - zero_ENR, grid.top - zero_ENR
-    inverse_ENR = scale_ENR.reciprocal()
     curve_EN1 = hessian_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
-    for j in range(values_ENR.shape[1]):
-        at = slice(j, j + 1)
-        pull_E1R = pull_ENR[:, at]
+    tensors = (
+        pull_ENR,
+        values_ENR,
+        scale_ENR,
+        scale_ENR.reciprocal(),
+        low_ENR,
+        high_ENR,
+        curve_EN1,
+        moved_ENR,
+        shifts_ENR,
+    )
+    columns = enumerate(zip(*(tensor.split(1, 1) for tensor in tensors), strict=True))
+    for j, (pull_E1R, value_E1R, scale_E1R, inverse_E1R, low_E1R, high_E1R, curve_E11, moved_E1R, shift_E1R) in columns:
         if j:
-            pull_E1R = torch.baddbmm(pull_E1R, hessian_ENN[:, at, :j], moved_ENR[:, :j], alpha=-1)
-        goal_E1R = torch.addcmul(values_ENR[:, at], pull_E1R, curve_EN1[:, at])
-        shift_E1R = torch.mul(goal_E1R, inverse_ENR[:, at], out=shifts_ENR[:, at]).round_()
-        shift_E1R = torch.maximum(
-            torch.minimum(shift_E1R, high_ENR[:, at], out=shift_E1R), low_ENR[:, at], out=shift_E1R
-        )
-        torch.mul(shift_E1R, scale_ENR[:, at], out=moved_ENR[:, at]).sub_(values_ENR[:, at])
+            pull_E1R = torch.baddbmm(pull_E1R, hessian_ENN[:, j : j + 1, :j], moved_ENR[:, :j], alpha=-1)
+        goal_E1R = torch.addcmul(value_E1R, pull_E1R, curve_E11)
+        torch.mul(goal_E1R, inverse_E1R, out=shift_E1R).round_()
+        torch.maximum(torch.minimum(shift_E1R, high_E1R, out=shift_E1R), low_E1R, out=shift_E1R)
+        torch.mul(shift_E1R, scale_E1R, out=moved_E1R).sub_(value_E1R)
     return moved_ENR, (shifts_ENR + zero_ENR).to(torch.uint8)

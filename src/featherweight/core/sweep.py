@@ -74,11 +74,11 @@ def sweep(
         scale_ERG, zero_ERG = scales.fit(
             grid, weight_ERC.unflatten(-1, (-1, width)), _importance(upper_ECC, order_EC, width), lowest_zero
         )
-    weight_ECR = torch.take_along_dim(weight_ERC.transpose(1, 2), order_EC.unsqueeze(-1), 1).contiguous()
+    each_E1 = torch.arange(weight_ERC.shape[0], device=weight_ERC.device).unsqueeze(1)
+    weight_ECR = weight_ERC.transpose(1, 2).contiguous()[each_E1, order_EC]
     pass_ = _Pass(grid, width, weight_ECR, upper_ECC, order_EC, scale_ERG, zero_ERG, lowest_zero)
     pass_.run(slab, refit=scales_from == "updated" and fitted is None)
-    codes_ERC = torch.empty(weight_ERC.shape, dtype=torch.uint8, device=weight_ERC.device)
-    codes_ERC.scatter_(-1, order_EC.unsqueeze(1).expand_as(codes_ERC), pass_.codes_ECR.transpose(1, 2))
+    codes_ERC = pass_.codes_ECR[each_E1, torch.argsort(order_EC, -1)].transpose(1, 2).contiguous()
     solution = Solution(codes_ERC, pass_.scale_ERG, pass_.zero_ERG, grid, pass_.loss_ER, factor.damping)
     return solution if stacked else solution.first()
 
@@ -127,24 +127,36 @@ class _Pass:
     def _slab(self, start: int, stop: int) -> Tensor:
         """Rounds the columns start .. stop-1 and returns their scaled errors E, with W - V = E U."""
         weight_ENR, upper_ENN = self.weight_ECR[:, start:stop], self.upper_ECC[:, start:stop, start:stop]
-        dtype, group = weight_ENR.dtype, self.group_EC[:, start:stop].unsqueeze(-1)
-        scale_ENR = torch.take_along_dim(self.scale_ERG.transpose(1, 2), group, 1).to(dtype)
-        zero_ENR = torch.take_along_dim(self.zero_ERG.transpose(1, 2), group, 1).to(dtype)
+        dtype, group_EN = weight_ENR.dtype, self.group_EC[:, start:stop]
+        each_E1 = torch.arange(weight_ENR.shape[0], device=weight_ENR.device).unsqueeze(1)
+        scale_ENR = self.scale_ERG.transpose(1, 2)[each_E1, group_EN].to(dtype)
+        zero_ENR = self.zero_ERG.transpose(1, 2)[each_E1, group_EN].to(dtype)
         low_ENR, high_ENR = self.grid.bottom - zero_ENR, self.grid.top - zero_ENR
-        inverse_ENR = scale_ENR.reciprocal()
-        pivot_EN1 = upper_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
-        errors_ENR = torch.empty_like(weight_ENR)
-        steps_ENR = torch.empty_like(weight_ENR)
-        for j in range(stop - start):
-            now_E1R = weight_ENR[:, j : j + 1]
+        errors_ENR, steps_ENR = torch.empty_like(weight_ENR), torch.empty_like(weight_ENR)
+        columns = zip(
+            *(
+                tensor.split(1, 1)
+                for tensor in (
+                    weight_ENR,
+                    scale_ENR,
+                    scale_ENR.reciprocal(),
+                    low_ENR,
+                    high_ENR,
+                    upper_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1),
+                    errors_ENR,
+                    steps_ENR,
+                )
+            ),
+            strict=True,
+        )
+        for j, (now_E1R, scale_E1R, inverse_E1R, low_E1R, high_E1R, pivot_E11, error_E1R, step_E1R) in enumerate(
+            columns
+        ):
             if j:  # what the columns before owe to this one: left-looking, so each weight is written once
                 now_E1R = torch.baddbmm(now_E1R, upper_ENN[:, :j, j].unsqueeze(1), errors_ENR[:, :j], alpha=-1)
-            at = slice(j, j + 1)
-            step_E1R = torch.mul(now_E1R, inverse_ENR[:, at], out=steps_ENR[:, at]).round_()
-            step_E1R = torch.maximum(
-                torch.minimum(step_E1R, high_ENR[:, at], out=step_E1R), low_ENR[:, at], out=step_E1R
-            )
-            torch.addcmul(now_E1R, step_E1R, scale_ENR[:, at], value=-1, out=errors_ENR[:, at]).mul_(pivot_EN1[:, at])
+            torch.mul(now_E1R, inverse_E1R, out=step_E1R).round_()
+            torch.maximum(torch.minimum(step_E1R, high_E1R, out=step_E1R), low_E1R, out=step_E1R)
+            torch.addcmul(now_E1R, step_E1R, scale_E1R, value=-1, out=error_E1R).mul_(pivot_E11)
         self.codes_ECR[:, start:stop] = (steps_ENR + zero_ENR).to(torch.uint8)
         self.loss_ER += errors_ENR.square().sum(1)
         return errors_ENR

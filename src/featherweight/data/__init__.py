@@ -1,6 +1,16 @@
 """Calibration and evaluation text: from a file, a hub data set or the package itself, to windows of token ids."""
 
-from featherweight.data.text import bos_of, documents, read_text, tokens
+from featherweight.data.text import bos_of, calibration_text, documents, encoder, read_text, tokens
 from featherweight.data.windows import calibration_windows, digest, evaluation_windows
 
-__all__ = ["bos_of", "calibration_windows", "digest", "documents", "evaluation_windows", "read_text", "tokens"]
+__all__ = [
+    "bos_of",
+    "calibration_text",
+    "calibration_windows",
+    "digest",
+    "documents",
+    "encoder",
+    "evaluation_windows",
+    "read_text",
+    "tokens",
+]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,25 @@ def documents(source: str, limit: int | None = None) -> list[str]:
     return found
 
 
-def tokens(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], chat_template: bool = False) -> Tensor:
+def tokens(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]) -> Tensor:
     """Token ids of all sources one after the other, each tokenised once as a whole and without special tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        sources: what `read_text` takes, at least one.
+
+    Returns:
+        ids_T: int64.
+
+    Raises:
+        RequestError: no source, or a source that cannot be read.
+    """
+    encode = encoder(tokenizer)
+    return torch.tensor([token for source in _some(sources) for token in encode(read_text(source))], dtype=torch.int64)
+
+
+def calibration_text(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], chat_template: bool = False) -> str:
+    """The text of all sources one after the other.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -78,20 +95,24 @@ def tokens(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], chat_temp
         chat_template: wrap every document as a user message by the tokenizer's template first; a plain file is then cut
             into documents at its blank lines.
 
-    Returns:
-        ids_T: int64.
-
     Raises:
         RequestError: no source, a source that cannot be read, or a tokenizer without a chat template.
     """
+    if chat_template:
+        return "".join(_as_chat(tokenizer, source) for source in _some(sources))
+    return "\n\n".join(read_text(source) for source in _some(sources))
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """The token ids of a text, without special tokens."""
+    # verbose=False: we cut the ids into windows ourselves, so the warning about the model's length is noise.
+    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _some(sources: Sequence[str]) -> Sequence[str]:
     if not sources:
         raise RequestError(f"no text to read: 0 sources were given and at least 1 is needed: {KINDS}")
-    ids: list[int] = []
-    for source in sources:
-        text = _as_chat(tokenizer, source) if chat_template else read_text(source)
-        # verbose=False: we cut the ids into windows ourselves, so the warning about the model's length is noise.
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return torch.tensor(ids, dtype=torch.int64)
+    return sources
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:

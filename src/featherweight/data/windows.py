@@ -6,18 +6,30 @@ Shapes: T tokens (of the whole text, or of one window), S sequences.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from featherweight.errors import RequestError
 
+Encode = Callable[[str], list[int]]
+PROBE = 4096  # characters that tell how many there are to a token
+SLACK = 1.25  # and how much longer than that a passage is made, so that it seldom has too few tokens
 
-def calibration_windows(tokens_T: Tensor, samples: int, length: int, seed: int, bos: int | None = None) -> Tensor:
+
+def calibration_windows(
+    encode: Encode, text: str, samples: int, length: int, seed: int, bos: int | None = None
+) -> Tensor:
     """`samples` windows of `length` ids from seeded random places of the text; the same arguments give the same ids.
 
+    Only the passages that are drawn are tokenised (from one white space to another): a large text costs no more than
+    a small one.
+
     Args:
-        tokens_T: int64 ids of the text, on the CPU.
+        encode: token ids of a text, without special tokens.
+        text: what to draw from.
         samples: how many windows, at least 1.
         length: ids in a window, at least 2, the BOS included.
         seed: of the places.
@@ -31,10 +43,30 @@ def calibration_windows(tokens_T: Tensor, samples: int, length: int, seed: int, 
     """
     if samples < 1:
         raise RequestError(f"{samples} calibration samples were asked for and at least 1 is needed: raise --samples")
-    take = _text_tokens(tokens_T, length, bos, "calibration", "--tokens")
-    generator = torch.Generator().manual_seed(seed)
-    starts_S = torch.randint(tokens_T.numel() - take + 1, (samples,), generator=generator)
-    return _with_bos(tokens_T[starts_S[:, None] + torch.arange(take)], bos)
+    take = _text_tokens(length, bos, "calibration", "--tokens")
+    head = text[:PROBE]
+    span = math.ceil(SLACK * take * max(1.0, len(head) / max(1, len(encode(head)))))
+    draws_S2 = torch.rand((samples, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = [_passage(encode, text, take, span, place, offset) for place, offset in draws_S2.tolist()]
+    return _with_bos(torch.tensor(rows, dtype=torch.int64), bos)
+
+
+def _passage(encode: Encode, text: str, take: int, span: int, place: float, offset: float) -> list[int]:
+    """`take` ids, `offset` (0 .. 1) of the way into a passage that begins `place` (0 .. 1) of the way into the text."""
+    while True:
+        start = int(place * (max(0, len(text) - span) + 1))
+        while start and not text[start].isspace():
+            start -= 1
+        stop = start + span
+        while stop < len(text) and not text[stop].isspace():
+            stop += 1
+        ids = encode(text[start:stop])
+        if len(ids) >= take:
+            first = int(offset * (len(ids) - take + 1))
+            return ids[first : first + take]
+        if span >= len(text):
+            _require(len(ids), take, "calibration", "--tokens")
+        span *= 2
 
 
 def evaluation_windows(tokens_T: Tensor, context: int, bos: int | None = None) -> Tensor:
@@ -54,7 +86,8 @@ def evaluation_windows(tokens_T: Tensor, context: int, bos: int | None = None) -
     Raises:
         RequestError: a context below 2, or a text shorter than one window.
     """
-    take = _text_tokens(tokens_T, context, bos, "evaluation", "--context")
+    take = _text_tokens(context, bos, "evaluation", "--context")
+    _require(tokens_T.numel(), take, "evaluation", "--context")
     windows = tokens_T.numel() // take
     return _with_bos(tokens_T[: windows * take].reshape(windows, take), bos)
 
@@ -66,19 +99,21 @@ def digest(ids: Tensor) -> str:
     return hashlib.sha256(f"int64 {shape}\n".encode() + raw).hexdigest()
 
 
-def _text_tokens(tokens_T: Tensor, length: int, bos: int | None, purpose: str, option: str) -> int:
-    """How many tokens of text go into one window; raises unless the text has that many."""
+def _text_tokens(length: int, bos: int | None, purpose: str, option: str) -> int:
+    """How many tokens of text go into one window."""
     if length < 2:
         raise RequestError(
             f"{purpose} windows of {length} tokens were asked for and at least 2 are needed: raise {option}"
         )
-    take = length - (bos is not None)
-    if tokens_T.numel() < take:
+    return length - (bos is not None)
+
+
+def _require(tokens: int, take: int, purpose: str, option: str) -> None:
+    """Raises unless a text has enough tokens for one window."""
+    if tokens < take:
         raise RequestError(
-            f"the {purpose} text has {tokens_T.numel()} tokens and one window needs {take}: "
-            f"lower {option} or give more text"
+            f"the {purpose} text has {tokens} tokens and one window needs {take}: lower {option} or give more text"
         )
-    return take
 
 
 def _with_bos(text_ST: Tensor, bos: int | None) -> Tensor:

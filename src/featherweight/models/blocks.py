@@ -22,8 +22,8 @@ from featherweight.errors import RequestError
 from featherweight.models.load import fill_buffers, meta_tensors, place, put
 from featherweight.models.tree import ModelTree, skeleton
 
-# Shapes whose arguments are kept: the usual batch, and the smaller one at the end. Masks are big.
-SHAPES_KEPT = 2
+# Shapes whose arguments are kept: the usual batch, the smaller one at the end, and a short probe. Masks are big.
+SHAPES_KEPT = 3
 
 
 class _AllSeen(Exception):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from featherweight import data
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
-from featherweight.data import windows
 from featherweight.errors import FeatherweightError, RequestError
 from featherweight.formats import Format
 from featherweight.formats import by_name as format_by_name
@@ -97,8 +96,9 @@ def calibration_ids(path: Path, recipe: Recipe) -> Tensor | None:
         return None
     tokenizer = load_tokenizer(path)
     assert recipe.tokens is not None
-    tokens_T = data.tokens(tokenizer, recipe.calibration, recipe.chat_template)
-    return windows.calibration_windows(tokens_T, recipe.samples, recipe.tokens, recipe.seed, data.bos_of(tokenizer))
+    text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
+    bos = data.bos_of(tokenizer)
+    return data.calibration_windows(data.encoder(tokenizer), text, recipe.samples, recipe.tokens, recipe.seed, bos)
 
 
 class _Job:
@@ -134,7 +134,7 @@ class _Job:
             "recipe": self.recipe.as_dict(),
             "recipe_digest": self.recipe.digest(),
             "model": {"fingerprint": self.tree.checkpoint.fingerprint(), "blocks": len(self.tree.blocks)},
-            "data": {"ids_sha256": None if ids_ST is None else windows.digest(ids_ST)},
+            "data": {"ids_sha256": None if ids_ST is None else data.digest(ids_ST)},
             "made_with": {
                 "featherweight": version("featherweight"),
                 "torch": torch.__version__,

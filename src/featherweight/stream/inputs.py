@@ -5,13 +5,15 @@ Shapes: S sequences, T tokens, D width, R outputs, C inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from featherweight.core.hessian import CrossSum, HessianSum
 from featherweight.errors import FeatherweightError
@@ -19,8 +21,8 @@ from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.hidden import HiddenStates
 
+PROBE_TOKENS = 64  # enough to see which way tensors go in a block
 Tick = Callable[[float], None]
-Hear = Callable[[Matrix, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def input_groups(view: BlockView) -> list[Group]:
     """The groups of a block in the order they run; where they write is found only if there is a dense stream."""
     seen: list[tuple[Tensor, list[Matrix]]] = []
 
-    def note(matrix: Matrix, inputs: Tensor, _: Tensor) -> None:
+    def note(matrix: Matrix, inputs: Tensor) -> None:
         for tensor, matrices in seen:
             if tensor is inputs or (tensor.data_ptr() == inputs.data_ptr() and tensor.shape == inputs.shape):
                 matrices.append(matrix)
@@ -138,7 +140,8 @@ def input_groups(view: BlockView) -> list[Group]:
 
     assert view.inputs is not None
     _, hidden_STD = next(view.inputs.batches(1))
-    with torch.no_grad(), _listening(view, view.matrices, note):
+    hidden_STD = hidden_STD[:, :PROBE_TOKENS]
+    with torch.no_grad(), _hooks(_on_input(view, matrix.path, partial(note, matrix)) for matrix in view.matrices):
         view.run(hidden_STD)
     missed = {m.name for m in view.matrices} - {m.name for _, matrices in seen for m in matrices}
     if missed:
@@ -182,18 +185,14 @@ def _may_write(group: Group, width: int) -> bool:
 
 def _run_with(view: BlockView, outputs: dict[str, Tensor], hidden_STD: Tensor) -> Tensor:
     """The block's output where some matrices, by path, are made to answer with what is given."""
-    handles = []
-    for path, answer in outputs.items():
-
-        def hook(_: nn.Module, __: object, output: Tensor, answer: Tensor = answer) -> Tensor:
-            return answer.reshape(output.shape).clone()  # some families add to it in place
-
-        handles.append(view.module.get_submodule(path).register_forward_hook(hook))
-    try:
+    with _hooks(
+        view.module.get_submodule(path).register_forward_hook(
+            # a copy each time: some families add to it in place
+            lambda _, __, output, answer=answer: answer.reshape(output.shape).clone()
+        )
+        for path, answer in outputs.items()
+    ):
         return view.run(hidden_STD)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _same(one_STD: Tensor, other_STD: Tensor, scale_STD: Tensor) -> bool:
@@ -213,54 +212,82 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
     device, dense, groups = view.inputs.device, view.dense, stages[number]
     sums = {g.path: GroupSums(g, dense is not None, g.first and recipe.sink_share > 0, device) for g in groups}
     beside = [n for n, stage in enumerate(stages) if any(group.writes != "end" for group in stage)] or [0]
-    leaders = [group.matrices[0] for group in groups]
-    middle = {group.path for group in groups if group.writes == "middle"}
-    now: dict[str, tuple[Tensor, Tensor | None]] = {}
-    original: dict[str, tuple[Tensor, Tensor | None]] = {}
-
-    def hear(heard: dict[str, tuple[Tensor, Tensor | None]]) -> Hear:
-        return lambda matrix, x, y: heard.__setitem__(matrix.path, (x, y.clone() if matrix.path in middle else None))
-
+    at_end = any(group.writes == "end" for group in groups)
     sequences = view.inputs.states_STD.shape[0]
     for at, hidden_STD in view.inputs.batches(view.batch):
         target_STD = dense_STD = None if dense is None else dense.states_STD[at].to(device)
+        original: dict[str, Heard] = {}
         if dense_STD is not None and number in beside:
-            with view.undone(), _listening(view, leaders, hear(original)):
-                target_STD = view.run(dense_STD)
-        with _listening(view, leaders, hear(now)):
-            output_STD = view.run(hidden_STD)
+            with view.undone():
+                original, target_STD = _hear(view, groups, dense_STD, whole=at_end or number == beside[-1])
+        now, output_STD = _hear(view, groups, hidden_STD, whole=dense is not None and at_end)
         for group in groups:
-            gap = None
-            if target_STD is not None and group.writes == "end":
+            inputs, gap = now[group.path].inputs, None
+            if group.writes == "end" and target_STD is not None and output_STD is not None:
                 gap = target_STD - output_STD
+            elif group.writes == "middle" and dense_STD is not None:
+                gap = (dense_STD - hidden_STD) + (original[group.path].written - now[group.path].written)
             elif dense_STD is not None:
-                (inputs, written), (wanted, wanted_written) = now[group.path], original[group.path]
-                gap = wanted - inputs
-                if written is not None and wanted_written is not None:
-                    gap = (dense_STD - hidden_STD) + (wanted_written - written)
-            sums[group.path].add(now[group.path][0], gap)
-        if (
-            dense is not None and target_STD is not None and number == beside[-1]
-        ):  # only now: what was heard may be a view of the states
-            dense.states_STD[at] = target_STD
+                gap = original[group.path].inputs - inputs
+            sums[group.path].add(inputs, gap)
+        if dense is not None and target_STD is not None and number == beside[-1]:
+            dense.states_STD[at] = target_STD  # only now: what was heard may be a view of the states
         tick(at.stop / sequences)
     for group in groups:
         sums[group.path].weigh_sinks(recipe.sink_share)
     return [sums[group.path] for group in groups]
 
 
+@dataclass
+class Heard:
+    """What went into a group in one pass, and what it wrote to the residual stream (empty for all but "middle")."""
+
+    inputs: Tensor
+    written: Tensor
+
+
+class _Enough(Exception):
+    """Raised in a hook: nothing that the rest of the block computes is needed."""
+
+
+def _hear(
+    view: BlockView, groups: list[Group], hidden_STD: Tensor, whole: bool
+) -> tuple[dict[str, Heard], Tensor | None]:
+    """Runs a batch through the block and keeps what these groups see; not `whole`, it stops there without an output."""
+    found: dict[str, Heard] = {}
+    nothing = hidden_STD.new_empty(0)
+
+    def note(path: str, inputs: Tensor, written: Tensor = nothing) -> None:
+        found[path] = Heard(inputs, written)
+        if len(found) == len(groups) and not whole:
+            raise _Enough
+
+    def on_output(group: Group) -> RemovableHandle:
+        return view.module.get_submodule(group.path).register_forward_hook(
+            lambda _, args, output: note(group.path, args[0], output.clone())  # some families add to it in place
+        )
+
+    def listen(group: Group) -> RemovableHandle:
+        return on_output(group) if group.writes == "middle" else _on_input(view, group.path, partial(note, group.path))
+
+    with _hooks(listen(group) for group in groups):
+        try:
+            return found, view.run(hidden_STD)
+        except _Enough:
+            return found, None
+
+
+def _on_input(view: BlockView, path: str, hear: Callable[[Tensor], None]) -> RemovableHandle:
+    """Calls `hear` with the input of a matrix whenever it is about to run."""
+    return view.module.get_submodule(path).register_forward_pre_hook(lambda _, args: hear(args[0]))
+
+
 @contextmanager
-def _listening(view: BlockView, matrices: tuple[Matrix, ...] | list[Matrix], hear: Hear) -> Iterator[None]:
-    """Calls `hear` with the input and the output of each of these matrices as the block runs."""
-    handles = []
-    for matrix in matrices:
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, matrix: Matrix = matrix) -> None:
-            hear(matrix, args[0], output)
-
-        handles.append(view.module.get_submodule(matrix.path).register_forward_hook(hook))
+def _hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keeps hooks for a while."""
+    held = list(handles)
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in held:
             handle.remove()
