@@ -1,4 +1,4 @@
-"""What a weight may become: the grids. (Sparsity patterns and joint rules are to live here too.)
+"""What a weight may become: the grids and the sparsity patterns.
 
 Shapes: R outputs, C inputs, G groups; N = columns of one group.
 """
@@ -86,3 +86,38 @@ class Grid:
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The nearest allowed code of each weight, in the dtype of `weight`; everything broadcasts."""
         return torch.clamp(torch.round(weight / scale) + zero, self.bottom, self.top)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights are zero.
+
+    Attributes:
+        sparsity: the share of zeros in the layer, where nothing else is asked for.
+        keep, of: N:M sparsity: so many weights are kept of each run of `of` neighbouring inputs (2 of 4); 0 and 0 for
+            unstructured sparsity. (SparseGPT's own options count the zeros.)
+        block: neighbouring inputs that are zero or kept together, with unstructured sparsity.
+    """
+
+    sparsity: float = 0.5
+    keep: int = 0
+    of: int = 0
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise RequestError(f"sparsity must be at least 0 and less than 1, not {self.sparsity}.")
+        if (self.keep or self.of) and not 0 < self.keep < self.of <= 32:
+            raise RequestError(f"N:M sparsity keeps 1 or more of at most 32 weights, not {self.keep}:{self.of}.")
+        if self.block < 1 or (self.of and self.block > 1):
+            raise RequestError(f"blocks have 1 or more weights, and 1 with N:M sparsity, not {self.block}.")
+
+    def check(self, columns: int, name: str = "the matrix") -> None:
+        """Raises RequestError when the pattern does not divide the columns."""
+        if self.of and columns % self.of:
+            raise RequestError(
+                f"{name} has {columns} inputs, which {self.keep}:{self.of} sparsity does not divide: "
+                f"use an M that divides {columns}, or unstructured sparsity."
+            )
+        if columns % self.block:
+            raise RequestError(f"{name} has {columns} inputs, which blocks of {self.block} do not divide: use others.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from featherweight.core.rules import Grid
+from featherweight.core.rules import Grid, Pattern
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,32 @@ class Solution:
         tensors = (self.codes_RC, self.scales_RG, self.zeros_RG)
         codes_RC, scales_RG, zeros_RG = (change(tensor) for tensor in tensors)
         return replace(self, codes_RC=codes_RC, scales_RG=scales_RG, zeros_RG=zeros_RG, loss_R=change(self.loss_R))
+
+
+@dataclass(frozen=True)
+class SparseSolution:
+    """A pruned layer whose remaining weights are plain floats.
+
+    Attributes:
+        values_RC: the weights, zero where pruned, in the dtype of the problem.
+        keep_RC: bool, what was not pruned (a kept weight may still be zero by chance).
+        pattern: the rule the mask obeys.
+        loss_R: what the solver says each row's tr(D H D^T) is, for the damped H it worked with.
+        damping: the relative damping that was needed in the end.
+    """
+
+    values_RC: Tensor
+    keep_RC: Tensor
+    pattern: Pattern
+    loss_R: Tensor
+    damping: float = 0.0
+
+    @property
+    def certificate(self) -> float:
+        """The solver's own figure for tr(D H D^T), damped H, summed over rows."""
+        return float(self.loss_R.double().sum())
+
+    @property
+    def sparsity(self) -> float:
+        """The share of pruned weights."""
+        return 1.0 - float(self.keep_RC.double().mean())

@@ -1,0 +1,258 @@
+"""OBC: each row chooses what goes next, the cheapest weight first (2208.11580): ExactOBS prunes, OBQ quantises.
+
+Every row has an inverse Hessian of its own, which shrinks as its weights are decided. It is kept as a matrix and the
+few vectors that are still to be taken off it: a step reads one row of the matrix, and only every `PENDING` steps one
+GEMM brings the whole up to date. Columns that are decided are dropped from it along the way.
+
+Shapes: R rows in all, B rows in flight, C columns, K columns still in the matrix, P pending vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from featherweight.core import scales
+from featherweight.core.problem import LayerProblem
+from featherweight.core.rules import Grid, Pattern
+from featherweight.core.serial import one_thread
+from featherweight.core.solution import Solution, SparseSolution
+
+PENDING = 32
+DROP = 0.8  # the matrix is made smaller when this share of its columns, or less, is still undecided
+ROW_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}  # for the inverse Hessians of the rows in flight
+
+
+@dataclass(frozen=True)
+class Trace:
+    """In which order each row's weights go, and what each of them costs when it goes.
+
+    Attributes:
+        order_RC: int64 column indices (of blocks, for a pattern of blocks).
+        cost_RC: the rise of the row's tr(D H D^T) at each step, damped H.
+    """
+
+    order_RC: Tensor
+    cost_RC: Tensor
+
+    def counts(self, total: int) -> Tensor:
+        """How many steps each row takes (R) when `total` steps are taken and always the cheapest next one.
+
+        A row's next step can be cheaper than one it has taken; merged from the rows' heads, a step's turn is the
+        running maximum of its row, so the `total` smallest of those are exactly what a heap would give.
+        """
+        turn_RC = torch.cummax(self.cost_RC, -1).values
+        taken = torch.argsort(turn_RC.flatten(), stable=True)[:total]
+        return torch.bincount(taken // turn_RC.shape[-1], minlength=turn_RC.shape[0])
+
+    def gone(self, counts_R: Tensor, columns: int) -> Tensor:
+        """Which of the columns (or blocks) of each row go in its first `counts` steps, R x columns bool."""
+        first_RC = torch.arange(self.order_RC.shape[-1], device=counts_R.device) < counts_R.unsqueeze(-1)
+        gone_RC = torch.zeros(len(counts_R), columns, dtype=torch.bool, device=counts_R.device)
+        return gone_RC.scatter_(-1, self.order_RC, first_RC)
+
+
+def obs(problem: LayerProblem, pattern: Pattern) -> SparseSolution:
+    """ExactOBS: prunes a layer to a pattern, and gives what is left its exact least-squares values.
+
+    Unstructured sparsity is exact to one weight (or block) over the whole layer. Raises RequestError where the pattern
+    does not fit the columns.
+    """
+    columns = problem.weight_RC.shape[-1]
+    pattern.check(columns, problem.name)
+    trace = prune_trace(problem, pattern)
+    total = trace.order_RC.numel() if pattern.of else round(pattern.sparsity * trace.order_RC.numel())
+    gone_RC = trace.gone(trace.counts(total), columns // pattern.block)
+    return least_squares(problem, ~gone_RC.repeat_interleave(pattern.block, -1), pattern)
+
+
+def prune_trace(problem: LayerProblem, pattern: Pattern) -> Trace:
+    """The order in which ExactOBS prunes every row: until nothing is left, or an N:M pattern is full."""
+
+    def run(rows: _Rows) -> tuple[Tensor, Tensor]:
+        return _prune_blocks(rows, pattern.block) if pattern.block > 1 else _prune(rows, pattern)
+
+    parts = _in_flight(problem, run, shrinks=pattern.block == 1)
+    return Trace(torch.cat([order for order, _ in parts]), torch.cat([cost for _, cost in parts]))
+
+
+def obq(problem: LayerProblem, grid: Grid, lowest_zero: int = 0) -> Solution:
+    """OBQ: rounds each row's weights one by one, the one that costs least first.
+
+    A weight that has drifted more than half a step off the grid's end goes at once, the farthest first: later it would
+    only be worse (the paper's outlier rule; weights that are exactly zero go before that). Scales are fitted on the
+    given weights. `lowest_zero` is the smallest zero the file format can hold.
+    """
+    weight_RC = problem.weight_RC
+    width = grid.width(weight_RC.shape[-1], problem.name)
+    price_C = _inverse(problem).diagonal().reciprocal()
+    scale_RG, zero_RG = scales.fit(
+        grid, weight_RC.unflatten(-1, (-1, width)), price_C.unflatten(0, (-1, width)), lowest_zero
+    )
+    scale_RC = scale_RG.to(weight_RC.dtype).repeat_interleave(width, -1)
+    zero_RC = zero_RG.to(weight_RC.dtype).repeat_interleave(width, -1)
+
+    def run(rows: _Rows) -> tuple[Tensor, Tensor]:
+        codes_BC = torch.empty_like(rows.values_BK)
+        loss_B = torch.zeros_like(rows.values_BK[:, 0])
+        for _ in range(weight_RC.shape[-1]):
+            with one_thread(weight_RC.device):
+                scale_BK = scale_RC[rows.row_B].gather(-1, rows.column_BK)
+                zero_BK = zero_RC[rows.row_B].gather(-1, rows.column_BK)
+                code_BK = grid.encode(rows.values_BK, scale_BK, zero_BK)
+                at_B = _next_rounded(rows, (code_BK - zero_BK) * scale_BK, scale_BK)
+                here = (rows.each_B, at_B)
+                codes_BC[rows.each_B, rows.column_BK[here]] = code_BK[here]
+                loss_B += rows.settle(at_B, (code_BK[here] - zero_BK[here]) * scale_BK[here])
+            rows.catch_up()
+        return codes_BC, loss_B
+
+    parts = _in_flight(problem, run, shrinks=True)
+    codes_RC = torch.cat([codes for codes, _ in parts]).to(torch.uint8)
+    return Solution(codes_RC, scale_RG, zero_RG, grid, torch.cat([loss for _, loss in parts]), problem.damping)
+
+
+def _next_rounded(rows: _Rows, nearest_BK: Tensor, scale_BK: Tensor) -> Tensor:
+    """The position of the weight that OBQ rounds next in each row."""
+    error_BK = (rows.values_BK - nearest_BK).square().masked_fill_(rows.gone_BK, -1.0)
+    cheap_B = (error_BK / rows.diagonal_BK).masked_fill_(rows.gone_BK, torch.inf).argmin(-1)
+    far_B = (error_BK > scale_BK.square() / 4).any(-1) & (rows.values_BK[rows.each_B, cheap_B] != 0)
+    return torch.where(far_B, error_BK.argmax(-1), cheap_B)
+
+
+def least_squares(problem: LayerProblem, keep_RC: Tensor, pattern: Pattern) -> SparseSolution:
+    """The best values for given supports: each row solves H w = H w_dense on the columns it keeps, damped H."""
+    hessian_CC = problem.damped()
+    columns = hessian_CC.shape[-1]
+    goal_RC = problem.weight_RC @ hessian_CC
+    size = max(1, ROW_BYTES[hessian_CC.device.type] // (2 * columns * columns * hessian_CC.element_size()))
+    parts = []
+    for goal_BC, keep_BC in zip(goal_RC.split(size), keep_RC.split(size), strict=True):
+        system_BCC = hessian_CC * (keep_BC.unsqueeze(-1) & keep_BC.unsqueeze(-2))
+        system_BCC.diagonal(dim1=-2, dim2=-1).add_((~keep_BC).to(hessian_CC.dtype))
+        lower_BCC = torch.linalg.cholesky(system_BCC)
+        parts.append(torch.cholesky_solve((goal_BC * keep_BC).unsqueeze(-1), lower_BCC).squeeze(-1) * keep_BC)
+    values_RC = torch.cat(parts)
+    delta_RC = problem.weight_RC - values_RC
+    return SparseSolution(values_RC, keep_RC, pattern, ((delta_RC @ hessian_CC) * delta_RC).sum(-1), problem.damping)
+
+
+class _Rows:
+    """Some rows with their inverse Hessians, as far as they are decided."""
+
+    def __init__(self, weight_BC: Tensor, inverse_CC: Tensor, row_B: Tensor, shrinks: bool) -> None:
+        rows, columns = weight_BC.shape
+        self.shrinks = shrinks
+        self.row_B, self.each_B = row_B, torch.arange(rows, device=weight_BC.device)
+        self.values_BK = weight_BC.clone()
+        self.column_BK = torch.arange(columns, device=weight_BC.device).expand(rows, -1).contiguous()
+        self.gone_BK = torch.zeros_like(self.values_BK, dtype=torch.bool)
+        self.inverse_BKK = inverse_CC.expand(rows, -1, -1).clone()
+        self.diagonal_BK = inverse_CC.diagonal().expand(rows, -1).clone()
+        self.pending_BPK = weight_BC.new_zeros(rows, PENDING, columns)
+        self.waiting, self.undecided = 0, columns
+        self.vector_BK = torch.zeros_like(self.values_BK)  # what the last step took off the inverse: its outer product
+
+    def settle(self, at_B: Tensor, value_B: Tensor) -> Tensor:
+        """Gives the weight at these positions its final value, makes the others make up for it; returns the cost."""
+        here = (self.each_B, at_B)
+        row_BK = self.inverse_BKK[here]
+        if self.waiting:
+            pending_BPK = self.pending_BPK[:, : self.waiting]
+            share_B1P = pending_BPK[self.each_B, :, at_B].unsqueeze(1)
+            row_BK = torch.baddbmm(row_BK.unsqueeze(1), share_B1P, pending_BPK, alpha=-1).squeeze(1)
+        pivot_B = row_BK[here].clamp(min=torch.finfo(row_BK.dtype).tiny).sqrt()
+        row_BK = (row_BK / pivot_B.unsqueeze(-1)).masked_fill_(self.gone_BK, 0.0)
+        error_B = (self.values_BK[here] - value_B) / pivot_B
+        self.values_BK.addcmul_(row_BK, error_B.unsqueeze(-1), value=-1)
+        self.values_BK[here] = value_B
+        self.diagonal_BK.addcmul_(row_BK, row_BK, value=-1).clamp_(min=torch.finfo(row_BK.dtype).tiny)
+        self.gone_BK[here] = True
+        self.pending_BPK[:, self.waiting] = self.vector_BK = row_BK
+        self.waiting, self.undecided = self.waiting + 1, self.undecided - 1
+        return error_B.square()
+
+    def catch_up(self) -> None:
+        """Once there are enough, takes the pending vectors off the matrix and drops columns that are decided."""
+        if self.waiting < PENDING:
+            return
+        width = self.values_BK.shape[-1]
+        if self.shrinks and 0 < self.undecided <= DROP * width:
+            kept_BK = (~self.gone_BK).nonzero()[:, 1].view(-1, self.undecided)
+            row_BK = (kept_BK + self.each_B.unsqueeze(-1) * width).flatten()
+            for _ in range(
+                2
+            ):  # rows, then (it is symmetric) columns: copying rows is several times faster than elements
+                rows_BKK = self.inverse_BKK.flatten(0, 1).index_select(0, row_BK).unflatten(0, kept_BK.shape)
+                self.inverse_BKK = rows_BKK.mT.contiguous()
+            for name in ("values_BK", "column_BK", "gone_BK", "diagonal_BK"):
+                setattr(self, name, getattr(self, name).gather(-1, kept_BK))
+            self.pending_BPK = self.pending_BPK.gather(-1, kept_BK.unsqueeze(1).expand(-1, PENDING, -1))
+        self.inverse_BKK.baddbmm_(self.pending_BPK.mT, self.pending_BPK, alpha=-1)
+        self.waiting = 0
+
+
+def _prune(rows: _Rows, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Prunes single weights, each time the one with the least w^2 / inv(H)_jj; order and costs, B x steps."""
+    count, columns = rows.values_BK.shape
+    width = pattern.of or columns
+    quota = pattern.of - pattern.keep if pattern.of else columns
+    left_BG = torch.full((count, columns // width), quota, device=rows.values_BK.device)
+    order, cost = [], []
+    for _ in range(columns // width * quota):
+        with one_thread(rows.values_BK.device):
+            closed_BK = rows.gone_BK
+            if pattern.of:
+                closed_BK = closed_BK | (left_BG == 0).gather(-1, rows.column_BK // width)
+            at_B = (rows.values_BK.square() / rows.diagonal_BK).masked_fill_(closed_BK, torch.inf).argmin(-1)
+            column_B = rows.column_BK[rows.each_B, at_B]
+            if pattern.of:
+                left_BG[rows.each_B, column_B // width] -= 1
+            order.append(column_B)
+            cost.append(rows.settle(at_B, torch.zeros_like(rows.values_BK[:, 0])))
+        rows.catch_up()
+    return torch.stack(order, -1), torch.stack(cost, -1)
+
+
+def _prune_blocks(rows: _Rows, block: int) -> tuple[Tensor, Tensor]:
+    """Prunes blocks of neighbouring columns, each time the one with the least w_b^T inv(inv(H)_bb) w_b."""
+    inner_BNbb = rows.inverse_BKK.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
+    inner_BNbb = inner_BNbb.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()
+    gone_BN = rows.gone_BK[:, ::block].clone()
+    eye_bb = torch.eye(block, dtype=inner_BNbb.dtype, device=inner_BNbb.device)
+    order, cost = [], []
+    for _ in range(gone_BN.shape[-1]):
+        value_BNb1 = rows.values_BK.unflatten(-1, (-1, block)).unsqueeze(-1)
+        safe_BNbb = torch.where(gone_BN[..., None, None], eye_bb, inner_BNbb)
+        cost_BN = (value_BNb1 * torch.linalg.solve_ex(safe_BNbb, value_BNb1)[0]).sum((-2, -1))
+        pick_B = cost_BN.masked_fill_(gone_BN, torch.inf).argmin(-1)
+        paid_B = torch.zeros_like(rows.values_BK[:, 0])
+        for inside in range(block):
+            with one_thread(paid_B.device):
+                paid_B += rows.settle(pick_B * block + inside, torch.zeros_like(paid_B))
+                vector_BNb = rows.vector_BK.unflatten(-1, (-1, block))
+                inner_BNbb -= vector_BNb.unsqueeze(-1) * vector_BNb.unsqueeze(-2)
+            rows.catch_up()
+        gone_BN[rows.each_B, pick_B] = True
+        order.append(pick_B)
+        cost.append(paid_B)
+    return torch.stack(order, -1), torch.stack(cost, -1)
+
+
+def _in_flight(
+    problem: LayerProblem, run: Callable[[_Rows], tuple[Tensor, Tensor]], shrinks: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Runs the rows by as many as fit."""
+    inverse_CC, weight_RC = _inverse(problem), problem.weight_RC
+    size = max(1, ROW_BYTES[weight_RC.device.type] // (inverse_CC.numel() * inverse_CC.element_size()))
+    rows_R = torch.arange(weight_RC.shape[0], device=weight_RC.device)
+    return [run(_Rows(weight_RC[row_B], inverse_CC, row_B, shrinks)) for row_B in rows_R.split(size)]
+
+
+def _inverse(problem: LayerProblem) -> Tensor:
+    """inv(H damped)."""
+    upper_CC = problem.factor("natural").upper_CC
+    return upper_CC.mT @ upper_CC
