@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from featherweight import recipes
+from featherweight import laws_cli, recipes
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(laws_cli.app, name="laws")
 
 Model = Annotated[str, typer.Argument(help="A local Hugging Face folder, a hub name, or feather-tiny.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -1,0 +1,198 @@
+"""`featherweight laws`: fit a scaling law to runs, and ask it for the best sparsity or the best model of a size."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featherweight.errors import RequestError
+
+app = typer.Typer(no_args_is_help=True, help="Scaling laws of sparse and low-bit models: fit, optimum, plan.")
+
+COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+BYTES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+Plot = Annotated[Path | None, typer.Option(help="Also write a picture, FILE.svg (needs the extra laws).")]
+Seed = Annotated[int, typer.Option(help="Of the random starts and the resamples.")]
+Law = Annotated[str, typer.Option(help="t5, vit, or a file with the JSON last line of laws fit.")]
+
+
+@app.command()
+def fit(
+    data: Annotated[str, typer.Argument(help="CSV with sparsity, nonzero_parameters, data, loss; or t5 or vit.")],
+    objective: Annotated[str, typer.Option(help="Huber on the log loss or on the raw loss.")] = "log",
+    bootstraps: Annotated[int, typer.Option(help="Resamples for the 95 % intervals; 0 for none.")] = 200,
+    delta: Annotated[float | None, typer.Option(help="Huber's delta: 1e-3 on log loss, 1e-2 on raw.")] = None,
+    form: Annotated[str, typer.Option(help="joint, or chinchilla for dense runs alone.")] = "joint",
+    starts: Annotated[int, typer.Option(help="Random starts.")] = 12,
+    check: Annotated[bool, typer.Option("--check", help="Leave-one-out and extrapolation error too.")] = False,
+    seed: Seed = 0,
+    plot: Plot = None,
+) -> None:
+    """Fit the law to the runs in DATA."""
+    from featherweight.laws import checks, forms, picture
+    from featherweight.laws.fit import fit as fitted_to
+
+    if form not in ("joint", "chinchilla"):
+        raise RequestError(f"form {form!r}: take joint or chinchilla.")
+    _at_least(bootstraps, 0, "bootstraps")
+    if plot is not None:
+        picture.check(plot)
+    runs = _points(data)
+    found = fitted_to(runs, objective, delta, starts, seed, form)
+    with _progress() as tell:
+        draws = checks.bootstrap(runs, found, bootstraps, seed, delta, tell) if bootstraps else ()
+    intervals = checks.intervals(draws) if draws else None
+    values = {"coefficients": forms.as_dict(found.coefficients), "objective": found.objective, "intervals": intervals}
+    last: dict[str, Any] = {**values, "points": len(runs)}
+    if check:
+        last["leave_one_out"] = asdict(checks.leave_one_out(runs, found, delta))
+        last["extrapolation"] = asdict(checks.extrapolation(runs, found, seed, delta))
+    if plot is not None:
+        picture.losses(plot, runs, found.coefficients, draws)
+    _fit_table(last)
+    _last_line(last)
+
+
+@app.command()
+def optimum(
+    parameters: Annotated[str, typer.Option(help="Non-zero parameters, as 85M.")],
+    tokens: Annotated[str, typer.Option(help="Budget: the tokens (or images) a dense run would see, as 50B.")],
+    law: Law = "t5",
+    plot: Plot = None,
+) -> None:
+    """The sparsity worth training at PARAMETERS non-zeros and the compute of a dense run over TOKENS."""
+    from featherweight.laws import picture
+    from featherweight.laws.optimum import COSTS, chinchilla_data
+    from featherweight.laws.optimum import optimum as best
+
+    n, d, co = _quantity("parameters", parameters, COUNTS), _quantity("tokens", tokens, COUNTS), _coefficients(law)
+    if plot is not None:
+        picture.check(plot)
+    found = [asdict(best(co, n, d, cost)) for cost in COSTS]
+    multiple = d / chinchilla_data(co, n)
+    if plot is not None:
+        picture.contours(plot, co, n, d, "gradual")
+    typer.echo(f"{multiple:.3g} times the compute at which {n:.3g} parameters are the best dense size", err=True)
+    _table(tuple(found[0]), [list(row.values()) for row in found])
+    _last_line({"parameters": n, "tokens": d, "chinchilla_multiple": multiple, "optima": found})
+
+
+@app.command()
+def plan(
+    bytes: Annotated[str, typer.Option(help="Room for the weights, as 8GB or 8GiB.")],
+    tokens: Annotated[str, typer.Option(help="Training tokens, as 2T.")],
+    data: Annotated[str, typer.Option(help="The runs to fit: t5, vit or a CSV.")] = "t5",
+    objective: Annotated[str, typer.Option(help="Huber on the log loss or on the raw loss.")] = "log",
+    bits: Annotated[list[int] | None, typer.Option(help="Only these widths; repeatable.")] = None,
+    bootstraps: Annotated[int, typer.Option(help="Resamples for the intervals.")] = 100,
+    seed: Seed = 0,
+) -> None:
+    """The best (sparsity, bits, size) that fits in BYTES, trained on TOKENS, and how sure that is."""
+    from featherweight.laws import checks
+    from featherweight.laws import plan as planning
+    from featherweight.laws.fit import fit as fitted_to
+
+    size, d = _quantity("bytes", bytes, BYTES), _quantity("tokens", tokens, COUNTS)
+    widths = planning.checked_bits(bits)
+    planning.check_budget(size, d, widths)
+    _at_least(bootstraps, 1, "bootstraps")
+    runs = _points(data)
+    found = fitted_to(runs, objective, seed=seed)
+    with _progress() as tell:
+        draws = checks.bootstrap(runs, found, bootstraps, seed, tell=tell)
+    rows = [asdict(candidate) for candidate in planning.plan(found.coefficients, draws, size, d, widths)]
+    beyond = rows[0]["effective_parameters"] / float(runs.parameters_P.max())
+    longer = d / float(runs.data_P.max())
+    reach = f"The law holds at {beyond:.3g} times the non-zeros and {longer:.3g} times the data of the runs fitted."
+    assumptions = [*planning.ASSUMPTIONS, reach]
+    shown = ("sparsity", "bits", "parameters", "loss", "interval", "best_in")
+    _table(shown, [[row[name] for name in shown] for row in rows[:8]])
+    for line in assumptions:
+        typer.echo(f"assumed: {line}", err=True)
+    _last_line({"best": rows[0], "candidates": rows, "assumptions": assumptions})
+
+
+def _points(data: str) -> Any:
+    from featherweight.laws import points
+
+    return points.published(data) if data in points.SHIPPED and not Path(data).exists() else points.read(data)
+
+
+def _coefficients(law: str) -> Any:
+    """Published ones by name, or those in a file whose last line `laws fit` wrote."""
+    from featherweight.laws.forms import NAMES, PUBLISHED, Coefficients
+
+    if law in PUBLISHED:
+        return PUBLISHED[law]
+    try:
+        values = json.loads(Path(law).read_text(encoding="utf-8").strip().splitlines()[-1])["coefficients"]
+        found = Coefficients.of(values[name] for name in NAMES)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise RequestError(f"law {law!r}: take t5, vit or a file with the JSON last line of laws fit.") from error
+    if not all(math.isfinite(value) and value >= 0 for value in found.as_tuple()):
+        raise RequestError(f"law {law!r}: every coefficient must be finite and not below 0.")
+    return found
+
+
+def _quantity(name: str, text: str, units: dict[str, float]) -> float:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in units or not 0 < float(found[1]) * units[found[2].upper()] < math.inf:
+        known = ", ".join(unit for unit in units if unit)
+        raise RequestError(f"{name} {text!r}: give a number above 0, alone or with one of {known}.")
+    return float(found[1]) * units[found[2].upper()]
+
+
+def _at_least(value: int, least: int, name: str) -> None:
+    if value < least:
+        raise RequestError(f"{value} {name} asked for: at least {least} is needed.")
+
+
+def _fit_table(last: dict[str, Any]) -> None:
+    spans = last["intervals"] or {}
+    rows = [[name, value, list(spans.get(name, ())) or "-"] for name, value in last["coefficients"].items()]
+    _table(("coefficient", "value", "95 % interval"), rows)
+    for name in ("leave_one_out", "extrapolation"):
+        if name in last:
+            found = last[name]
+            typer.echo(
+                f"{name}: {found['mean']:.2%} mean, {found['largest']:.2%} at most, {found['runs']} runs", err=True
+            )
+
+
+def _table(columns: tuple[str, ...], rows: list[list[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    Console(stderr=True).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " to ".join(_cell(each) for each in value) if isinstance(value, list | tuple) else str(value)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float, float, str], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("fitting", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def _last_line(values: dict[str, Any]) -> None:
+    typer.echo(json.dumps(values))
