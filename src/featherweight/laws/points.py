@@ -57,7 +57,8 @@ def read(path: str | Path) -> Points:
             _check_header(str(path), reader.fieldnames)
             rows = [_row(str(path), reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(f"{path}: not a CSV file that can be read ({error}).") from error
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{path} is not a CSV file that can be read ({reason}): give one.") from error
     return points(*([row[i] for row in rows] for i in range(len(COLUMNS))))
 
 
