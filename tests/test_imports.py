@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"models", "data", "linear"},
 }
 # The rooms that sit on top, in order; each may import everything below it.
-ABOVE = ["api", "demo", "laws_cli", "cli"]
+ABOVE = ["api", "demo", "console", "laws_cli", "cli"]
 # The package itself hands out names of every room, but lazily: `import featherweight` alone must stay quick.
 TOP = {"__init__", "__main__"}
 # core is mathematics on tensors: beside the standard library it needs torch and nothing else.

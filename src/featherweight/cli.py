@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from featherweight import laws_cli, recipes
+from featherweight import console, laws_cli, recipes
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -82,14 +80,14 @@ def compress(
         seed=seed,
     )
     chosen = _with_group_size(chosen, group_size)
-    _say(f"recipe {chosen.digest()}: {json.dumps(chosen.as_dict())}")
+    console.say(f"recipe {chosen.digest()}: {json.dumps(chosen.as_dict())}")
     try:
-        with _progress() as tell:
+        with console.progress() as tell:
             result = api.compress(model, out, chosen, device, tell)
     except KeyboardInterrupt:
-        _say(f"stopped; finished blocks are kept in {out}: repeat the command to go on.")
+        console.say(f"stopped; finished blocks are kept in {out}: repeat the command to go on.")
         raise typer.Exit(1) from None
-    _last_line(asdict(result))
+    console.last_line(asdict(result))
 
 
 @app.command("eval")
@@ -104,15 +102,15 @@ def evaluate(
     """Perplexity of MODEL, bits per weight, and its distance from a dense model."""
     from featherweight import api
 
-    with _progress() as tell:
+    with console.progress() as tell:
         report = api.evaluate(model, text or ["builtin:evaluation"], context, against, windows, device, tell)
     bos = report.pop("bos")
-    _say(
+    console.say(
         "no BOS in front of windows (the tokenizer adds none)"
         if bos is None
         else f"BOS (id {bos}) in front of every window"
     )
-    _last_line(report)
+    console.last_line(report)
 
 
 @app.command()
@@ -131,7 +129,7 @@ def generate(
 
     text = continuation(api.load(model, device), load_tokenizer(model), prompt, max_new_tokens, temperature, seed)
     typer.echo(prompt + text)
-    _last_line({"model": model, "prompt": prompt, "text": text})
+    console.last_line({"model": model, "prompt": prompt, "text": text})
 
 
 @app.command()
@@ -141,8 +139,8 @@ def inspect(model: Model) -> None:
 
     found = api.inspect(model)
     columns = ("name", "shape", "bits", "group_size", "symmetric", "bytes", "loss")
-    _table(columns, [[_cell(row[column]) for column in columns] for row in found["matrices"]])
-    _last_line(found)
+    console.table(columns, [[_cell(row[column]) for column in columns] for row in found["matrices"]])
+    console.last_line(found)
 
 
 @app.command()
@@ -150,7 +148,7 @@ def demo(device: Device = "auto") -> None:
     """The embedded model at 4, 3 and 2 bits, rounded and compensated, in about a minute."""
     from featherweight import demo as demonstration
 
-    with _progress() as tell:
+    with console.progress() as tell:
         found = demonstration.run(device, tell)
     rows = [["dense", "16", "16.00", f"{found['dense_perplexity']:.2f}", "0", ""]]
     for row in found["rows"]:
@@ -161,19 +159,8 @@ def demo(device: Device = "auto") -> None:
             f"{row['seconds']:.1f}",
         ]
         rows.append([row["method"], str(row["bits"]), *numbers])
-    _table(("method", "bits", "bits per weight", "perplexity", "KL (nats)", "seconds"), rows)
-    _last_line(found)
-
-
-def _table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
-    """A table on stderr."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    Console(stderr=True).print(table)
+    console.table(("method", "bits", "bits per weight", "perplexity", "KL (nats)", "seconds"), rows)
+    console.last_line(found)
 
 
 def _cell(value: Any) -> str:
@@ -194,41 +181,15 @@ def _with_group_size(recipe: Any, group_size: str | None) -> Any:
     return replace(recipe, group_size=int(group_size))
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[float, float, str], None]]:
-    """A bar with the time left, on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _last_line(values: dict[str, Any]) -> None:
-    typer.echo(json.dumps(values))
-
-
 def main() -> None:
     """Runs the command; our own errors become one sentence on stderr and exit code 2 (bad request) or 1 (failed)."""
     warnings.simplefilter("always", FallbackWarning)
-    warnings.showwarning = lambda message, *_rest, **_named: _say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_rest, **_named: console.say(f"warning: {message}")
     try:
         app()
     except RequestError as error:
-        _say(f"error: {error}")
+        console.say(f"error: {error}")
         sys.exit(2)
     except FeatherweightError as error:
-        _say(f"failed: {error}")
+        console.say(f"failed: {error}")
         sys.exit(1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from featherweight import console
 from featherweight.errors import RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Scaling laws of sparse and low-bit models: fit, optimum, plan.")
@@ -48,7 +47,7 @@ def fit(
         picture.check(plot)
     runs = _points(data)
     found = fitted_to(runs, objective, delta, starts, seed, form)
-    with _progress() as tell:
+    with console.progress() as tell:
         draws = checks.bootstrap(runs, found, bootstraps, seed, delta, tell) if bootstraps else ()
     intervals = checks.intervals(draws) if draws else None
     values = {"coefficients": forms.as_dict(found.coefficients), "objective": found.objective, "intervals": intervals}
@@ -59,7 +58,7 @@ def fit(
     if plot is not None:
         picture.losses(plot, runs, found.coefficients, draws)
     _fit_table(last)
-    _last_line(last)
+    console.last_line(last)
 
 
 @app.command()
@@ -81,9 +80,9 @@ def optimum(
     multiple = d / chinchilla_data(co, n)
     if plot is not None:
         picture.contours(plot, co, n, d, "gradual")
-    typer.echo(f"{multiple:.3g} times the compute at which {n:.3g} parameters are the best dense size", err=True)
-    _table(tuple(found[0]), [list(row.values()) for row in found])
-    _last_line({"parameters": n, "tokens": d, "chinchilla_multiple": multiple, "optima": found})
+    console.say(f"{multiple:.3g} times the compute at which {n:.3g} parameters are the best dense size")
+    console.table(tuple(found[0]), [[_cell(value) for value in row.values()] for row in found])
+    console.last_line({"parameters": n, "tokens": d, "chinchilla_multiple": multiple, "optima": found})
 
 
 @app.command()
@@ -107,7 +106,7 @@ def plan(
     _at_least(bootstraps, 1, "bootstraps")
     runs = _points(data)
     found = fitted_to(runs, objective, seed=seed)
-    with _progress() as tell:
+    with console.progress() as tell:
         draws = checks.bootstrap(runs, found, bootstraps, seed, tell=tell)
     rows = [asdict(candidate) for candidate in planning.plan(found.coefficients, draws, size, d, widths)]
     beyond = rows[0]["effective_parameters"] / float(runs.parameters_P.max())
@@ -115,10 +114,10 @@ def plan(
     reach = f"The law holds at {beyond:.3g} times the non-zeros and {longer:.3g} times the data of the runs fitted."
     assumptions = [*planning.ASSUMPTIONS, reach]
     shown = ("sparsity", "bits", "parameters", "loss", "interval", "best_in")
-    _table(shown, [[row[name] for name in shown] for row in rows[:8]])
+    console.table(shown, [[_cell(row[name]) for name in shown] for row in rows[:8]])
     for line in assumptions:
-        typer.echo(f"assumed: {line}", err=True)
-    _last_line({"best": rows[0], "candidates": rows, "assumptions": assumptions})
+        console.say(f"assumed: {line}")
+    console.last_line({"best": rows[0], "candidates": rows, "assumptions": assumptions})
 
 
 def _points(data: str) -> Any:
@@ -158,41 +157,15 @@ def _at_least(value: int, least: int, name: str) -> None:
 
 def _fit_table(last: dict[str, Any]) -> None:
     spans = last["intervals"] or {}
-    rows = [[name, value, list(spans.get(name, ())) or "-"] for name, value in last["coefficients"].items()]
-    _table(("coefficient", "value", "95 % interval"), rows)
+    rows = [[name, _cell(value), _cell(spans.get(name, "-"))] for name, value in last["coefficients"].items()]
+    console.table(("coefficient", "value", "95 % interval"), rows)
     for name in ("leave_one_out", "extrapolation"):
         if name in last:
             found = last[name]
-            typer.echo(
-                f"{name}: {found['mean']:.2%} mean, {found['largest']:.2%} at most, {found['runs']} runs", err=True
-            )
-
-
-def _table(columns: tuple[str, ...], rows: list[list[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    Console(stderr=True).print(table)
+            console.say(f"{name}: {found['mean']:.2%} mean, {found['largest']:.2%} at most, {found['runs']} runs")
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return " to ".join(_cell(each) for each in value) if isinstance(value, list | tuple) else str(value)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[float, float, str], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("fitting", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-
-
-def _last_line(values: dict[str, Any]) -> None:
-    typer.echo(json.dumps(values))

@@ -1,0 +1,49 @@
+"""What every command prints: one JSON line on stdout, and tables, progress and remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+
+def last_line(values: dict[str, Any]) -> None:
+    """The line that scripts read."""
+    typer.echo(json.dumps(values))
+
+
+def say(text: str) -> None:
+    """A remark on stderr."""
+    typer.echo(text, err=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*columns)
+    for row in rows:
+        drawn.add_row(*row)
+    Console(stderr=True).print(drawn)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[float, float, str], None]]:
+    """A bar with the time left, on stderr; yields what moves it: (done, total, what is being done)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
