@@ -33,7 +33,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[float, float, str], None]]:
-    """A bar with the time left, on stderr; yields what moves it: (done, total, what is being done)."""
+    """A bar with the time left, on stderr, which an error wipes away; yields (done, total, what is being done)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -46,4 +46,8 @@ def progress() -> Iterator[Callable[[float, float, str], None]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        try:
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        except BaseException:
+            bar.live.transient = True
+            raise
