@@ -72,7 +72,7 @@ def prune_by_definition(weight_C: Tensor, damped_CC: Tensor, pattern: Pattern) -
 def test_exact_obs_is_its_definition(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "PENDING", 5)  # so that the matrix is brought up to date, and shrinks, many times
     problem = layer()
-    trace = prune_trace(problem, pattern)
+    trace = prune_trace(problem, pattern, problem.factor("natural"))
     damped_CC = damped(problem.hessian_CC, 0.01)
     for row, weight_C in enumerate(problem.weight_RC):
         order, cost, values_C = prune_by_definition(weight_C, damped_CC, pattern)
@@ -112,7 +112,7 @@ def test_the_best_mask_bounds_greedy_from_below(seed: int, gone: int) -> None:
     for zeros in combinations(range(8), gone):
         keep_RC = torch.ones(1, 8, dtype=torch.bool)
         keep_RC[0, list(zeros)] = False
-        costs.append(least_squares(problem, keep_RC, Pattern()).certificate)
+        costs.append(least_squares(problem, keep_RC, Pattern(), 0.01).certificate)
     found = obs(problem, Pattern(gone / 8)).certificate
     assert min(costs) * (1 - 1e-9) <= found < sorted(costs)[len(costs) // 4]
 
@@ -147,6 +147,21 @@ def test_rows_in_flight_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "ROW_BYTES", {"cpu": 4 * 48 * 48 * 8})
     assert torch.equal(obs(problem, Pattern(0.4)).keep_RC, whole.keep_RC)
     assert torch.equal(obq(problem, grid).codes_RC, rounded.codes_RC)
+
+
+@pytest.mark.filterwarnings("ignore:.*needs more than damping")
+def test_a_damping_that_had_to_climb_is_the_one_that_counts() -> None:
+    """An indefinite H: the certificate is that of the H that was worked with, whichever solver."""
+    problem = layer()
+    shift = 0.05 * problem.hessian_CC.diagonal().mean()
+    hessian_CC = problem.hessian_CC - shift * torch.eye(48, dtype=torch.float64)
+    hard = LayerProblem(problem.weight_RC, hessian_CC, damping=0.01)
+    pruned, rounded = obs(hard, Pattern()), obq(hard, Grid(4, 16))
+    assert pruned.damping == rounded.damping > 0.01
+    damped_CC = damped(hessian_CC, pruned.damping)
+    for solution, values_RC in ((pruned, pruned.values_RC), (rounded, rounded.values(torch.float64))):
+        expected_R = layer_loss(problem.weight_RC, values_RC, damped_CC)
+        torch.testing.assert_close(solution.loss_R, expected_R, rtol=1e-8, atol=0)
 
 
 # --- OBQ

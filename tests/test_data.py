@@ -295,6 +295,18 @@ def test_only_what_is_drawn_is_tokenised() -> None:
     assert seen < len(text) / 100
 
 
+def test_scripts_without_spaces_cost_no_more() -> None:
+    text, seen = "".join(chr(0x4E00 + number % 5000) for number in range(100_000)), 0
+
+    def characters(part: str) -> list[int]:
+        nonlocal seen
+        seen += len(part)
+        return [ord(character) for character in part]
+
+    ids_ST = calibration_windows(characters, text, samples=8, length=32, seed=0)
+    assert ids_ST.shape == (8, 32) and seen < len(text) / 10
+
+
 def test_calibration_windows_with_bos_keep_the_length() -> None:
     ids_ST = calibration_windows(words, numbers(1000, 100), samples=20, length=32, seed=0, bos=7)
     assert ids_ST.shape == (20, 32) and (ids_ST[:, 0] == 7).all()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core import scales
-from featherweight.core.problem import LayerProblem
+from featherweight.core.problem import Factor, LayerProblem
 from featherweight.core.rules import Grid, Pattern
 from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution, SparseSolution
@@ -63,19 +63,23 @@ def obs(problem: LayerProblem, pattern: Pattern) -> SparseSolution:
     """
     columns = problem.weight_RC.shape[-1]
     pattern.check(columns, problem.name)
-    trace = prune_trace(problem, pattern)
+    factor = problem.factor("natural")
+    trace = prune_trace(problem, pattern, factor)
     total = trace.order_RC.numel() if pattern.of else round(pattern.sparsity * trace.order_RC.numel())
     gone_RC = trace.gone(trace.counts(total), columns // pattern.block)
-    return least_squares(problem, ~gone_RC.repeat_interleave(pattern.block, -1), pattern)
+    return least_squares(problem, ~gone_RC.repeat_interleave(pattern.block, -1), pattern, factor.damping)
 
 
-def prune_trace(problem: LayerProblem, pattern: Pattern) -> Trace:
-    """The order in which ExactOBS prunes every row: until nothing is left, or an N:M pattern is full."""
+def prune_trace(problem: LayerProblem, pattern: Pattern, factor: Factor) -> Trace:
+    """The order in which ExactOBS prunes every row: until nothing is left, or an N:M pattern is full.
+
+    `factor` is the problem's, in the natural order.
+    """
 
     def run(rows: _Rows) -> tuple[Tensor, Tensor]:
         return _prune_blocks(rows, pattern.block) if pattern.block > 1 else _prune(rows, pattern)
 
-    parts = _in_flight(problem, run, shrinks=pattern.block == 1)
+    parts = _in_flight(problem, factor, run, shrinks=pattern.block == 1)
     return Trace(torch.cat([order for order, _ in parts]), torch.cat([cost for _, cost in parts]))
 
 
@@ -88,7 +92,8 @@ def obq(problem: LayerProblem, grid: Grid, lowest_zero: int = 0) -> Solution:
     """
     weight_RC = problem.weight_RC
     width = grid.width(weight_RC.shape[-1], problem.name)
-    price_C = _inverse(problem).diagonal().reciprocal()
+    factor = problem.factor("natural")
+    price_C = factor.upper_CC.square().sum(0).reciprocal()  # 1 / inv(H)_jj
     scale_RG, zero_RG = scales.fit(
         grid, weight_RC.unflatten(-1, (-1, width)), price_C.unflatten(0, (-1, width)), lowest_zero
     )
@@ -110,9 +115,9 @@ def obq(problem: LayerProblem, grid: Grid, lowest_zero: int = 0) -> Solution:
             rows.catch_up()
         return codes_BC, loss_B
 
-    parts = _in_flight(problem, run, shrinks=True)
+    parts = _in_flight(problem, factor, run, shrinks=True)
     codes_RC = torch.cat([codes for codes, _ in parts]).to(torch.uint8)
-    return Solution(codes_RC, scale_RG, zero_RG, grid, torch.cat([loss for _, loss in parts]), problem.damping)
+    return Solution(codes_RC, scale_RG, zero_RG, grid, torch.cat([loss for _, loss in parts]), factor.damping)
 
 
 def _next_rounded(rows: _Rows, nearest_BK: Tensor, scale_BK: Tensor) -> Tensor:
@@ -123,9 +128,12 @@ def _next_rounded(rows: _Rows, nearest_BK: Tensor, scale_BK: Tensor) -> Tensor:
     return torch.where(far_B, error_BK.argmax(-1), cheap_B)
 
 
-def least_squares(problem: LayerProblem, keep_RC: Tensor, pattern: Pattern) -> SparseSolution:
-    """The best values for given supports: each row solves H w = H w_dense on the columns it keeps, damped H."""
-    hessian_CC = problem.damped()
+def least_squares(problem: LayerProblem, keep_RC: Tensor, pattern: Pattern, damping: float) -> SparseSolution:
+    """The best values for given supports: each row solves H w = H w_dense on the columns it keeps.
+
+    `damping` is that of the solution whose support it is: with it, H can be factored.
+    """
+    hessian_CC = problem.damped(damping)
     columns = hessian_CC.shape[-1]
     goal_RC = problem.weight_RC @ hessian_CC
     size = max(1, ROW_BYTES[hessian_CC.device.type] // (2 * columns * columns * hessian_CC.element_size()))
@@ -137,7 +145,7 @@ def least_squares(problem: LayerProblem, keep_RC: Tensor, pattern: Pattern) -> S
         parts.append(torch.cholesky_solve((goal_BC * keep_BC).unsqueeze(-1), lower_BCC).squeeze(-1) * keep_BC)
     values_RC = torch.cat(parts)
     delta_RC = problem.weight_RC - values_RC
-    return SparseSolution(values_RC, keep_RC, pattern, ((delta_RC @ hessian_CC) * delta_RC).sum(-1), problem.damping)
+    return SparseSolution(values_RC, keep_RC, pattern, ((delta_RC @ hessian_CC) * delta_RC).sum(-1), damping)
 
 
 class _Rows:
@@ -183,9 +191,7 @@ class _Rows:
         if self.shrinks and 0 < self.undecided <= DROP * width:
             kept_BK = (~self.gone_BK).nonzero()[:, 1].view(-1, self.undecided)
             row_BK = (kept_BK + self.each_B.unsqueeze(-1) * width).flatten()
-            for _ in range(
-                2
-            ):  # rows, then (it is symmetric) columns: copying rows is several times faster than elements
+            for _ in range(2):  # rows, then (it is symmetric) columns: faster than picking elements
                 rows_BKK = self.inverse_BKK.flatten(0, 1).index_select(0, row_BK).unflatten(0, kept_BK.shape)
                 self.inverse_BKK = rows_BKK.mT.contiguous()
             for name in ("values_BK", "column_BK", "gone_BK", "diagonal_BK"):
@@ -243,16 +249,10 @@ def _prune_blocks(rows: _Rows, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _in_flight(
-    problem: LayerProblem, run: Callable[[_Rows], tuple[Tensor, Tensor]], shrinks: bool
+    problem: LayerProblem, factor: Factor, run: Callable[[_Rows], tuple[Tensor, Tensor]], shrinks: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Runs the rows by as many as fit."""
-    inverse_CC, weight_RC = _inverse(problem), problem.weight_RC
+    inverse_CC, weight_RC = factor.upper_CC.mT @ factor.upper_CC, problem.weight_RC
     size = max(1, ROW_BYTES[weight_RC.device.type] // (inverse_CC.numel() * inverse_CC.element_size()))
     rows_R = torch.arange(weight_RC.shape[0], device=weight_RC.device)
     return [run(_Rows(weight_RC[row_B], inverse_CC, row_B, shrinks)) for row_B in rows_R.split(size)]
-
-
-def _inverse(problem: LayerProblem) -> Tensor:
-    """inv(H damped)."""
-    upper_CC = problem.factor("natural").upper_CC
-    return upper_CC.mT @ upper_CC

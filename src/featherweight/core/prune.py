@@ -36,7 +36,7 @@ def prune(
         saliency: what a weight is worth: "obs" w^2/U_jj^2, its price once the rest makes up for it; "wanda" |w| times
             the size of its input (2306.11695).
         scope: with unstructured sparsity, the weights that compete: all of a slab, or each row's in a slab.
-        slab: columns swept together, and with unstructured sparsity the window of the mask; N:M groups divide it.
+        slab: columns swept together (whole N:M groups or blocks), and the window of an unstructured mask.
         keep_RC: a mask to use instead of choosing one (True is kept).
 
     Raises RequestError where the pattern does not fit the columns.
@@ -44,7 +44,8 @@ def prune(
     columns = problem.weight_RC.shape[-1]
     pattern.check(columns, problem.name)
     factor = problem.factor("natural")
-    weight_CR, upper_CC = problem.weight_RC.T.contiguous(), factor.upper_CC
+    weight_CR = problem.weight_RC.T.clone(memory_format=torch.contiguous_format)  # written to: never the caller's own
+    upper_CC = factor.upper_CC
     price_C = _price(problem, upper_CC, saliency)
     kept_CR = torch.ones_like(weight_CR, dtype=torch.bool) if keep_RC is None else keep_RC.T.contiguous()
     loss_R = torch.zeros_like(weight_CR[0])

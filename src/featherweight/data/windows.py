@@ -16,6 +16,7 @@ from featherweight.errors import RequestError
 
 Encode = Callable[[str], list[int]]
 PROBE = 4096  # characters that tell how many there are to a token
+LONGEST_WORD = 128  # characters
 SLACK = 1.25  # and how much longer than that a passage is made, so that it seldom has too few tokens
 
 
@@ -55,18 +56,23 @@ def _passage(encode: Encode, text: str, take: int, span: int, place: float, offs
     """`take` ids, `offset` (0 .. 1) of the way into a passage that begins `place` (0 .. 1) of the way into the text."""
     while True:
         start = int(place * (max(0, len(text) - span) + 1))
-        while start and not text[start].isspace():
-            start -= 1
-        stop = start + span
-        while stop < len(text) and not text[stop].isspace():
-            stop += 1
-        ids = encode(text[start:stop])
+        ids = encode(text[_space(text, start, -1) : _space(text, start + span, 1)])
         if len(ids) >= take:
             first = int(offset * (len(ids) - take + 1))
             return ids[first : first + take]
         if span >= len(text):
             _require(len(ids), take, "calibration", "--tokens")
         span *= 2
+
+
+def _space(text: str, at: int, step: int) -> int:
+    """The nearest white space from `at` on in that direction; `at` itself in scripts that have none."""
+    for place in range(at, at + step * LONGEST_WORD, step):
+        if not 0 < place < len(text):
+            return min(max(place, 0), len(text))
+        if text[place].isspace():
+            return place
+    return at
 
 
 def evaluation_windows(tokens_T: Tensor, context: int, bos: int | None = None) -> Tensor:
