@@ -105,8 +105,9 @@ def test_embedded_calibration_shares_no_run_of_ten_words_with_the_evaluation() -
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["one", "two é"]}), path)
     assert read_text(str(path)) == "one\n\ntwo é"

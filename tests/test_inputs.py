@@ -139,7 +139,7 @@ def test_sums_are_those_of_the_inputs(
             put(drifted, {name: name for name in group.names}, group)
     before = heard(original, [last.module, *paths.values()], ids_ST)
     dense = {path: weight_of(original.get_submodule(path)).clone() for path in paths.values()}
-    assert [name for group in own for name in group.names] and {n for g in own for n in g.names} == paths.keys()
+    assert {name for group in own for name in group.names} == paths.keys()
     for group, done in zip(own, after_stages(own, chosen), strict=True):
         for path, weight in dense.items():
             weight_of(drifted.get_submodule(path)).data.copy_(weight)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 
 from featherweight.errors import RequestError
@@ -16,9 +17,6 @@ from featherweight.laws import points as runs_of
 from featherweight.laws.fit import Fit, Search, fit, objective
 from featherweight.laws.forms import NAMES, PUBLISHED, Coefficients
 from featherweight.laws.points import Points
-
-np = pytest.importorskip("numpy")
-pytest.importorskip("scipy")
 
 KIND = {"t5": "log", "vit": "raw"}
 STEP_TOKENS = 65_536
@@ -116,7 +114,7 @@ def test_published_objectives(name: str, published: float) -> None:
 
 
 def test_t5_fit(fitted: Fit, t5: Points) -> None:
-    assert fitted.objective < 4.89e-6 < 7.60e-6
+    assert fitted.objective < 4.89e-6  # the published coefficients: 7.60e-6
     assert max(fitted.starts) < 1.01 * min(fitted.starts) and len(fitted.starts) == 10
     assert objective(t5, fitted.coefficients) == pytest.approx(fitted.objective, rel=1e-9)
     assert fit(t5, starts=2, seed=5).coefficients.as_tuple() == pytest.approx(fitted.coefficients.as_tuple(), rel=1e-4)

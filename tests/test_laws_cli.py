@@ -17,8 +17,6 @@ from featherweight.laws.forms import NAMES, PUBLISHED
 from featherweight.laws.points import COLUMNS, Points
 from runs import featherweight
 
-pytest.importorskip("scipy")
-
 
 def write(path: Path, runs: Points | list[list[object]], header: tuple[str, ...] = COLUMNS) -> Path:
     rows = zip(*runs.columns(), strict=True) if isinstance(runs, Points) else runs
@@ -68,7 +66,6 @@ def test_plan_command() -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     one, two = tmp_path / "fit.svg", tmp_path / "optimum.svg"
     assert featherweight("laws", "fit", "t5", "--bootstraps", 3, "--starts", 1, "--plot", one).code == 0
     asked = ("laws", "optimum", "--parameters", "85M", "--tokens", "50B", "--plot")

@@ -139,7 +139,7 @@ def inspect(model: Model) -> None:
 
     found = api.inspect(model)
     columns = ("name", "shape", "bits", "group_size", "symmetric", "bytes", "loss")
-    console.table(columns, [[_cell(row[column]) for column in columns] for row in found["matrices"]])
+    console.table(columns, [[row[column] for column in columns] for row in found["matrices"]], " x ")
     console.last_line(found)
 
 
@@ -161,12 +161,6 @@ def demo(device: Device = "auto") -> None:
         rows.append([row["method"], str(row["bits"]), *numbers])
     console.table(("method", "bits", "bits per weight", "perplexity", "KL (nats)", "seconds"), rows)
     console.last_line(found)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return " x ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
 
 
 def _with_group_size(recipe: Any, group_size: str | None) -> Any:

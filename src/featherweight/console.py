@@ -20,15 +20,23 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stderr."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], between: str = " to ") -> None:
+    """A table on stderr; floats get four digits, lists are joined by `between`, None is a dash."""
     from rich.console import Console
     from rich.table import Table
 
     drawn = Table(*columns)
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(_cell(value, between) for value in row))
     Console(stderr=True).print(drawn)
+
+
+def _cell(value: Any, between: str) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return between.join(_cell(each, between) for each in value)
+    return "-" if value is None else str(value)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def optimum(
     if plot is not None:
         picture.contours(plot, co, n, d, "gradual")
     console.say(f"{multiple:.3g} times the compute at which {n:.3g} parameters are the best dense size")
-    console.table(tuple(found[0]), [[_cell(value) for value in row.values()] for row in found])
+    console.table(tuple(found[0]), [list(row.values()) for row in found])
     console.last_line({"parameters": n, "tokens": d, "chinchilla_multiple": multiple, "optima": found})
 
 
@@ -114,7 +114,7 @@ def plan(
     reach = f"The law holds at {beyond:.3g} times the non-zeros and {longer:.3g} times the data of the runs fitted."
     assumptions = [*planning.ASSUMPTIONS, reach]
     shown = ("sparsity", "bits", "parameters", "loss", "interval", "best_in")
-    console.table(shown, [[_cell(row[name]) for name in shown] for row in rows[:8]])
+    console.table(shown, [[row[name] for name in shown] for row in rows[:8]])
     for line in assumptions:
         console.say(f"assumed: {line}")
     console.last_line({"best": rows[0], "candidates": rows, "assumptions": assumptions})
@@ -157,15 +157,9 @@ def _at_least(value: int, least: int, name: str) -> None:
 
 def _fit_table(last: dict[str, Any]) -> None:
     spans = last["intervals"] or {}
-    rows = [[name, _cell(value), _cell(spans.get(name, "-"))] for name, value in last["coefficients"].items()]
+    rows = [[name, value, spans.get(name)] for name, value in last["coefficients"].items()]
     console.table(("coefficient", "value", "95 % interval"), rows)
     for name in ("leave_one_out", "extrapolation"):
         if name in last:
             found = last[name]
             console.say(f"{name}: {found['mean']:.2%} mean, {found['largest']:.2%} at most, {found['runs']} runs")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return " to ".join(_cell(each) for each in value) if isinstance(value, list | tuple) else str(value)

@@ -25,7 +25,10 @@ CHUNK_ELEMENTS = 1 << 24  # of the temporaries in `refit_scales`
 
 
 def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Solution:
-    """Alternates `refit_scales` and `descend`; no row's tr(D H D^T), for H damped as in `solution`, ever rises."""
+    """Alternates `refit_scales` and `descend`; no row's tr(D H D^T), for H damped as in `solution`, ever rises.
+
+    `solution.loss_R` must be those losses, as every solver here gives them.
+    """
     if not rounds:
         return solution
     hessian_CC = problem.damped(solution.damping)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featherweight.errors import RequestError
-from featherweight.laws.fit import DELTA, FREE, Fit, Search, fit
+from featherweight.laws.fit import FREE, Fit, Search, fit, huber_delta
 from featherweight.laws.forms import NAMES, Coefficients
 from featherweight.laws.forms import loss as law
 from featherweight.laws.points import Points, check_identifiable
@@ -58,8 +58,8 @@ def _resampled(runs: Points, fitted: Fit, generator: Any, delta: float | None) -
             check_identifiable(kept, fitted.form, FREE[fitted.form])
         except RequestError:
             continue
-        chosen = DELTA[fitted.kind] if delta is None else delta
-        return Search(kept, fitted.kind, chosen, fitted.form, _held(fitted), counts_P[counts_P > 0])
+        weight_P, chosen = counts_P[counts_P > 0], huber_delta(fitted.kind, delta)
+        return Search(kept, fitted.kind, chosen, fitted.form, _held(fitted), weight_P)
     raise RequestError(
         f"of {len(runs)} points no resample identifies every coefficient: add runs or ask for no bootstraps."
     )
@@ -106,8 +106,7 @@ def leave_one_out(runs: Points, fitted: Fit, delta: float | None = None) -> Miss
     for i in range(len(runs)):
         rest = runs.take(np.arange(len(runs)) != i)
         check_identifiable(rest, fitted.form, FREE[fitted.form])
-        chosen = DELTA[fitted.kind] if delta is None else delta
-        search = Search(rest, fitted.kind, chosen, fitted.form, _held(fitted))
+        search = Search(rest, fitted.kind, huber_delta(fitted.kind, delta), fitted.form, _held(fitted))
         place_F, _least = search.minimum(search.place(fitted.coefficients))
         misses.append(_miss(search.coefficients(place_F), runs.take(np.array([i]))))
     return _summary(np.concatenate(misses))

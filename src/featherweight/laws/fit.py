@@ -67,7 +67,7 @@ def objective(runs: Points, co: Coefficients, kind: str = "log", delta: float | 
     sparsity_P, parameters_P, data_P, loss_P = runs.columns()
     predicted_P = law(co, sparsity_P, parameters_P, data_P)
     residual_P = np.log(predicted_P / loss_P) if kind == "log" else predicted_P - loss_P
-    return float(huber(residual_P, _delta(kind, delta)).mean())
+    return float(huber(residual_P, huber_delta(kind, delta)).mean())
 
 
 def fit(
@@ -90,7 +90,7 @@ def fit(
     if form not in FREE or (base is None) != (form != "n:m"):
         raise RequestError(f"form {form!r}: take joint, chinchilla, or n:m with the coefficients to keep.")
     check_identifiable(runs, form, FREE[form])
-    search = Search(runs, kind, _delta(kind, delta), form, base)
+    search = Search(runs, kind, huber_delta(kind, delta), form, base)
     generator = np.random.default_rng(seed)
     found = [search.minimum(search.start(generator)) for _ in range(starts)]
     best_F, least = min(found, key=lambda pair: pair[1])
@@ -99,7 +99,8 @@ def fit(
     return Fit(search.coefficients(best_F), least, kind, form, len(runs), every)
 
 
-def _delta(kind: str, delta: float | None) -> float:
+def huber_delta(kind: str, delta: float | None) -> float:
+    """The delta of Huber's loss: the one given, or that of the kind. RequestError for an unknown kind, or 0 and less."""
     if kind not in DELTA:
         raise RequestError(f"objective {kind!r}: take {' or '.join(DELTA)}.")
     if delta is not None and not delta > 0:

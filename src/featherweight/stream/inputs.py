@@ -205,8 +205,8 @@ def _same(one_STD: Tensor, other_STD: Tensor, scale_STD: Tensor) -> bool:
 def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Recipe, tick: Tick) -> list[GroupSums]:
     """The sums of every group of one stage over all sequences.
 
-    The original block runs beside the compressed one in the stages that have a gap to measure inside it; after the
-    last of those, the original model's hidden states are the block's outputs, where the last matrix writes.
+    The original block runs beside the compressed one in the stages that have a gap to measure inside it. In the last
+    of those, its outputs take the place of the original model's hidden states: what a last matrix that writes aims at.
     """
     assert view.inputs is not None
     device, dense, groups = view.inputs.device, view.dense, stages[number]
@@ -216,7 +216,7 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
     sequences = view.inputs.states_STD.shape[0]
     for at, hidden_STD in view.inputs.batches(view.batch):
         target_STD = dense_STD = None if dense is None else dense.states_STD[at].to(device)
-        original: dict[str, Heard] = {}
+        original: dict[str, _Heard] = {}
         if dense_STD is not None and number in beside:
             with view.undone():
                 original, target_STD = _hear(view, groups, dense_STD, whole=at_end or number == beside[-1])
@@ -238,8 +238,8 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
     return [sums[group.path] for group in groups]
 
 
-@dataclass
-class Heard:
+@dataclass(frozen=True)
+class _Heard:
     """What went into a group in one pass, and what it wrote to the residual stream (empty for all but "middle")."""
 
     inputs: Tensor
@@ -252,13 +252,13 @@ class _Enough(Exception):
 
 def _hear(
     view: BlockView, groups: list[Group], hidden_STD: Tensor, whole: bool
-) -> tuple[dict[str, Heard], Tensor | None]:
+) -> tuple[dict[str, _Heard], Tensor | None]:
     """Runs a batch through the block and keeps what these groups see; not `whole`, it stops there without an output."""
-    found: dict[str, Heard] = {}
+    found: dict[str, _Heard] = {}
     nothing = hidden_STD.new_empty(0)
 
     def note(path: str, inputs: Tensor, written: Tensor = nothing) -> None:
-        found[path] = Heard(inputs, written)
+        found[path] = _Heard(inputs, written)
         if len(found) == len(groups) and not whole:
             raise _Enough
 
