@@ -100,7 +100,7 @@ def fit(
 
 
 def huber_delta(kind: str, delta: float | None) -> float:
-    """The delta of Huber's loss: the one given, or that of the kind. RequestError for an unknown kind, or 0 and less."""
+    """Huber's delta: the one given, or that of the kind. RequestError for an unknown kind, or 0 or less."""
     if kind not in DELTA:
         raise RequestError(f"objective {kind!r}: take {' or '.join(DELTA)}.")
     if delta is not None and not delta > 0:
