@@ -25,7 +25,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], between: str = 
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(*columns)
+    drawn = Table()
+    for column in columns:
+        drawn.add_column(column, overflow="fold")  # a name cut short says nothing
     for row in rows:
         drawn.add_row(*(_cell(value, between) for value in row))
     Console(stderr=True).print(drawn)
