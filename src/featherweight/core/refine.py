@@ -17,6 +17,7 @@ from torch import Tensor
 
 from featherweight.core import scales
 from featherweight.core.problem import LayerProblem
+from featherweight.core.rules import Grid
 from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution
 
@@ -109,6 +110,7 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
     delta_ECR = weight_ECR - values_ECR
     codes_ECR = solution.codes_RC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     width = weight_ECR.shape[1] // scale_EGR.shape[1]
+    free_ECR = None if solution.keep_RC is None else solution.keep_RC.transpose(1, 2).to(weight_RC.dtype)
     for start in range(0, weight_ECR.shape[1], SLAB):
         at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
         pull_ENR = hessian_CC[:, at] @ delta_ECR
@@ -120,7 +122,8 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
                 values_ECR[:, at],
                 scale_EGR[:, group_N],
                 zero_EGR[:, group_N],
-                solution,
+                None if free_ECR is None else free_ECR[:, at],
+                solution.grid,
             )
         delta_ECR[:, at] -= moved_ENR
         codes_ECR[:, at] = codes_ENR
@@ -129,12 +132,19 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
 
 
 def _descend_slab(
-    pull_ENR: Tensor, hessian_ENN: Tensor, values_ENR: Tensor, scale_ENR: Tensor, zero_ENR: Tensor, solution: Solution
+    pull_ENR: Tensor,
+    hessian_ENN: Tensor,
+    values_ENR: Tensor,
+    scale_ENR: Tensor,
+    zero_ENR: Tensor,
+    free_ENR: Tensor | None,
+    grid: Grid,
 ) -> tuple[Tensor, Tensor]:
     """How far each value of the slab moves, and its codes; `pull` is (D H) of the slab's columns as it begins."""
-    grid = solution.grid
     moved_ENR, shifts_ENR = torch.empty_like(values_ENR), torch.empty_like(values_ENR)
     low_ENR, high_ENR = grid.bottom - zero_ENR, grid.top - zero_ENR
+    if free_ENR is not None:  # a pruned weight has one level left, zero
+        low_ENR, high_ENR = low_ENR * free_ENR, high_ENR * free_ENR
     curve_EN1 = hessian_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
     tensors = (
         pull_ENR,

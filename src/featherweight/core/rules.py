@@ -5,6 +5,7 @@ Shapes: R outputs, C inputs, G groups; N = columns of one group.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,3 +122,30 @@ class Pattern:
             )
         if columns % self.block:
             raise RequestError(f"{name} has {columns} inputs, which blocks of {self.block} do not divide: use others.")
+
+    @classmethod
+    def of_text(cls, text: str) -> Pattern:
+        """ "0.5" (half of the weights are zero) or "2:4" (of four neighbours two are kept); RequestError otherwise."""
+        found = re.fullmatch(r"(\d+):(\d+)|(\d*\.?\d+)", text.strip())
+        if found is None:
+            raise RequestError(f"sparsity {text!r}: give a share of zeros such as 0.5, or kept weights as 2:4.")
+        return cls(sparsity=float(found[3])) if found[3] else cls(keep=int(found[1]), of=int(found[2]))
+
+    @property
+    def zeros(self) -> float:
+        """The share of weights that are zero."""
+        return 1 - self.keep / self.of if self.of else self.sparsity
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}" if self.of else f"{self.sparsity:g}"
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Both at once: zeros after a pattern, and the rest on a grid fitted to what is left."""
+
+    grid: Grid
+    pattern: Pattern
+
+
+Rule = Grid | Pattern | Joint

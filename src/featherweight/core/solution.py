@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from featherweight.core.rules import Grid, Pattern
+from featherweight.core.rules import Grid, Joint, Pattern, Rule
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Solution:
         loss_R: float32, what the solver says each row's tr(D H D^T) is, for the damped H it worked with.
         damping: the relative damping that was needed in the end (the asked one, or ten times it, ...).
         metrics: anything else worth a line in the journal, by name.
+        keep_RC: bool, of a pruned layer: what may differ from zero (the rest has its group's zero as code).
+        pattern: of a pruned layer: the rule its mask obeys.
     """
 
     codes_RC: Tensor
@@ -35,6 +37,13 @@ class Solution:
     loss_R: Tensor
     damping: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    keep_RC: Tensor | None = None
+    pattern: Pattern | None = None
+
+    @property
+    def rule(self) -> Rule:
+        """What the solver was asked for."""
+        return self.grid if self.pattern is None else Joint(self.grid, self.pattern)
 
     @property
     def certificate(self) -> float:
@@ -62,7 +71,9 @@ class Solution:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Solution:
         tensors = (self.codes_RC, self.scales_RG, self.zeros_RG)
         codes_RC, scales_RG, zeros_RG = (change(tensor) for tensor in tensors)
-        return replace(self, codes_RC=codes_RC, scales_RG=scales_RG, zeros_RG=zeros_RG, loss_R=change(self.loss_R))
+        keep_RC = None if self.keep_RC is None else change(self.keep_RC)
+        loss_R = change(self.loss_R)
+        return replace(self, codes_RC=codes_RC, scales_RG=scales_RG, zeros_RG=zeros_RG, loss_R=loss_R, keep_RC=keep_RC)
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ class SparseSolution:
         pattern: the rule the mask obeys.
         loss_R: what the solver says each row's tr(D H D^T) is, for the damped H it worked with.
         damping: the relative damping that was needed in the end.
+        metrics: anything else worth a line in the journal, by name.
     """
 
     values_RC: Tensor
@@ -82,6 +94,12 @@ class SparseSolution:
     pattern: Pattern
     loss_R: Tensor
     damping: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rule(self) -> Rule:
+        """What the solver was asked for."""
+        return self.pattern
 
     @property
     def certificate(self) -> float:
@@ -92,3 +110,15 @@ class SparseSolution:
     def sparsity(self) -> float:
         """The share of pruned weights."""
         return 1.0 - float(self.keep_RC.double().mean())
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights, R x C."""
+        return self.values_RC.to(dtype)
+
+    def rows(self, start: int, stop: int) -> SparseSolution:
+        """The solution of rows start .. stop-1: how layers that were solved stacked come apart again."""
+        values_RC, keep_RC, loss_R = (t[start:stop] for t in (self.values_RC, self.keep_RC, self.loss_R))
+        return replace(self, values_RC=values_RC, keep_RC=keep_RC, loss_R=loss_R)
+
+
+AnySolution = Solution | SparseSolution

@@ -6,6 +6,7 @@ inside). The weights are held transposed, E x C x R, so that a column is contigu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -46,6 +47,7 @@ def sweep(
     lowest_zero: int = 0,
     fitted: tuple[Tensor, Tensor] | None = None,
     factor: Factor | None = None,
+    keep_RC: Tensor | None = None,
 ) -> Solution:
     """Rounds the columns one by one in `order`; inside a slab column by column, between slabs by one GEMM.
 
@@ -57,6 +59,7 @@ def sweep(
         lowest_zero: the smallest zero the file format can hold.
         fitted: scales and zeros (R x G) to use instead of fitting them.
         factor: of this problem and order, where the caller already has it.
+        keep_RC: bool, a mask: everything else becomes zero when its turn comes.
 
     Raises RequestError if the groups do not divide the columns, or H cannot be factored.
     """
@@ -71,16 +74,21 @@ def sweep(
     if fitted is not None:
         scale_ERG, zero_ERG = fitted if stacked else (fitted[0].unsqueeze(0), fitted[1].unsqueeze(0))
     else:
+        kept_ERC = weight_ERC if keep_RC is None else weight_ERC * keep_RC  # zeros lie on every grid
         scale_ERG, zero_ERG = scales.fit(
-            grid, weight_ERC.unflatten(-1, (-1, width)), _importance(upper_ECC, order_EC, width), lowest_zero
+            grid, kept_ERC.unflatten(-1, (-1, width)), _importance(upper_ECC, order_EC, width), lowest_zero
         )
     each_E1 = torch.arange(weight_ERC.shape[0], device=weight_ERC.device).unsqueeze(1)
     weight_ECR = weight_ERC.transpose(1, 2).contiguous()[each_E1, order_EC]
-    pass_ = _Pass(grid, width, weight_ECR, upper_ECC, order_EC, scale_ERG, zero_ERG, lowest_zero)
+    keep_ECR = None
+    if keep_RC is not None:
+        keep_ERC = keep_RC if stacked else keep_RC.unsqueeze(0)
+        keep_ECR = keep_ERC.transpose(1, 2).to(weight_ECR.dtype)[each_E1, order_EC]
+    pass_ = _Pass(grid, width, weight_ECR, upper_ECC, order_EC, scale_ERG, zero_ERG, lowest_zero, keep_ECR)
     pass_.run(slab, refit=scales_from == "updated" and fitted is None)
     codes_ERC = pass_.codes_ECR[each_E1, torch.argsort(order_EC, -1)].transpose(1, 2).contiguous()
     solution = Solution(codes_ERC, pass_.scale_ERG, pass_.zero_ERG, grid, pass_.loss_ER, factor.damping)
-    return solution if stacked else solution.first()
+    return replace(solution if stacked else solution.first(), keep_RC=keep_RC)
 
 
 def _importance(upper_ECC: Tensor, order_EC: Tensor, width: int) -> Tensor:
@@ -103,7 +111,9 @@ class _Pass:
         scale_ERG: Tensor,
         zero_ERG: Tensor,
         lowest_zero: int,
+        keep_ECR: Tensor | None = None,
     ) -> None:
+        self.keep_ECR = keep_ECR
         self.grid, self.width, self.lowest_zero = grid, width, lowest_zero
         self.weight_ECR, self.upper_ECC, self.group_EC = weight_ECR, upper_ECC, order_EC // width
         self.scale_ERG, self.zero_ERG = scale_ERG, zero_ERG
@@ -132,6 +142,8 @@ class _Pass:
         scale_ENR = self.scale_ERG.transpose(1, 2)[each_E1, group_EN].to(dtype)
         zero_ENR = self.zero_ERG.transpose(1, 2)[each_E1, group_EN].to(dtype)
         low_ENR, high_ENR = self.grid.bottom - zero_ENR, self.grid.top - zero_ENR
+        if self.keep_ECR is not None:  # a pruned weight has one level left, zero
+            low_ENR, high_ENR = (bound * self.keep_ECR[:, start:stop] for bound in (low_ENR, high_ENR))
         errors_ENR, steps_ENR = torch.empty_like(weight_ENR), torch.empty_like(weight_ENR)
         columns = zip(
             *(
