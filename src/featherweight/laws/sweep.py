@@ -1,23 +1,20 @@
-"""A grid of training runs, small enough to repeat: sizes x sparsities x durations, written as the CSV a law is fitted to.
+"""A grid of training runs, small enough to repeat: sizes x sparsities x durations, in the CSV that a law is fitted to.
 
 Groups of runs (one size, one duration, every pattern) are trained one after the other, smallest size first. A group's
 rows are added to the CSV when it is done; the group in flight is kept in a checkpoint, so a command that was stopped is
-repeated until the grid is full. Files in the folder: runs.csv, sweep.json (the settings), group.safetensors, law.json.
+repeated until the grid is full. `ledger` names the files.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featherweight.errors import RequestError
+from featherweight.laws.ledger import CHECKPOINT, CSV, Rows, has, new_rows, read_rows, settle, write_rows
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +22,6 @@ if TYPE_CHECKING:
     from featherweight.laws.corpus import Corpus
     from featherweight.laws.train import Group, Trainer
 
-COLUMNS = (
-    "sparsity", "nonzero_parameters", "data", "loss", "pattern", "dense_parameters", "width", "layers", "steps",
-    "seconds", "seed",
-)  # fmt: skip
-CSV, SETTINGS, CHECKPOINT, LAW = "runs.csv", "sweep.json", "group.safetensors", "law.json"
 LOOK = 20
 """Steps between two looks at the loss: each look waits for the device."""
 
@@ -67,14 +59,15 @@ class Sweep:
         for name in ("windows", "window", "rate", "evaluation_bytes"):
             if not getattr(self, name) > 0:
                 raise RequestError(f"{name} is {getattr(self, name)}, but must be above 0.")
+        if self.window > 32_768:
+            raise RequestError(f"a window of {self.window} bytes is too long: a held-out block has room for 32768.")
         if not (self.decay >= 0 and self.seed >= 0):
             raise RequestError(f"decay {self.decay} and seed {self.seed}: neither may be below 0.")
         for duration in self.durations:
             if not 8 <= self.steps(duration) <= 1e9:
-                step = self.windows * self.window
                 raise RequestError(
-                    f"a duration of {duration:g} bytes is {self.steps(duration)} steps of {step} bytes: a run needs from"
-                    " 8 to 1000000000."
+                    f"a duration of {duration:g} bytes is {self.steps(duration)} steps of {self.windows * self.window}"
+                    " bytes: a run needs from 8 to 1000000000."
                 )
         names = tuple(dict.fromkeys(pattern(text).name for text in self.patterns))
         durations = tuple(sorted({float(duration) for duration in self.durations}))
@@ -131,7 +124,8 @@ def run(sweep: Sweep, out: Path, texts: Sequence[str | Path], way: Way, tell: Te
     _check_way(way, sweep)
     text = corpus.read(texts, sweep.window, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    digest = _settle(out, sweep, text, str(dtype).removeprefix("torch."))
+    facts = {"text_sha256": text.sha256, "precision": str(dtype).removeprefix("torch.")}
+    digest = settle(out, {**asdict(sweep), **facts})
     rows = read_rows(out / CSV)
     common = {name: getattr(sweep, name) for name in asdict(sweep) if name in Setting.__dataclass_fields__}
     setting = Setting(**common, micro_batches=way.micro_batches)
@@ -160,9 +154,9 @@ class _Job:
     began: float
     tell: Tell
 
-    def train_size(self, at: int, size: tuple[int, int], rows: list[dict[str, str]]) -> bool:
+    def train_size(self, at: int, size: tuple[int, int], rows: Rows) -> bool:
         """Every duration of one size that is missing; whether there is time left."""
-        missing = [steps for named, steps in self.sweep.groups() if named == size and not _has(rows, size, steps)]
+        missing = [steps for named, steps in self.sweep.groups() if named == size and not has(rows, size, steps)]
         if missing:
             self.trainer.compile()
         for steps in missing:
@@ -225,95 +219,29 @@ def _cost(size: tuple[int, int]) -> float:
     return layers * width * (width + 512.0)
 
 
-def _finish(job: _Job, group: Group, rows: list[dict[str, str]]) -> None:
+def _finish(job: _Job, group: Group, rows: Rows) -> None:
     """Evaluates the runs of a group and puts them on file; `rows` grows by them."""
     from featherweight.laws import model
 
     began = time.monotonic()
     found = job.trainer.evaluate(group)
-    setting, counts = job.trainer.setting, group.nonzero()
+    counts = group.nonzero()
     for i, which in enumerate(group.patterns if job.way.save else ()):
         assert job.way.save is not None
         name = f"{group.size.name}-{which.name.replace(':', 'of')}-{group.steps}"
-        model.save(job.way.save / name, group.size, group.params, i, setting.window)
+        model.save(job.way.save / name, group.size, group.params, i, group.setting.window)
     seconds = (group.seconds + time.monotonic() - began) / len(found)
-    for which, loss, count in zip(group.patterns, found, counts, strict=True):
-        values = (
-            which.sparsity, count, group.steps * setting.windows * setting.window, loss, which.name,
-            group.size.parameters, group.size.width, group.size.layers, group.steps, round(seconds, 3), setting.seed,
-        )  # fmt: skip
-        rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
-    _replace(job.out / CSV, _csv(rows))
+    rows += new_rows(group, found, counts, seconds)
+    write_rows(job.out / CSV, rows)
     (job.out / CHECKPOINT).unlink(missing_ok=True)
 
 
-def _has(rows: list[dict[str, str]], size: tuple[int, int], steps: int) -> bool:
-    key = (*map(str, size), str(steps))
-    return any((row["width"], row["layers"], row["steps"]) == key for row in rows)
-
-
-# --- what is on file
-
-
-def _settle(out: Path, sweep: Sweep, text: Corpus, precision: str) -> str:
-    """Writes the settings, or compares them with those the folder was begun with; returns their hash."""
-    settings = {**asdict(sweep), "text_sha256": text.sha256, "precision": precision}
-    settings = json.loads(json.dumps(settings))
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    path = out / SETTINGS
-    if path.exists():
-        _compare(path, settings)
-        return digest
-    if (out / CSV).exists():
-        raise RequestError(f"{out / CSV} is there without {SETTINGS}, so another program wrote it: take a new folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps({"settings": settings, "digest": digest}, indent=1) + "\n")
-    except OSError as error:
-        raise RequestError(f"{out} cannot be written to ({error.strerror or error}): take another folder.") from error
-    return digest
-
-
-def _compare(path: Path, settings: dict[str, Any]) -> None:
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        other = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{path} is no file of a sweep that can be read: take a new folder.") from error
-    if other:
-        listed = "; ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in other)
-        raise RequestError(f"{path.parent} was begun with other settings ({listed}): repeat those or take a new folder.")
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a sweep's CSV as text; none when it is not there. RequestError when its columns are others."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise RequestError(f"{path} has other columns than a sweep writes: take a new folder.")
-        return list(reader)
-
-
-def _csv(rows: list[dict[str, str]]) -> str:
-    return "".join(",".join(line) + "\n" for line in (COLUMNS, *(row.values() for row in rows)))
-
-
-def _replace(path: Path, content: str) -> None:
-    """Puts a file in place whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def progress(sweep: Sweep, out: Path, text: Corpus, rows: list[dict[str, str]]) -> Progress:
+def progress(sweep: Sweep, out: Path, text: Corpus, rows: Rows) -> Progress:
     """Where the sweep stands, of what is on file alone: a finished command says the same each time."""
     of = len(sweep.groups()) * len(sweep.patterns)
     epochs = max(steps for _size, steps in sweep.groups()) * sweep.windows * sweep.window / len(text.train_N)
-    warnings = ()
-    if epochs > 1:
-        warnings = (f"the longest runs go through the {len(text.train_N)} bytes of training text {epochs:.2f} times",)
+    said = f"the longest runs go through the {len(text.train_N)} bytes of training text {epochs:.2f} times"
+    warnings = (said,) if epochs > 1 else ()
     seconds = round(sum(float(row["seconds"]) for row in rows), 1)
     return Progress(str(out / CSV), len(rows), of, len(rows) == of, seconds, round(epochs, 4), warnings)
 
@@ -341,3 +269,8 @@ def _check_way(way: Way, sweep: Sweep) -> None:
         raise RequestError(f"{way.micro_batches} micro-batches do not divide {sweep.windows} windows: take a divisor.")
     if way.stop_after is not None and not way.stop_after >= 0:
         raise RequestError(f"stop after {way.stop_after:g} seconds: give 0 or more.")
+    try:
+        if way.save is not None:
+            way.save.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{way.save} cannot be written to ({error.strerror or error}): name a folder.") from error

@@ -43,7 +43,7 @@ class Setting:
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first WARMUP of the steps, then linearly to 0, which the step after the last would see."""
+    """Linear warm-up over the first WARMUP of the steps, then linearly down, to 0 at the step after the last."""
     warm = max(1, round(WARMUP * steps))
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
@@ -92,15 +92,16 @@ class Group:
     step: int = 0
     seconds: float = 0.0
     chunk: tuple[int, Tensor] | None = field(default=None, repr=False)
+    numbers: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def new(
         cls, size: Size, steps: int, patterns: tuple[Pattern, ...], setting: Setting, device: torch.device
     ) -> Group:
         params = initial(size, len(patterns), setting.seed, device)
-        zeros = [{name: torch.zeros_like(value) for name, value in params.items()} for _ in range(2)]
+        means, squares = ({name: torch.zeros_like(value) for name, value in params.items()} for _ in range(2))
         masks = {name: torch.ones_like(params[name], dtype=torch.bool) for name in PARTS}
-        return cls(size, steps, patterns, setting, params, *zeros, masks)
+        return cls(size, steps, patterns, setting, params, means, squares, masks)
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +114,17 @@ class Group:
             drawn = corpus.starts(self.setting.seed, number, self.setting.windows, self.setting.window + 1)
             self.chunk = (number, drawn)
         return windows(corpus.train_N, self.chunk[1][within], self.setting.window + 1)
+
+    def adam_numbers(self) -> Tensor:
+        """What `adam` takes at this step. All steps' are put on the device at once: a copy a step would hold it up."""
+        if self.numbers is None:
+            peak = self.setting.rate * math.sqrt(256 / self.size.width)
+            rows = [
+                (rate_at(step, self.steps, peak), 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1))
+                for step in range(self.steps)
+            ]
+            self.numbers = torch.tensor(rows, device=self.device)
+        return self.numbers[self.step].clone()
 
     def prune(self) -> None:
         """New masks, if this step calls for them; what goes is set to zero and forgets its moments."""
@@ -149,17 +161,19 @@ class Group:
 
     def resume(self, path: Path, digest: str) -> bool:
         """Takes up what `save` wrote, if that was this group under these settings; says whether it did."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not path.exists():
             return False
-        with safe_open(path, framework="pt", device=str(self.device)) as file:
-            state = json.loads(file.metadata()["state"])
-            if (state["digest"], state["size"], state["steps"]) != (digest, self.size.name, self.steps):
-                return False
-            for kind, held in self._held().items():
-                for name in held:
-                    held[name] = file.get_tensor(f"{kind}.{name}")
+        try:
+            with safe_open(path, framework="pt", device=str(self.device)) as file:
+                state = json.loads((file.metadata() or {})["state"])
+                if (state["digest"], state["size"], state["steps"]) != (digest, self.size.name, self.steps):
+                    return False
+                for kind, held in self._held().items():
+                    held.update({name: file.get_tensor(f"{kind}.{name}") for name in held})
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise RequestError(f"{path} is no checkpoint of a sweep that can be read: delete it.") from error
         self.step, self.seconds = state["step"], state["seconds"]
         return True
 
@@ -197,10 +211,9 @@ class Trainer:
         if len(parts) > 1:
             found, grads = found / len(parts), [grad.div_(len(parts)) for grad in grads]
         named = dict(zip(leaves, grads, strict=True))
-        numbers = torch.tensor(self._numbers(group))
         with torch.no_grad():
-            moved = numbers.to(group.device, non_blocking=True)
-            self.adam(group.params, named, group.means, group.squares, group.masks, moved, self.setting.decay)
+            numbers, decay = group.adam_numbers(), self.setting.decay
+            self.adam(group.params, named, group.means, group.squares, group.masks, numbers, decay)
         group.step += 1
         return found
 
@@ -208,19 +221,16 @@ class Trainer:
         found_M = self.losses(leaves, bytes_BT, *self.tables)
         return found_M.detach(), list(torch.autograd.grad(found_M.sum(), list(leaves.values())))
 
-    def _numbers(self, group: Group) -> list[float]:
-        peak = self.setting.rate * math.sqrt(256 / group.size.width)
-        done = group.step + 1
-        return [rate_at(group.step, group.steps, peak), 1 - BETAS[0] ** done, 1 - BETAS[1] ** done]
-
     def evaluate(self, group: Group) -> list[float]:
         """Held-out loss of each run in nats per byte. RequestError when one is not finite."""
         total_M = torch.zeros(len(group.patterns), dtype=torch.float64, device=group.device)
-        with torch.no_grad():
-            for part_BT in self.held_BT.split(self.setting.windows):
-                # Compiled for whole batches only: the last, short one is not worth another compilation.
-                whole = len(part_BT) == self.setting.windows
-                total_M += (self.losses if whole else losses)(group.params, part_BT, *self.tables) * len(part_BT)
+        # Leaves with gradients, though none is taken: so the compiled step of training serves here, too.
+        leaves = {name: value.detach().requires_grad_() for name, value in group.params.items()}
+        most = self.setting.windows // self.setting.micro_batches
+        for part_BT in self.held_BT.split(most):
+            # The last batch, a short one, is not worth a compilation.
+            whole = len(part_BT) == most
+            total_M += (self.losses if whole else losses)(leaves, part_BT, *self.tables).detach() * len(part_BT)
         return finite((total_M / len(self.held_BT)).tolist(), group)
 
 
