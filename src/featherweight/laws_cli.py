@@ -140,6 +140,7 @@ def sweep(
     rate: Annotated[float, typer.Option(help="Learning rate at width 256; it falls as width^-1/2.")] = 2e-3,
     evaluation_bytes: Annotated[str, typer.Option(help="The most held-out bytes to predict.")] = "1MiB",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="bfloat16, float32, or auto: bfloat16 on a GPU.")] = "auto",
     compile: Annotated[bool | None, typer.Option(help="Compile the step; by default on a GPU only.")] = None,
     micro_batches: Annotated[int, typer.Option(help="Parts of a step, for less memory.")] = 1,
     stop_after: Annotated[float | None, typer.Option(help="Seconds after which to put the work on file.")] = None,
@@ -163,7 +164,7 @@ def sweep(
         evaluation_bytes=int(_quantity("evaluation bytes", evaluation_bytes, BYTES)),
         seed=seed,
     )
-    way = sweeping.Way(device, compile, stop_after, micro_batches=micro_batches, save=save)
+    way = sweeping.Way(device, precision, compile, stop_after, micro_batches=micro_batches, save=save)
     try:
         with console.progress() as tell:
             found = sweeping.run(grid, out, text or [], way, tell)

@@ -99,10 +99,12 @@ class Progress:
 class Way:
     """How to go about it; none of this changes what is trained but for rounding.
 
+    `precision` of the products is float32, bfloat16 or auto: bfloat16 on a GPU. A folder keeps the one it began with.
     `stop_after` seconds the work is put on file and left; `save` is a folder for the trained models.
     """
 
     device: str = "auto"
+    precision: str = "auto"
     compiled: bool | None = None
     stop_after: float | None = None
     every: float = 60.0
@@ -123,7 +125,8 @@ def run(sweep: Sweep, out: Path, texts: Sequence[str | Path], way: Way, tell: Te
     began, sweep, device = time.monotonic(), sweep.checked(), pick_device(way.device)
     _check_way(way, sweep)
     text = corpus.read(texts, sweep.window, device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, auto if way.precision == "auto" else way.precision)
     facts = {"text_sha256": text.sha256, "precision": str(dtype).removeprefix("torch.")}
     digest = settle(out, {**asdict(sweep), **facts})
     rows = read_rows(out / CSV)
@@ -265,6 +268,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def _check_way(way: Way, sweep: Sweep) -> None:
+    if way.precision not in ("auto", "bfloat16", "float32"):
+        raise RequestError(f"precision {way.precision!r}: take auto, bfloat16 or float32.")
     if way.micro_batches < 1 or sweep.windows % way.micro_batches:
         raise RequestError(f"{way.micro_batches} micro-batches do not divide {sweep.windows} windows: take a divisor.")
     if way.stop_after is not None and not way.stop_after >= 0:
