@@ -248,6 +248,13 @@ def test_stop_after_nothing(text: Path, tmp_path: Path) -> None:
     assert (last["runs"], last["done"]) == (0, False) and (tmp_path / "out" / ledger.CHECKPOINT).exists()
 
 
+def test_a_grid_names_everything_once() -> None:
+    grid = Sweep(((128, 1), (64, 1), (64, 1)), ("0.50", "0.5", "2:4"), (32768, 33000, 200000), 4, 32).checked()
+    assert grid.sizes == ((64, 1), (128, 1)) and grid.patterns == ("0.5", "2:4") and len(grid.durations) == 3
+    near = Sweep(durations=(16_000_000, 16_001_000)).checked()
+    assert len(near.durations) == 1 and near.groups()[0] == ((128, 4), 977)
+
+
 def test_more_than_one_epoch_is_said(text: Path, tmp_path: Path) -> None:
     grid = Sweep(((64, 1),), ("0",), (4e5,), 64, 64, evaluation_bytes=512)
     found = sweeping.run(grid, tmp_path / "out", [text], Way("cpu", stop_after=0))
@@ -384,6 +391,15 @@ def test_a_diverged_run_is_named(trainer: Trainer) -> None:
     group.params["head"][2] = float("nan")
     with pytest.raises(RequestError, match=r"sparsity 0\.875: the loss is no longer finite at step 1 of 24"):
         trainer.evaluate(group)
+
+
+def test_no_room_on_the_device(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_self: Trainer, _group: Group) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Trainer, "step", full)
+    with pytest.raises(RequestError, match="size 64x1 does not fit on cpu: repeat with more --micro-batches"):
+        sweeping.run(Sweep(((64, 1),), ("0",), (4e5,)), tmp_path / "out", [text], Way("cpu"))
 
 
 def test_without_scipy(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,8 @@ class Sweep:
                     " bytes: a run needs from 8 to 1000000000."
                 )
         names = tuple(dict.fromkeys(pattern(text).name for text in self.patterns))
-        durations = tuple(sorted({float(duration) for duration in self.durations}))
+        # Two durations of the same whole steps would be the same runs twice.
+        durations = tuple(sorted({self.steps(duration): float(duration) for duration in self.durations}.values()))
         return replace(self, sizes=tuple(sorted(set(self.sizes))), patterns=names, durations=durations)
 
     def steps(self, duration: float) -> int:
@@ -135,9 +136,13 @@ def run(sweep: Sweep, out: Path, texts: Sequence[str | Path], way: Way, tell: Te
     compiled = way.compiled if way.compiled is not None else device.type == "cuda"
     trainer = Trainer(text, setting, device, dtype, compiled)
     job = _Job(sweep, out, digest, way, trainer, began, tell or _silent)
-    for at, size in enumerate(sweep.sizes):
-        if not job.train_size(at, size, rows):
-            break
+    for size in sweep.sizes:
+        try:
+            if not job.train_size(size, rows):
+                break
+        except torch.OutOfMemoryError as error:
+            name = f"{size[0]}x{size[1]}"
+            raise RequestError(f"size {name} does not fit on {device}: repeat with more --micro-batches.") from error
     return progress(sweep, out, text, rows)
 
 
@@ -157,7 +162,7 @@ class _Job:
     began: float
     tell: Tell
 
-    def train_size(self, at: int, size: tuple[int, int], rows: Rows) -> bool:
+    def train_size(self, size: tuple[int, int], rows: Rows) -> bool:
         """Every duration of one size that is missing; whether there is time left."""
         missing = [steps for named, steps in self.sweep.groups() if named == size and not has(rows, size, steps)]
         if missing:
