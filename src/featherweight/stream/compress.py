@@ -218,7 +218,9 @@ class _Job:
 
         with safe_open(shard, framework="pt") as file:
             tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(self.grid)}
-        return self.format.unpack(tensors, self.grid, matrix.name)
+        solution = self.format.unpack(tensors, self.grid, matrix.name)
+        assert isinstance(solution, Solution)
+        return solution
 
     def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
         """Gives the block the weights its shard holds."""
@@ -230,9 +232,13 @@ class _Job:
 
     def finish(self, folder: OutputFolder) -> None:
         """The small files that make the folder a checkpoint."""
-        quantization = self.format.config(self.grid, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
-        extra = {"quantize_config.json": quantization} if self.recipe.format.startswith("gptq") else {}
-        config = {**self.tree.checkpoint.config, "quantization_config": quantization}
+        rules = {matrix.name: self.grid for block in self.tree.blocks for matrix in block.matrices}
+        quantization = self.format.config(rules, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
+        config = dict(self.tree.checkpoint.config)
+        extra: dict[str, dict[str, Any]] = {}
+        if quantization is not None:
+            config["quantization_config"] = quantization
+            extra = {"quantize_config.json": quantization} if self.recipe.format.startswith("gptq") else {}
         folder.finish(config, extra, self.tree.checkpoint.path, self.tree.checkpoint.side_files())
 
 
