@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from featherweight.core.rules import Grid
+from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import Solution
 from featherweight.formats import FORMATS
 from featherweight.kernels import dequantize
@@ -51,18 +52,20 @@ def tiny_llama(dtype: torch.dtype) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def write(model: nn.Module, grid: Grid, folder: Path) -> None:
-    """Save `model` compressed, and leave the dequantised weights in it."""
+def write(model: nn.Module, usual: Grid, folder: Path, others: dict[str, Grid] | None = None) -> None:
+    """Save `model` compressed, `others` by the end of their names, and leave the dequantised weights in it."""
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rules: dict[str, Rule] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
+            rules[name] = grid = (others or {}).get(name.rpartition(".")[2], usual)
             solution = round_to_nearest(module.weight.data, grid)
             packed = FORMAT.pack(solution, name)
             module.weight.data = dequantize(FORMAT.unpack(packed, grid, name), module.weight.dtype)
             tensors.pop(f"{name}.weight")
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"quantization_config": FORMAT.config(grid, ["lm_head"])}
+    config = model.config.to_dict() | {"quantization_config": FORMAT.config(rules, ["lm_head"])}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -96,3 +99,14 @@ def test_transformers_computes_the_same_logits(
     logits = loaded.eval()(tokens).logits
     assert torch.equal(logits, expected)
     assert not torch.equal(dense, expected)
+
+
+def test_transformers_loads_a_rule_for_each_matrix(tmp_path: Path) -> None:
+    model, usual = tiny_llama(torch.bfloat16), Grid(bits=4, group_size=32, scale_dtype=torch.bfloat16)
+    others = {"down_proj": replace(usual, bits=8), "v_proj": replace(usual, bits=2, group_size=16)}
+    write(model, usual, tmp_path, others)
+    tokens = torch.arange(0, 120, 5)[None]
+    expected = model(tokens).logits
+    loaded, info = load(tmp_path, True)
+    assert not any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert torch.equal(loaded.eval()(tokens).logits, expected)

@@ -56,7 +56,7 @@ def assert_loads(out: Path, seen: list[Seen], stored_bits: int, symmetric: bool,
         for path, solution in block.solutions.items():
             layer = layers.get_submodule(path)
             assert isinstance(layer, CompressedLinear)
-            grid = layer.grid
+            grid = layer.rule
             assert (grid.stored_bits, grid.symmetric, grid.group_size) == (stored_bits, symmetric, group_size)
             assert torch.equal(layer.solution().codes_RC, solution.codes_RC)
             assert torch.equal(layer.weight, solution.values())

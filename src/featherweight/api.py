@@ -63,11 +63,11 @@ def load(
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         return load_dense(folder, torch_device, dtype)
-    format, grid = formats.from_config(quantization)
+    format, rules = formats.from_config(quantization)
 
     def replace(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         bias = tensors.pop("bias", None)
-        return CompressedLinear.from_tensors(format, grid, tensors, bias, dtype, kernel)
+        return CompressedLinear.from_tensors(format, rules.of(name), tensors, bias, dtype, kernel)
 
     return load_with(folder, replace, torch_device, dtype)
 
@@ -125,34 +125,43 @@ def stored_bits_per_weight(folder: Path) -> float:
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a checkpoint folder holds, from its files alone: {"format", "matrices": [name, shape, bits, ...]}.
 
-    `loss` comes from the journal `compress` left there, None without one. A dense checkpoint has the format "dense".
+    `sparsity` is the pattern a sparse file states ("2:4", or the share of zeros), None where it states none. `loss`
+    comes from the journal `compress` left there, None without one. A dense checkpoint has the format "dense".
     """
     checkpoint = Checkpoint.open(resolve(path))
     quantization = checkpoint.config.get("quantization_config")
     losses = journal_losses(checkpoint.path)
     if quantization is None:
         return {"format": "dense", "matrices": _dense_rows(checkpoint)}
-    format, grid = formats.from_config(quantization)
-    first, *others = format.suffixes(grid)
-    rows = []
-    for name in [n.removesuffix(f".{first}") for n in checkpoint.names if n.endswith(f".{first}")]:
-        tensors = checkpoint.read([f"{name}.{suffix}" for suffix in (first, *others)])
-        shape = format.shape({n.rpartition(".")[2]: tensor for n, tensor in tensors.items()}, grid, name)
-        stored = sum(checkpoint.nbytes(f"{name}.{suffix}") for suffix in (first, *others))
-        row = {
-            "name": name,
-            "shape": list(shape),
-            "bits": grid.bits,
-            "group_size": grid.group_size,
-            "symmetric": grid.symmetric,
-        }
-        rows.append({**row, "bytes": stored, "loss": losses.get(name)})
-    return {"format": format.name, "matrices": rows}
+    format, rules = formats.from_config(quantization)
+    mark = format.suffixes(rules.distinct[0])[0]
+    names = [name.removesuffix(f".{mark}") for name in checkpoint.names if name.endswith(f".{mark}")]
+    rows = (_row(checkpoint, format, rules.of(name), name) for name in names)
+    return {"format": format.name, "matrices": [{**row, "loss": losses.get(row["name"])} for row in rows]}
+
+
+def _row(checkpoint: Checkpoint, format: formats.Format, rule: formats.Rule, name: str) -> dict[str, Any]:
+    """What the files say of one compressed matrix."""
+    grid, pattern = formats.parts(rule)
+    suffixes = format.suffixes(rule)
+    tensors = checkpoint.read([f"{name}.{suffix}" for suffix in suffixes])
+    by_suffix = {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
+    floats = [8 * tensor.itemsize for tensor in by_suffix.values() if tensor.is_floating_point()]
+    sparsity = None if pattern is None else str(pattern) if pattern.of else pattern.sparsity
+    return {
+        "name": name,
+        "shape": list(format.shape(by_suffix, rule, name)),
+        "bits": floats[0] if grid is None else grid.bits,
+        "group_size": None if grid is None else grid.group_size,
+        "symmetric": None if grid is None else grid.symmetric,
+        "sparsity": sparsity,
+        "bytes": sum(checkpoint.nbytes(f"{name}.{suffix}") for suffix in suffixes),
+    }
 
 
 def _dense_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    matrices = [matrix for block in build(checkpoint).blocks for matrix in block.matrices]
-    common = {"group_size": None, "symmetric": None, "loss": None}
+    matrices = build(checkpoint).matrices
+    common = {"group_size": None, "symmetric": None, "sparsity": None, "loss": None}
     return [
         {
             "name": m.name,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.errors import RequestError
-from featherweight.formats import Format, Grid, Solution
+from featherweight.formats import AnySolution, Format, Rule, parts
 from featherweight.kernels import Kernel, Run, dequantize, pick
 
 
@@ -27,7 +27,7 @@ class CompressedLinear(nn.Module):
     def __init__(
         self,
         format: Format,
-        grid: Grid,
+        rule: Rule,
         tensors: Mapping[str, Tensor],
         bias_R: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -35,9 +35,9 @@ class CompressedLinear(nn.Module):
     ) -> None:
         """Args as `from_tensors`, which is the usual way in."""
         super().__init__()
-        self.out_features, self.in_features = format.shape(tensors, grid)
-        self.format, self.grid, self.dtype, self.wanted = format, grid, dtype, kernel
-        for suffix in format.suffixes(grid):
+        self.out_features, self.in_features = format.shape(tensors, rule)
+        self.format, self.rule, self.dtype, self.wanted = format, rule, dtype, kernel
+        for suffix in format.suffixes(rule):
             self.register_buffer(suffix, tensors[suffix])
         if bias_R is not None and tuple(bias_R.shape) != (self.out_features,):
             raise RequestError(f"the bias has shape {tuple(bias_R.shape)}, and the matrix {self.out_features} outputs.")
@@ -49,7 +49,7 @@ class CompressedLinear(nn.Module):
     def from_tensors(
         cls,
         format: Format,
-        grid: Grid,
+        rule: Rule,
         tensors: Mapping[str, Tensor],
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -59,7 +59,7 @@ class CompressedLinear(nn.Module):
 
         Args:
             format: the layout of `tensors`.
-            grid: bits, group size and symmetry, as `format.read` or the recipe says.
+            rule: the matrix's own, as `format.read` or the recipe says.
             tensors: by suffix, as `format.pack` returns them; kept, not copied.
             bias: R values, or None.
             dtype: of the activations; weights are rounded to it.
@@ -67,29 +67,29 @@ class CompressedLinear(nn.Module):
 
         Raises RequestError for tensors that contradict each other or a kernel that does not take them.
         """
-        return cls(format, grid, tensors, bias, dtype, kernel)
+        return cls(format, rule, tensors, bias, dtype, kernel)
 
     @property
     def kernel(self) -> Kernel:
         """The kernel that serves this layer where it now is."""
         return pick(
-            self.format, self.grid, self.out_features, self.in_features, self.dtype, self._device(), wanted=self.wanted
+            self.format, self.rule, self.out_features, self.in_features, self.dtype, self._device(), wanted=self.wanted
         )
 
     @property
     def weight(self) -> Tensor:
-        """The values the codes stand for, rounded to the layer's dtype; R x C, made anew at each access."""
+        """The values that are stored, rounded to the layer's dtype; R x C, made anew at each access."""
         return dequantize(self.solution(), self.dtype)
 
-    def solution(self) -> Solution:
-        """Codes, scales and zeros as stored."""
-        return self.format.unpack(self._stored(), self.grid)
+    def solution(self) -> AnySolution:
+        """What is stored: codes, scales and zeros, or pruned floats."""
+        return self.format.unpack(self._stored(), self.rule)
 
     def prepare(self) -> CompressedLinear:
         """Let the kernel rearrange the weights now rather than in the first call; returns the layer."""
         # Tensors made in inference mode could not be trained through later.
         with torch.inference_mode(False), torch.no_grad():
-            self._run = self.kernel.prepare(self.format, self.grid, self._stored(), self.dtype)
+            self._run = self.kernel.prepare(self.format, self.rule, self._stored(), self.dtype)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,18 +99,21 @@ class CompressedLinear(nn.Module):
         return run(x, self.bias)
 
     def extra_repr(self) -> str:
-        zeros = "symmetric" if self.grid.symmetric else "asymmetric"
+        grid, pattern = parts(self.rule)
+        what = [f"sparsity={pattern}"] if pattern is not None else []
+        if grid is not None:
+            zeros = "symmetric" if grid.symmetric else "asymmetric"
+            what += [f"bits={grid.bits}", f"group_size={grid.group_size or 'row'}", zeros]
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format.name}, bits={self.grid.bits}, group_size={self.grid.group_size or 'row'}, {zeros}, "
-            f"kernel={self.wanted}"
+            f"format={self.format.name}, {', '.join(what)}, kernel={self.wanted}"
         )
 
     def _stored(self) -> dict[str, Tensor]:
-        return {suffix: self.get_buffer(suffix) for suffix in self.format.suffixes(self.grid)}
+        return {suffix: self.get_buffer(suffix) for suffix in self.format.suffixes(self.rule)}
 
     def _device(self) -> torch.device:
-        return self.get_buffer(self.format.suffixes(self.grid)[0]).device
+        return self.get_buffer(self.format.suffixes(self.rule)[0]).device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         before = self._stored()

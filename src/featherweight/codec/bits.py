@@ -1,4 +1,4 @@
-"""Small integers in 32-bit words: a little-endian bit stream without gaps.
+"""Small integers in 32-bit words, and booleans in bytes: little-endian bit streams without gaps.
 
 Element i of a row occupies the bits i*bits .. i*bits + bits - 1 of the row, bit 0 being the lowest of word 0, so a
 code may straddle two words. 32 codes fill exactly `bits` words, which makes the work below a fixed schedule of 32
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+BYTE_BITS = 8
 
 
 def words_for(count: int, bits: int) -> int:
@@ -64,3 +65,22 @@ def unpack_dense(words_W: Tensor, bits: int, count: int) -> Tensor:
             code = (code & ((1 << low) - 1)) | (words_Bb[..., word + 1] << low)
         codes_B32[..., i] = (code & mask).to(torch.uint8)
     return codes_B32.flatten(-2)[..., :count].contiguous()
+
+
+def pack_flags(flags_N: Tensor) -> Tensor:
+    """Pack booleans along the last axis, eight a byte: flag i is bit i % 8 (0 the lowest) of byte i // 8.
+
+    Returns uint8 of shape (..., ceil(N / 8)); the last byte of a row is filled up with zeros.
+    """
+    assert flags_N.dtype == torch.bool, flags_N.dtype
+    padded = torch.nn.functional.pad(flags_N.to(torch.uint8), (0, -flags_N.shape[-1] % BYTE_BITS))
+    shifts = torch.arange(BYTE_BITS, dtype=torch.uint8, device=flags_N.device)
+    packed: Tensor = (padded.unflatten(-1, (-1, BYTE_BITS)) << shifts).sum(-1, dtype=torch.uint8)
+    return packed
+
+
+def unpack_flags(bytes_N: Tensor) -> Tensor:
+    """The inverse of `pack_flags`: every bit, filling included, as bool of shape (..., 8 * bytes)."""
+    assert bytes_N.dtype == torch.uint8, bytes_N.dtype
+    shifts = torch.arange(BYTE_BITS, dtype=torch.uint8, device=bytes_N.device)
+    return ((bytes_N.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)

@@ -1,4 +1,4 @@
-"""Layouts on disk: one file each, found by name. A format packs a Solution into named tensors and unpacks it again."""
+"""Layouts on disk: one file each, found by name. A format packs a solution into named tensors and unpacks it again."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from featherweight.errors import RequestError
-from featherweight.formats.base import Format, Grid, Solution
+from featherweight.formats.base import AnySolution, Format, Grid, Rule, Rules, Solution
 from featherweight.formats.compressed_tensors import CompressedTensors
+from featherweight.formats.dense import Dense
 from featherweight.formats.gptq import Gptq
+from featherweight.formats.rules import parts
+from featherweight.formats.sparse import Sparse
 
-__all__ = ["FORMATS", "Format", "Grid", "Solution", "by_name", "from_config"]
+__all__ = ["FORMATS", "AnySolution", "Format", "Grid", "Rule", "Rules", "Solution", "by_name", "from_config", "parts"]
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (CompressedTensors(), Gptq("gptq", zero_offset=1), Gptq("gptq_v2", zero_offset=0))
+    format.name: format
+    for format in (
+        CompressedTensors(),
+        Gptq("gptq", zero_offset=1),
+        Gptq("gptq_v2", zero_offset=0),
+        Sparse(),
+        Dense(),
+    )
 }
 
 
@@ -24,14 +34,21 @@ def by_name(name: str) -> Format:
     return FORMATS[name]
 
 
-def from_config(quantization_config: Mapping[str, Any]) -> tuple[Format, Grid]:
-    """The format and grid that a checkpoint's `quantization_config` names; RequestError if we cannot read it."""
+def from_config(quantization_config: Mapping[str, Any]) -> tuple[Format, Rules]:
+    """The format and rules that a checkpoint's `quantization_config` names; RequestError if we cannot read it."""
     method = quantization_config.get("quant_method")
     if method == "gptq":
         name = quantization_config.get("checkpoint_format") or quantization_config.get("format") or "gptq"
         format = by_name(str(name))
     elif method == "compressed-tensors":
         format = by_name(str(method))
+    elif method == "featherweight":
+        name = quantization_config.get("format")
+        if name != "sparse":
+            raise RequestError(f"quantization_config.format is {name}, and sparse is read: update featherweight.")
+        format = by_name(name)
     else:
-        raise RequestError(f"quantization_config.quant_method is {method}, and compressed-tensors or gptq is read.")
+        raise RequestError(
+            f"quantization_config.quant_method is {method}, and compressed-tensors, gptq or featherweight is read."
+        )
     return format, format.read(quantization_config)

@@ -1,4 +1,4 @@
-"""What a format is: a named pair of pure functions, Solution to named tensors and back, and what it can hold.
+"""What a format is: a named pair of pure functions, solution to named tensors and back, and what it can hold.
 
 Shapes: R outputs, C inputs, G groups, W 32-bit words.
 """
@@ -13,11 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.core.rules import Grid
-from featherweight.core.solution import Solution
+from featherweight.core.rules import Grid, Rule
+from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import RequestError
+from featherweight.formats.rules import Rules, grid_of
 
-__all__ = ["THE_MATRIX", "Format", "Grid", "Solution", "as_stored", "require_storable", "solution_of", "take"]
+__all__ = [
+    "SCALE_DTYPES",
+    "THE_MATRIX",
+    "AnySolution",
+    "Format",
+    "Grid",
+    "Rule",
+    "Rules",
+    "Solution",
+    "as_stored",
+    "require_codes",
+    "require_storable",
+    "require_two_axes",
+    "solution_of",
+    "take",
+]
 
 THE_MATRIX = "the matrix"
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,8 +50,8 @@ class Format(ABC):
     name: str
 
     @abstractmethod
-    def check(self, name: str, rows: int, columns: int, grid: Grid) -> None:
-        """Raise RequestError when a matrix called `name` with this shape and grid cannot be stored."""
+    def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
+        """Raise RequestError when a matrix called `name` with this shape and rule cannot be stored."""
 
     @abstractmethod
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
@@ -46,20 +62,30 @@ class Format(ABC):
         """The smallest zero code that can be stored."""
 
     @abstractmethod
-    def suffixes(self, grid: Grid) -> tuple[str, ...]:
-        """The names of the tensors of one matrix, without the matrix's own."""
+    def suffixes(self, rule: Rule) -> tuple[str, ...]:
+        """The names of the tensors of one matrix, without the matrix's own; the first is the same for every rule."""
 
     @abstractmethod
-    def pack(self, solution: Solution, name: str = THE_MATRIX) -> dict[str, Tensor]:
-        """The tensors of a solution by suffix, contiguous; RequestError when the format cannot hold it."""
+    def pack(
+        self, solution: AnySolution, name: str = THE_MATRIX, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of a solution by suffix, contiguous; RequestError when the format cannot hold it.
+
+        `dtype` is the model's: what values stored as floats are rounded to (None: the one they have). Codes, and
+        scales, whose dtype the grid says, do not depend on it.
+        """
 
     @abstractmethod
-    def shape(self, tensors: Mapping[str, Tensor], grid: Grid, name: str = THE_MATRIX) -> tuple[int, int]:
-        """Rows and columns of the matrix in these tensors; RequestError when their shapes contradict each other."""
+    def shape(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> tuple[int, int]:
+        """Rows and columns of the matrix in these tensors; RequestError when their shapes contradict each other.
+
+        Of `weight_shape` the numbers are read, of other tensors only shapes and dtypes: they may be on meta.
+        """
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, name: str = THE_MATRIX) -> Solution:
-        """The solution in these tensors: codes, scales and zeros bit for bit, loss_R zero (files keep no certificate).
+    def unpack(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> AnySolution:
+        """The solution in these tensors: codes, scales, zeros and mask (of a format that stores one) bit for bit,
+        loss_R zero (files keep no certificate).
 
         Its grid is `as_stored`: ternary comes back as 2 bits, with the scale dtype that was found.
         """
@@ -67,24 +93,24 @@ class Format(ABC):
     @abstractmethod
     def config(
         self,
-        grid: Grid,
+        rules: Mapping[str, Rule],
         ignore: Sequence[str] = (),
         *,
         targets: Sequence[str] = ("Linear",),
         meta: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """The `quantization_config` of config.json.
+    ) -> dict[str, Any] | None:
+        """The `quantization_config` of config.json; None for a checkpoint that has none.
 
         Args:
-            grid: the one grid of all compressed matrices.
+            rules: of every compressed matrix, by its name on disk.
             ignore: module names left as they were, or "re:" and a regular expression.
-            targets: module class names that are compressed (where the format says so).
+            targets: module class names that are compressed (where the format says so, and all obey one rule).
             meta: remarks about how it was made (where the format has room for them).
         """
 
     @abstractmethod
-    def read(self, config: Mapping[str, Any]) -> Grid:
-        """The grid a `quantization_config` describes; RequestError for anything we could not read faithfully.
+    def read(self, config: Mapping[str, Any]) -> Rules:
+        """The rules a `quantization_config` describes; RequestError for anything we could not read faithfully.
 
         Files do not say how scales were searched for: `search`, `mirror` and `scale_dtype` are the defaults.
         """
@@ -101,13 +127,27 @@ def solution_of(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, grid: Gri
     return Solution(codes_RC, scales_RG, zeros_RG, as_stored(grid, scales_RG.dtype), loss_R)
 
 
-def require_storable(format: Format, solution: Solution, name: str) -> None:
-    """What every format asks of a solution before it packs it; raises RequestError."""
-    shape = tuple(solution.codes_RC.shape)
+def require_two_axes(format: Format, tensor: Tensor, name: str) -> tuple[int, int]:
+    """Rows and columns; RequestError for another number of axes."""
+    shape = tuple(tensor.shape)
     if len(shape) != 2:
         raise RequestError(f"{name} has shape {shape}, and {format.name} stores 2 axes: pack one expert at a time.")
+    return shape
+
+
+def require_codes(format: Format, solution: AnySolution, name: str) -> Solution:
+    """The solution, for formats that hold codes only: `require_storable`, and RequestError where it has none."""
+    grid_of(format.name, solution.rule, name)
+    assert isinstance(solution, Solution)
+    require_storable(format, solution, name)
+    return solution
+
+
+def require_storable(format: Format, solution: Solution, name: str) -> None:
+    """What every format asks of a solution before it packs its codes; raises RequestError."""
+    shape = require_two_axes(format, solution.codes_RC, name)
     grid, scales_RG, zeros_RG = solution.grid, solution.scales_RG, solution.zeros_RG
-    format.check(name, *shape, replace(grid, scale_dtype=scales_RG.dtype))
+    format.check(name, *shape, replace(solution, grid=replace(grid, scale_dtype=scales_RG.dtype)).rule)
     assert scales_RG.shape == zeros_RG.shape == (shape[0], shape[1] // grid.width(shape[1])), "groups disagree"
     if not bool(torch.isfinite(scales_RG).all()):
         raise RequestError(

@@ -25,21 +25,26 @@ import torch
 from torch import Tensor
 
 from featherweight.codec import pack_dense, unpack_dense, words_for
-from featherweight.core.rules import Grid
-from featherweight.core.solution import Solution
+from featherweight.core.rules import Grid, Rule
+from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import RequestError
-from featherweight.formats.base import SCALE_DTYPES, THE_MATRIX, Format, require_storable, solution_of, take
+from featherweight.formats.base import SCALE_DTYPES, THE_MATRIX, Format, require_codes, solution_of, take
+from featherweight.formats.rules import CONFIG, Claim, Rules, grid_of, grouped
 
-CONFIG = "quantization_config"
+EVERY_LINEAR = "Linear"
 
 
 @dataclass(frozen=True)
 class CompressedTensors(Format):
-    """Integer codes of 2 to 8 bits, by group or by row, with or without zeros."""
+    """Integer codes of 2 to 8 bits, by group or by row, with or without zeros.
+
+    Pruned weights are codes like the others: nothing is saved, and the mask is not read back.
+    """
 
     name: str = "compressed-tensors"
 
-    def check(self, name: str, rows: int, columns: int, grid: Grid) -> None:
+    def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
+        grid = grid_of(self.name, rule, name)
         grid.width(columns, name)
         if grid.scale_dtype not in SCALE_DTYPES:
             raise RequestError(
@@ -53,12 +58,14 @@ class CompressedTensors(Format):
     def lowest_zero(self, grid: Grid) -> int:
         return 0
 
-    def suffixes(self, grid: Grid) -> tuple[str, ...]:
-        zeros = () if grid.symmetric else ("weight_zero_point",)
+    def suffixes(self, rule: Rule) -> tuple[str, ...]:
+        zeros = () if grid_of(self.name, rule, THE_MATRIX).symmetric else ("weight_zero_point",)
         return ("weight_packed", "weight_scale", *zeros, "weight_shape")
 
-    def pack(self, solution: Solution, name: str = THE_MATRIX) -> dict[str, Tensor]:
-        require_storable(self, solution, name)
+    def pack(
+        self, solution: AnySolution, name: str = THE_MATRIX, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        solution = require_codes(self, solution, name)
         bits = solution.grid.stored_bits
         tensors = {
             "weight_packed": pack_dense(solution.codes_RC, bits),
@@ -69,7 +76,8 @@ class CompressedTensors(Format):
             tensors["weight_zero_point"] = pack_dense(solution.zeros_RG.T, bits).T.contiguous()
         return {suffix: tensors[suffix] for suffix in self.suffixes(solution.grid)}
 
-    def shape(self, tensors: Mapping[str, Tensor], grid: Grid, name: str = THE_MATRIX) -> tuple[int, int]:
+    def shape(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> tuple[int, int]:
+        grid = grid_of(self.name, rule, name)
         rows, columns = (int(n) for n in take(tensors, "weight_shape", name, (2,)).tolist())
         bits, packed = grid.stored_bits, take(tensors, "weight_packed", name)
         padded = -(-columns // (32 // bits))
@@ -82,7 +90,8 @@ class CompressedTensors(Format):
         take(tensors, "weight_scale", name, (rows, columns // grid.width(columns, name)))
         return rows, columns
 
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, name: str = THE_MATRIX) -> Solution:
+    def unpack(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> Solution:
+        grid = grid_of(self.name, rule, name)
         rows, columns = self.shape(tensors, grid, name)
         bits, scales_RG = grid.stored_bits, tensors["weight_scale"]
         groups = scales_RG.shape[1]
@@ -95,26 +104,20 @@ class CompressedTensors(Format):
 
     def config(
         self,
-        grid: Grid,
+        rules: Mapping[str, Rule],
         ignore: Sequence[str] = (),
         *,
-        targets: Sequence[str] = ("Linear",),
+        targets: Sequence[str] = (EVERY_LINEAR,),
         meta: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """As `Format.config`; there is no room for `meta`. Only keys 0.17 knows: an unknown one fails the load."""
-        weights = {
-            "num_bits": grid.stored_bits,
-            "type": "int",
-            "symmetric": grid.symmetric,
-            "strategy": "channel" if grid.group_size is None else "group",
-            "group_size": grid.group_size,
-            "block_structure": None,
-            "dynamic": False,
-            "actorder": None,
-            "observer": "minmax",
-            "observer_kwargs": {},
-        }
-        group = {"targets": list(targets), "weights": weights, "input_activations": None, "output_activations": None}
+        """As `Format.config`; there is no room for `meta`. Only keys 0.17 knows: an unknown one fails the load.
+
+        Where rules differ, each is a group whose targets are the names of its matrices: the package and vLLM compare
+        a target with the module's name before its class, and vLLM with the names of what it fuses.
+        """
+        groups = [(grid_of(self.name, rule, THE_MATRIX), names) for rule, names in grouped(rules, self.name).items()]
+        one = len(groups) == 1
+        schemes = [_scheme(grid, targets if one else names) for grid, names in groups]
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -122,22 +125,47 @@ class CompressedTensors(Format):
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "ignore": list(ignore),
-            "config_groups": {"group_0": group},
+            "config_groups": {f"group_{index}": scheme for index, scheme in enumerate(schemes)},
         }
 
-    def read(self, config: Mapping[str, Any]) -> Grid:
+    def read(self, config: Mapping[str, Any]) -> Rules:
         groups = config.get("config_groups") or {}
-        if len(groups) != 1:
-            raise RequestError(f"{CONFIG} has {len(groups)} config_groups, and one is read: use a single scheme.")
-        ((label, group),) = groups.items()
-        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-            raise RequestError(f"{CONFIG}.config_groups.{label} spells out no weights: presets by name are not read.")
+        if not groups:
+            raise RequestError(f"{CONFIG} has no config_groups, and 1 or more are read: the file is incomplete.")
         _refuse(config, "kv_cache_scheme", "sparsity_config", "transform_config")
-        _refuse(group, "input_activations", "output_activations")
-        layout = group.get("format") or config.get("format")
-        if layout != "pack-quantized":
-            raise RequestError(f"{CONFIG}.format is {layout}, and only pack-quantized is read: convert the checkpoint.")
-        return _grid(group["weights"])
+        grids = {label: _group(label, group, config.get("format")) for label, group in groups.items()}
+        if len(grids) == 1:
+            return Rules(default=next(iter(grids.values())))
+        targets = {label: groups[label].get("targets") or () for label in grids}
+        return Rules(tuple(Claim.of_targets(grids[label], targets[label], EVERY_LINEAR) for label in grids))
+
+
+def _scheme(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
+    """One entry of `config_groups`."""
+    weights = {
+        "num_bits": grid.stored_bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "channel" if grid.group_size is None else "group",
+        "group_size": grid.group_size,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {"targets": list(targets), "weights": weights, "input_activations": None, "output_activations": None}
+
+
+def _group(label: str, group: Any, layout: Any) -> Grid:
+    """The grid of one entry of `config_groups`; `layout` is the format of entries that name none."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+        raise RequestError(f"{CONFIG}.config_groups.{label} spells out no weights: presets by name are not read.")
+    _refuse(group, "input_activations", "output_activations")
+    layout = group.get("format") or layout
+    if layout != "pack-quantized":
+        raise RequestError(f"{CONFIG}.format is {layout}, and only pack-quantized is read: convert the checkpoint.")
+    return _grid(group["weights"])
 
 
 def _refuse(config: Mapping[str, Any], *keys: str) -> None:

@@ -25,18 +25,20 @@ import torch
 from torch import Tensor
 
 from featherweight.codec import pack_dense, unpack_dense
-from featherweight.core.rules import Grid
-from featherweight.core.solution import Solution
+from featherweight.core.rules import Grid, Rule
+from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import RequestError
-from featherweight.formats.base import THE_MATRIX, Format, require_storable, solution_of, take
+from featherweight.formats.base import THE_MATRIX, Format, require_codes, solution_of, take
+from featherweight.formats.rules import CONFIG, REGEX, Claim, Rules, grid_of, grouped
 
 BITS = (2, 3, 4, 8)
-CONFIG = "quantization_config"
+SKIP, CHANGE = "-:", "+:"
+OVERRIDES = ("bits", "group_size", "sym", "desc_act")
 
 
 @dataclass(frozen=True)
 class Gptq(Format):
-    """Integer codes of 2, 3, 4 or 8 bits with float16 scales.
+    """Integer codes of 2, 3, 4 or 8 bits with float16 scales; pruned weights are codes like the others.
 
     Attributes:
         zero_offset: what was subtracted from a zero before it was stored: 1 in version 1, 0 in version 2.
@@ -45,7 +47,8 @@ class Gptq(Format):
     name: str = "gptq"
     zero_offset: int = 1
 
-    def check(self, name: str, rows: int, columns: int, grid: Grid) -> None:
+    def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
+        grid = grid_of(self.name, rule, name)
         bits = grid.stored_bits
         if bits not in BITS:
             raise RequestError(f"{name} wants {bits} bits, and {self.name} has {_listed(BITS)}: use another format.")
@@ -66,11 +69,13 @@ class Gptq(Format):
     def lowest_zero(self, grid: Grid) -> int:
         return self.zero_offset
 
-    def suffixes(self, grid: Grid) -> tuple[str, ...]:
+    def suffixes(self, rule: Rule) -> tuple[str, ...]:
         return ("qweight", "qzeros", "scales", "g_idx")
 
-    def pack(self, solution: Solution, name: str = THE_MATRIX) -> dict[str, Tensor]:
-        require_storable(self, solution, name)
+    def pack(
+        self, solution: AnySolution, name: str = THE_MATRIX, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        solution = require_codes(self, solution, name)
         bits, columns = solution.grid.stored_bits, solution.codes_RC.shape[1]
         return {
             "qweight": pack_dense(solution.codes_RC, bits).T.contiguous(),
@@ -79,7 +84,8 @@ class Gptq(Format):
             "g_idx": _in_order(columns, solution.grid.width(columns), solution.codes_RC.device),
         }
 
-    def shape(self, tensors: Mapping[str, Tensor], grid: Grid, name: str = THE_MATRIX) -> tuple[int, int]:
+    def shape(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> tuple[int, int]:
+        grid = grid_of(self.name, rule, name)
         words, rows = take(tensors, "qweight", name).shape
         columns = words * 32 // grid.stored_bits
         groups = columns // grid.width(columns, name)
@@ -88,7 +94,8 @@ class Gptq(Format):
         take(tensors, "g_idx", name, (columns,))
         return rows, columns
 
-    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, name: str = THE_MATRIX) -> Solution:
+    def unpack(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> Solution:
+        grid = grid_of(self.name, rule, name)
         rows, columns = self.shape(tensors, grid, name)
         bits, order = grid.stored_bits, tensors["g_idx"]
         if not torch.equal(order.long(), _in_order(columns, grid.width(columns), order.device).long()):
@@ -108,18 +115,21 @@ class Gptq(Format):
 
     def config(
         self,
-        grid: Grid,
+        rules: Mapping[str, Rule],
         ignore: Sequence[str] = (),
         *,
         targets: Sequence[str] = ("Linear",),
         meta: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """As `Format.config`; `targets` are the linear layers. quantize_config.json wants the same dict."""
+        """As `Format.config`; `targets` are the linear layers. quantize_config.json wants the same dict.
+
+        Where rules differ, the one of most matrices is the config's and the others are GPTQModel's "+:" overrides,
+        which it and vLLM match from the start of a module's name.
+        """
+        groups = grouped(rules, self.name)
+        common = max(groups, key=lambda rule: len(groups[rule]))
         config = {
-            "bits": grid.stored_bits,
-            "group_size": -1 if grid.group_size is None else grid.group_size,
-            "desc_act": False,
-            "sym": grid.symmetric,
+            **_settings(grid_of(self.name, common, THE_MATRIX)),
             "lm_head": False,
             "quant_method": "gptq",
             "checkpoint_format": self.name,
@@ -128,23 +138,43 @@ class Gptq(Format):
         }
         # The head is skipped by lm_head; every other exception is a "-:" rule, which GPTQModel and vLLM both match
         # from the start of the module's name.
-        skipped = [entry for entry in ignore if entry != "lm_head"]
-        return config | ({"dynamic": {_skip_rule(entry): {} for entry in skipped}} if skipped else {})
+        dynamic: dict[str, Any] = {_skip_rule(entry): {} for entry in ignore if entry != "lm_head"}
+        for rule, names in groups.items():
+            if rule != common:
+                key = f"{CHANGE}^(?:{'|'.join(map(re.escape, names))})$"
+                dynamic[key] = _settings(grid_of(self.name, rule, THE_MATRIX))
+        return config | ({"dynamic": dynamic} if dynamic else {})
 
-    def read(self, config: Mapping[str, Any]) -> Grid:
-        rules = config.get("dynamic") or {}
-        overrides = [rule for rule, change in rules.items() if change and not rule.startswith("-:")]
-        if overrides:
-            raise RequestError(
-                f"{CONFIG}.dynamic gives {overrides[0]} its own settings, and one scheme for all is read."
-            )
+    def read(self, config: Mapping[str, Any]) -> Rules:
         words = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
         if words != "int32":
             raise RequestError(f"{CONFIG}.pack_dtype is {words}, and int32 is read: convert the checkpoint.")
-        bits, size = config.get("bits"), config.get("group_size", -1)
+        claims = []
+        for target, change in (config.get("dynamic") or {}).items():
+            if target.startswith(SKIP) or not change:
+                continue
+            unknown = sorted(set(change) - set(OVERRIDES))
+            if unknown:
+                raise RequestError(
+                    f"{CONFIG}.dynamic changes {unknown[0]} for {target}, and {', '.join(OVERRIDES)} are read: "
+                    "convert the checkpoint."
+                )
+            grid = self._grid({**config, **change})
+            claims.append(Claim.of_targets(grid, [REGEX + target.removeprefix(CHANGE)]))
+        return Rules(tuple(claims), self._grid(config))
+
+    def _grid(self, settings: Mapping[str, Any]) -> Grid:
+        bits, size = settings.get("bits"), settings.get("group_size", -1)
         if bits not in BITS:
             raise RequestError(f"{CONFIG}.bits is {bits}, and {self.name} has {_listed(BITS)}.")
-        return Grid(bits=bits, group_size=size if size and size > 0 else None, symmetric=bool(config.get("sym", True)))
+        symmetric = bool(settings.get("sym", True))
+        return Grid(bits=bits, group_size=size if size and size > 0 else None, symmetric=symmetric)
+
+
+def _settings(grid: Grid) -> dict[str, Any]:
+    """A grid in the words of quantize_config.json."""
+    size = -1 if grid.group_size is None else grid.group_size
+    return {"bits": grid.stored_bits, "group_size": size, "desc_act": False, "sym": grid.symmetric}
 
 
 def _in_order(columns: int, width: int, device: torch.device) -> Tensor:
@@ -153,7 +183,7 @@ def _in_order(columns: int, width: int, device: torch.device) -> Tensor:
 
 
 def _skip_rule(entry: str) -> str:
-    return f"-:{entry[3:]}" if entry.startswith("re:") else f"-:^{re.escape(entry)}$"
+    return f"{SKIP}{entry[3:]}" if entry.startswith(REGEX) else f"{SKIP}^{re.escape(entry)}$"
 
 
 def _listed(numbers: Sequence[int]) -> str:

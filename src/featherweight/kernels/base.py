@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featherweight.formats.base import Format, Grid
+from featherweight.formats.base import Format, Rule
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 """(x_TC, bias_R or None) -> y_TR, with the weights in whatever shape the kernel likes them held inside."""
@@ -23,7 +23,7 @@ class Case:
     """What a layer is, as far as choosing its kernel goes."""
 
     format: Format
-    grid: Grid
+    rule: Rule
     rows: int
     columns: int
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class Kernel(ABC):
         """Why this kernel does not take this layer, in a few words with both numbers; None when it does."""
 
     @abstractmethod
-    def prepare(self, format: Format, grid: Grid, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
+    def prepare(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
         """Rearrange the weights once, on the device where `tensors` lie, and return the function that multiplies.
 
         `dtype` is that of the activations, and of what comes out.

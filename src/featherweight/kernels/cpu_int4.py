@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import RequestError
-from featherweight.formats.base import Format, Grid, Solution
+from featherweight.formats import parts
+from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels.base import Case, Kernel, Run
 
 WIDTHS = (256, 128, 64, 32)
@@ -38,21 +39,25 @@ class CpuInt4(Kernel):
     name: str = "cpu-int4"
 
     def refusal(self, case: Case) -> str | None:
-        width = case.grid.group_size or case.columns
+        grid, pattern = parts(case.rule)
+        if grid is None:
+            return f"it multiplies by codes, and the weights are floats, pruned ({pattern})"
+        width = grid.group_size or case.columns
         if case.device.type != "cpu":
             return f"it runs on cpu, and the layer is on {case.device.type}"
         if case.dtype != torch.bfloat16:
             return f"it is fast with torch.bfloat16 only, and the activations are {case.dtype}"
-        if case.grid.stored_bits > 4:
-            return f"it holds 4 bits, and the codes have {case.grid.stored_bits}"
+        if grid.stored_bits > 4:
+            return f"it holds 4 bits, and the codes have {grid.stored_bits}"
         if case.rows % ROW_MULTIPLE:
             return f"it needs outputs in multiples of {ROW_MULTIPLE}, and there are {case.rows}"
         if width % WIDTHS[-1]:
             return f"it needs groups of a multiple of {WIDTHS[-1]}, and they have {width}"
         return None
 
-    def prepare(self, format: Format, grid: Grid, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
-        solution = format.unpack(tensors, grid)
+    def prepare(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
+        solution = format.unpack(tensors, rule)
+        assert isinstance(solution, Solution)
         rows, columns = solution.codes_RC.shape
         packed, scales_GR2, width = _repack(solution, dtype)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from featherweight.errors import RequestError
-from featherweight.formats.base import Format, Grid
+from featherweight.formats.base import Format, Rule
 from featherweight.kernels.base import Case, Kernel
 from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
@@ -16,16 +16,16 @@ AUTO = ("cpu-int4", "reference")
 
 
 def reasons(
-    format: Format, grid: Grid, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
+    format: Format, rule: Rule, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, str | None]:
     """Of every kernel, by name, why it does not take this layer; None when it does."""
-    case = Case(format, grid, rows, columns, dtype, torch.device(device))
+    case = Case(format, rule, rows, columns, dtype, torch.device(device))
     return {name: kernel.refusal(case) for name, kernel in KERNELS.items()}
 
 
 def pick(
     format: Format,
-    grid: Grid,
+    rule: Rule,
     rows: int,
     columns: int,
     dtype: torch.dtype,
@@ -38,7 +38,7 @@ def pick(
     """
     if wanted != "auto" and wanted not in KERNELS:
         raise RequestError(f"there is no kernel {wanted}: choose auto, {', '.join(KERNELS)}.")
-    refusals = reasons(format, grid, rows, columns, dtype, device)
+    refusals = reasons(format, rule, rows, columns, dtype, device)
     if wanted == "auto":
         return next(KERNELS[name] for name in AUTO if refusals[name] is None)
     if refusals[wanted] is not None:

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.formats.base import Format, Grid, Solution
+from featherweight.formats.base import AnySolution, Format, Rule
 from featherweight.kernels.base import Case, Kernel, Run
 
 
-def dequantize(solution: Solution, dtype: torch.dtype) -> Tensor:
+def dequantize(solution: AnySolution, dtype: torch.dtype) -> Tensor:
     """The weights an engine computes with: (code - zero) * scale, rounded once to `dtype`; shape R x C."""
     # float32 holds the product exactly (at most 9 + 11 significant bits, for float16 or bfloat16 scales).
     return solution.values(torch.float64 if dtype == torch.float64 else torch.float32).to(dtype)
 
 
 def linear(
-    x_TC: Tensor, format: Format, grid: Grid, tensors: Mapping[str, Tensor], bias_R: Tensor | None = None
+    x_TC: Tensor, format: Format, rule: Rule, tensors: Mapping[str, Tensor], bias_R: Tensor | None = None
 ) -> Tensor:
     """y_TR = x_TC V^T + bias, V unpacked anew from its tensors and rounded to the dtype of `x_TC`."""
-    return functional.linear(x_TC, dequantize(format.unpack(tensors, grid), x_TC.dtype), bias_R)
+    return functional.linear(x_TC, dequantize(format.unpack(tensors, rule), x_TC.dtype), bias_R)
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Reference(Kernel):
     def refusal(self, case: Case) -> str | None:
         return None
 
-    def prepare(self, format: Format, grid: Grid, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
+    def prepare(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
         kept = dict(tensors)
-        return lambda x_TC, bias_R: functional.linear(x_TC, dequantize(format.unpack(kept, grid), dtype), bias_R)
+        return lambda x_TC, bias_R: functional.linear(x_TC, dequantize(format.unpack(kept, rule), dtype), bias_R)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,6 @@ class Dense(Kernel):
     def refusal(self, case: Case) -> str | None:
         return None
 
-    def prepare(self, format: Format, grid: Grid, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
-        weight_RC = dequantize(format.unpack(tensors, grid), dtype)
+    def prepare(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
+        weight_RC = dequantize(format.unpack(tensors, rule), dtype)
         return lambda x_TC, bias_R: functional.linear(x_TC, weight_RC, bias_R)

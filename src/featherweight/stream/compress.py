@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight import data
-from featherweight.core.rules import grid_of
+from featherweight.core.rules import Rule, grid_of, pattern_of
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import FeatherweightError, RequestError
 from featherweight.formats import Format
@@ -27,7 +27,7 @@ from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_tokenizer
 from featherweight.models.tree import Block, Matrix, ModelTree
-from featherweight.recipe import Recipe
+from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
@@ -109,17 +109,16 @@ class _Job:
         self.tree, self.recipe, self.device, self.out, self.tell = tree, recipe, device, out, tell
         self.format: Format = format_by_name(recipe.format_name)
         stored_dtype = self.format.scale_dtype(tree.dtype)
-        self.rule = recipe.rule(stored_dtype)
-        grid = grid_of(self.rule)
+        self.rules: dict[str, Rule] = {matrix.name: recipe.rule(stored_dtype) for matrix in tree.matrices}
+        grid = grid_of(recipe.rule(stored_dtype))
         self.choices = recipe.choices(0 if grid is None else self.format.lowest_zero(grid), stored_dtype)
         self.dtype = compute_dtype(tree.dtype, device)
         self.batch = max(1, BATCH_TOKENS[device.type] // (recipe.tokens or TOKENS))
 
     def check(self) -> None:
         """Everything that can be refused before any work is done."""
-        for block in self.tree.blocks:
-            for matrix in block.matrices:
-                self.format.check(matrix.name, matrix.rows, matrix.columns, self.rule)
+        for matrix in self.tree.matrices:
+            self.format.check(matrix.name, matrix.rows, matrix.columns, self.rules[matrix.name])
 
     def check_ids(self, ids_ST: Tensor | None) -> None:
         """Token ids the embedding does not have mean that the tokenizer is another model's."""
@@ -189,7 +188,7 @@ class _Job:
     def _solve(self, folder: OutputFolder, index: int, block: Block, view: BlockView) -> None:
         """Solves a block and writes its shard, having read it back and compared."""
         began, total = time.perf_counter(), len(self.tree.blocks)
-        rules = {matrix.path: self.rule for matrix in block.matrices}
+        rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solutions = layerwise(
             view,
             rules,
@@ -213,15 +212,15 @@ class _Job:
         self, index: int, matrix: Matrix, solution: AnySolution, packed: dict[str, Tensor], seconds: float
     ) -> dict[str, Any]:
         """The journal's line of one matrix."""
-        grid = grid_of(self.rule)
+        grid, pattern = grid_of(self.rules[matrix.name]), pattern_of(self.rules[matrix.name])
         return {
             "block": index,
             "name": matrix.name,
             "shape": [matrix.rows, matrix.columns],
-            "bits": self.recipe.bits,
+            "bits": FLOAT_BITS if grid is None else grid.bits,
             "group_size": grid and grid.group_size,
             "symmetric": grid and grid.symmetric,
-            "sparsity": self.recipe.sparsity,
+            "sparsity": pattern and str(pattern),
             "bytes": sum(tensor.nbytes for tensor in packed.values()),
             "loss": None if self.recipe.method == "rtn" else solution.certificate,
             **solution.metrics,
@@ -233,9 +232,10 @@ class _Job:
         """A matrix's solution from the bytes of its shard."""
         from safetensors import safe_open
 
+        rule = self.rules[matrix.name]
         with safe_open(shard, framework="pt") as file:
-            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(self.rule)}
-        return self.format.unpack(tensors, self.rule, matrix.name)
+            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
+        return self.format.unpack(tensors, rule, matrix.name)
 
     def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
         """Gives the block the weights its shard holds."""
@@ -247,9 +247,12 @@ class _Job:
 
     def finish(self, folder: OutputFolder) -> None:
         """The small files that make the folder a checkpoint."""
-        quantization = self.format.config(self.rule, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
-        extra = {"quantize_config.json": quantization} if self.format.name.startswith("gptq") else {}
-        config = {**self.tree.checkpoint.config, "quantization_config": quantization}
+        quantization = self.format.config(self.rules, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
+        config = dict(self.tree.checkpoint.config)
+        extra: dict[str, dict[str, Any]] = {}
+        if quantization is not None:
+            config["quantization_config"] = quantization
+            extra = {"quantize_config.json": quantization} if self.format.name.startswith("gptq") else {}
         folder.finish(config, extra, self.tree.checkpoint.path, self.tree.checkpoint.side_files())
 
 
