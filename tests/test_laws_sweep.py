@@ -295,6 +295,14 @@ def test_the_finding_recovers_a_planted_law(tmp_path: Path) -> None:
     assert ran.code == 0 and ran.last["points"] == 60
 
 
+def test_a_factor_on_the_edge_is_not_given_out(tmp_path: Path) -> None:
+    """N:M patterns that are worth the same at 2:4 and 1:4, and unlike dense, send b_S to its bound."""
+    rows = ledger.read_rows(planted(tmp_path))
+    flat = [{**row, "pattern": "1:4", "sparsity": "0.75"} for row in rows if row["pattern"] == "2:4"]
+    found = finding.finding([*rows, *flat], bootstraps=0)
+    assert "grouped_law" not in found and "edge of 0.02 to 8" in found["unknown"][0]
+
+
 def test_a_factor_of_its_own_for_two_grouped_patterns(tmp_path: Path) -> None:
     rows = ledger.read_rows(planted(tmp_path))
     sparser = [{**row, "pattern": "1:4"} for row in rows if row["pattern"] == "0.75"]

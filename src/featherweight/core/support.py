@@ -9,6 +9,7 @@ Shapes: R outputs, C inputs, K candidates; a leading E (layers of one shape) is 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,8 @@ from featherweight.core.solution import SparseSolution
 PENALTIES = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)  # of disagreeing, relative to the mean diagonal of H; one Cholesky each
 ROUNDS = 5  # at each penalty
 STEPS = 10  # of conjugate gradients: within 0.1 % of the exact answer on every real layer tried
+SAMPLE = 1 << 15  # weights that the threshold of a round is read off
+PAIRED = 8  # the largest group whose pairs are compared
 CANDIDATES = 16  # weights of a row that may leave, and as many that may come, in one round of swaps
 
 
@@ -35,32 +38,53 @@ def choose(problem: LayerProblem, pattern: Pattern) -> Tensor:
     hessian_CC = damped_CC / (size_C.unsqueeze(-1) * size_C.unsqueeze(-2))  # inputs of one size: penalties weigh alike
     goal_RC = (problem.weight_RC * size_C.unsqueeze(-2)) @ hessian_CC
     sparse_RC = problem.weight_RC * size_C.unsqueeze(-2)
-    keep_RC = best_mask(sparse_RC.square(), pattern)
-    sparse_RC, dispute_RC = sparse_RC * keep_RC, torch.zeros_like(sparse_RC)
+    sparse_RC = sparse_RC * best_mask(sparse_RC.square(), pattern)
+    dispute_RC = torch.zeros_like(sparse_RC)
     identity_CC = torch.eye(hessian_CC.shape[-1], dtype=hessian_CC.dtype, device=hessian_CC.device)
     for penalty in PENALTIES:
         inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(hessian_CC + penalty * identity_CC))
         for _ in range(ROUNDS):
             fitted_RC = (goal_RC + penalty * (sparse_RC - dispute_RC)) @ inverse_CC
             dispute_RC = dispute_RC + fitted_RC
-            keep_RC = best_mask(dispute_RC.square(), pattern)
-            sparse_RC = dispute_RC * keep_RC
+            sparse_RC = dispute_RC * nearly_best_mask(dispute_RC.square(), pattern)
             dispute_RC = dispute_RC - sparse_RC
-    return keep_RC
+    return best_mask((sparse_RC + dispute_RC).square(), pattern)
 
 
 def best_mask(worth_RC: Tensor, pattern: Pattern) -> Tensor:
     """The mask of this pattern that keeps the most worth in each layer, with exactly its number of zeros."""
     if pattern.of:
-        group_RGM = worth_RC.unflatten(-1, (-1, pattern.of))
-        kept = group_RGM.topk(pattern.keep, -1).indices
-        return torch.zeros_like(group_RGM, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+        return _best_of_groups(worth_RC, pattern)
     block_RN = worth_RC.unflatten(-1, (-1, pattern.block)).sum(-1).flatten(-2)
     zeros = round(pattern.sparsity * block_RN.shape[-1])
     keep_RN = torch.ones_like(block_RN, dtype=torch.bool)
     keep_RN.scatter_(-1, block_RN.topk(zeros, -1, largest=False).indices, False)
     keep_RC: Tensor = keep_RN.unflatten(-1, (worth_RC.shape[-2], -1)).repeat_interleave(pattern.block, -1)
     return keep_RC
+
+
+def nearly_best_mask(worth_RC: Tensor, pattern: Pattern) -> Tensor:
+    """`best_mask` with the threshold of unstructured sparsity read off a sample: much faster, and good to 0.2 %."""
+    if pattern.of or pattern.block > 1 or worth_RC.dim() > 2 or worth_RC.numel() < 8 * SAMPLE:
+        return best_mask(worth_RC, pattern)
+    some_N = worth_RC.flatten()[:: worth_RC.numel() // SAMPLE]
+    zeros = round(pattern.sparsity * len(some_N))
+    return worth_RC > some_N.kthvalue(zeros).values if zeros else torch.ones_like(worth_RC, dtype=torch.bool)
+
+
+def _best_of_groups(worth_RC: Tensor, pattern: Pattern) -> Tensor:
+    """N:M masks: in small groups by comparing all pairs (several times faster than sorting), of equals the first."""
+    group_RGM = worth_RC.unflatten(-1, (-1, pattern.of))
+    if pattern.of > PAIRED:
+        kept = group_RGM.topk(pattern.keep, -1).indices
+        return torch.zeros_like(group_RGM, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+    places = group_RGM.unbind(-1)
+    better = [torch.zeros_like(place, dtype=torch.int8) for place in places]  # how many of its group outdo it
+    for one, other in itertools.combinations(range(pattern.of), 2):
+        first = places[one] >= places[other]
+        better[other] += first
+        better[one] += ~first
+    return torch.stack([count < pattern.keep for count in better], -1).flatten(-2)
 
 
 def resolve(

@@ -13,7 +13,7 @@ from typing import Any
 
 from featherweight.errors import RequestError
 from featherweight.laws import checks
-from featherweight.laws.fit import fit
+from featherweight.laws.fit import BOUNDS, fit
 from featherweight.laws.forms import PUBLISHED, Coefficients, as_dict, size_gain
 from featherweight.laws.ledger import replace
 from featherweight.laws.points import Points, points
@@ -93,7 +93,12 @@ def _add_grouped(
     try:
         both = _points([row for row in rows if ":" in row["pattern"] or float(row["sparsity"]) == 0])
         refit = fit(both, seed=seed, form="n:m", base=co)
-        kept = as_dict(refit.coefficients)
+        kept, (low, high) = as_dict(refit.coefficients), BOUNDS["b_S"]
+        if not 1.01 * low < kept["b_S"] < 0.99 * high:
+            raise RequestError(
+                f"the fit ends at b_S = {kept['b_S']:.3g}, the edge of {low:g} to {high:g}, so the three are tied up: "
+                "add another N:M pattern."
+            )
         found["grouped_law"] = {name: kept[name] for name in ("a_S", "b_S", "c_S")}
     except RequestError as error:
         found["unknown"].append(f"a factor of S for {', '.join(names)}: {error}")

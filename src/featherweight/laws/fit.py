@@ -35,6 +35,7 @@ FREE = {
 # Of the normalised coefficients: three amplitudes in medians of the loss, three exponents, and the offset c.
 LOWER = (1e-5, 0.02, 1e-5, 0.02, 1e-5, 0.02, 0.0)
 UPPER = (1e3, 8.0, 1e3, 5.0, 1e3, 5.0, 1.0)
+BOUNDS = dict(zip(NAMES, zip(LOWER, UPPER, strict=True), strict=True))
 OFFSET = NAMES.index("c")  # searched as it is, since it may be 0
 FIRST_LOW = (0.05, 0.1, 0.05, 0.05, 0.05, 0.05, 0.05)
 FIRST_HIGH = (1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 0.95)
