@@ -114,15 +114,20 @@ class Database:
             database._rewrite()
             return database
         database = cls.open(path)
-        for name in sorted(database.header.keys() | wanted.keys()):
-            before, now = database.header.get(name), wanted.get(name)
-            if before != now:
-                raise RequestError(
-                    f"{path} was measured with {name} = {_short(before, now)}, and now {_short(now, before)} is asked "
-                    "for: repeat the first request or choose a new file."
-                )
+        database.require(header)
         database._rewrite()
         return database
+
+    def require(self, header: Mapping[str, Any]) -> None:
+        """RequestError naming the first thing in which a request differs from the one this was begun with."""
+        wanted = {"kind": KIND, "version": VERSION, **json.loads(json.dumps(header))}
+        for name in sorted(self.header.keys() | wanted.keys()):
+            before, now = self.header.get(name), wanted.get(name)
+            if before != now:
+                raise RequestError(
+                    f"{self.path} was measured with {name} = {_short(before, now)}, and now {_short(now, before)} is "
+                    "asked for: repeat the first request or choose a new file."
+                )
 
     def add(self, row: Row) -> None:
         """Writes the line of one matrix."""
@@ -227,9 +232,9 @@ def damage_of(error: float, points: Collection[tuple[float, float]]) -> float:
     for (low, low_kl), (high, high_kl) in itertools.pairwise(curve):
         power = math.log(high_kl / low_kl) / math.log(high / low)
         if error <= high:
-            return low_kl * (error / low) ** power
+            return low_kl * math.pow(error / low, power)
     power = min(max(power, POWERS[0]), POWERS[1]) if len(curve) > 1 else 1.0
-    return curve[-1][1] * float((error / curve[-1][0]) ** power)
+    return curve[-1][1] * math.pow(error / curve[-1][0], power)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
