@@ -6,12 +6,12 @@ Shapes: R outputs, C inputs, G groups of inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from featherweight.core.rules import Grid, Joint, Pattern, Rule
+from featherweight.core.rules import Grid, Joint, Pattern, Rule, Search
 from featherweight.errors import RequestError
 
 Layout = Callable[[Rule | None, int, int], int]
@@ -142,23 +142,30 @@ def menu(
     symmetric: bool = True,
     scale_dtype: torch.dtype = torch.float16,
     layout: Layout = stored_bytes,
+    search: Search = "hessian",
+    bits: Sequence[int] = BITS,
+    group_sizes: Sequence[int] = GROUPS,
 ) -> tuple[Option, ...]:
     """The options we try by default: every width and group size, the usual sparsities, and both with 4 bits.
 
     Args:
         grids, patterns, joint: which kinds the target format can hold, or the request asks for.
-        symmetric, scale_dtype: of all grids, as the format stores them.
+        symmetric, scale_dtype, search: of all grids.
+        bits, group_sizes: of the grids without a pattern.
     """
-    all_grids = {(b, g): Grid(b, g, symmetric, scale_dtype=scale_dtype) for b in BITS for g in GROUPS}
+
+    def grid(width: int, group_size: int) -> Grid:
+        return Grid(width, group_size, symmetric, search, scale_dtype)
+
     all_patterns = [Pattern(s) for s in SPARSITIES] + [Pattern(keep=keep, of=of) for keep, of in RUNS]
     rules: list[Rule] = []
     if grids:
-        rules += all_grids.values()
+        rules += [grid(width, group_size) for width in bits for group_size in group_sizes]
     if patterns:
         rules += all_patterns
     if joint:
-        rules += [Joint(all_grids[4, 128], p) for p in all_patterns if p.of or p.sparsity in (0.25, 0.5, 0.7)]
-        rules += [Joint(all_grids[4, 64], p) for p in all_patterns if p.of]
+        rules += [Joint(grid(4, 128), p) for p in all_patterns if p.of or p.sparsity in (0.25, 0.5, 0.7)]
+        rules += [Joint(grid(4, 64), p) for p in all_patterns if p.of]
     return tuple(Option.of(rule, layout) for rule in rules)
 
 
