@@ -80,7 +80,7 @@ def main() -> None:
     ask.add_argument("--joint", action="store_true", help="sparse and 4 bits too")
     ask.add_argument("--asymmetric", action="store_true")
     ask.add_argument("--search", default="hessian")
-    ask.add_argument("--damping", type=float, default=Recipe.damping)
+    ask.add_argument("--damping", type=float, default=0.1)
     ask.add_argument("--unfused", action="store_true", help="q, k, v and gate, up may differ")
     ask.add_argument("--milp", action="store_true", help="check allocations with scipy")
     ask.add_argument("--database", type=Path, help="where to leave the database (must not exist)")

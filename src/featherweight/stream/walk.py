@@ -76,7 +76,7 @@ class Walk:
         return {
             "model": self.tree.checkpoint.fingerprint(),
             "ids_sha256": data.digest(self.ids_ST),
-            "recipe": {"damping": recipe.damping, "sink_share": recipe.sink_share},
+            "recipe": {"damping": recipe.relative_damping, "sink_share": recipe.sink_share},
             "choices": asdict(self.choices),
             "options": {option.label: str(option.rule) for option in self.options},
         }
@@ -210,4 +210,4 @@ class Solver:
     def _problem(self, inputs: Inputs, matrices: Sequence[Matrix]) -> LayerProblem:
         weight_RC = torch.cat([inputs.view.weight(matrix) for matrix in matrices])
         name = " + ".join(matrix.name for matrix in matrices)
-        return LayerProblem(weight_RC, inputs.hessian_CC, inputs.tokens, self.recipe.damping, name)
+        return LayerProblem(weight_RC, inputs.hessian_CC, inputs.tokens, self.recipe.relative_damping, name)
