@@ -20,7 +20,7 @@ from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Grid, Joint, Pattern, Rule
 from featherweight.core.solve import Choices, solve
 from featherweight.errors import RequestError
-from featherweight.formats import FORMATS
+from featherweight.formats import FORMATS, Format
 from featherweight.kernels import dequantize
 from featherweight.linear import CompressedLinear
 from tiny import make, token_ids
@@ -47,21 +47,22 @@ def solved(weight_RC: Tensor, rule: Rule) -> Any:
     return solve(problem, rule, Choices(method="rtn"))
 
 
-def compressed(source: Path, folder: Path, rules: dict[str, Rule]) -> dict[str, Tensor]:
-    """A folder in the sparse format from a dense one; returns the dense tensors of what it holds."""
+def compressed(source: Path, folder: Path, rules: dict[str, Rule], format: Format = SPARSE) -> dict[str, Tensor]:
+    """A folder in a format, from a dense one; returns the dense tensors of what it holds."""
     tensors = load_file(source / "model.safetensors")
     dense = dict(tensors)
     by_name = {}
     for full in [name for name in tensors if name.rpartition(".")[0].rpartition(".")[2] in rules]:
         name = full.removesuffix(".weight")
         by_name[name] = rule = rules[name.rpartition(".")[2]]
-        packed = SPARSE.pack(solved(tensors.pop(full), rule), name, torch.bfloat16)
-        dense[full] = dequantize(SPARSE.unpack(packed, rule, name), torch.bfloat16)
+        packed = format.pack(solved(tensors.pop(full), rule), name, torch.bfloat16)
+        dense[full] = dequantize(format.unpack(packed, rule, name), torch.bfloat16)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = SPARSE.config(by_name, ["lm_head"])
+    quantization = format.config(by_name, ["lm_head"])
+    config |= {} if quantization is None else {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
     return dense
 
@@ -96,6 +97,31 @@ def test_load_runs_every_rule(folder: Path, kernel: str) -> None:
         torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.1)
     else:
         assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "dense"])
+def test_mixed_rules_load_from_other_formats_too(name: str, tmp_path: Path) -> None:
+    """A pattern with a grid is stored as plain codes there, and anything as floats in a dense folder."""
+    format = FORMATS[name]
+    grid = replace(GRID, scale_dtype=format.scale_dtype(torch.bfloat16))
+    rules: dict[str, Rule] = {
+        "q_proj": grid,
+        "o_proj": replace(grid, bits=8, group_size=None, symmetric=False, search="minmax"),
+        "gate_proj": Joint(grid, TWO_OF_FOUR),
+        "down_proj": TWO_OF_FOUR if name == "dense" else replace(grid, bits=2),
+    }
+    source = make("llama", tmp_path / "source", dtype=torch.bfloat16)
+    dense = compressed(source, tmp_path / "out", rules, format)
+    (tmp_path / "plain").mkdir()
+    save_file(dense, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "plain" / "config.json").write_text((source / "config.json").read_text())
+    model = featherweight.load(tmp_path / "out", "cpu", torch.bfloat16, "reference")
+    assert layers(model) == (0 if name == "dense" else 8)
+    assert torch.equal(logits(model), logits(featherweight.load(tmp_path / "plain", "cpu", torch.bfloat16)))
+    if name != "dense":
+        rows = {row["name"]: row for row in inspect(tmp_path / "out")["matrices"]}
+        assert rows["model.layers.1.self_attn.o_proj"]["bits"] == 8
+        assert rows["model.layers.1.mlp.gate_proj"]["sparsity"] is None
 
 
 def test_inspect_reports_each_rule(folder: Path) -> None:
