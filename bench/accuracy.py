@@ -36,6 +36,9 @@ def recipe_of(row: str) -> recipes.Recipe:
             changes[field] = True
         else:
             text = options.pop(0)
+            if field == "sparsity":  # text even where it reads like a number
+                changes[field] = text
+                continue
             try:
                 changes[field] = json.loads(text)
             except json.JSONDecodeError:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core import greedy
+from featherweight.core.blocked import obq_by_slabs, obs_by_slabs
 from featherweight.core.greedy import Trace, least_squares, obq, obs, prune_trace
 from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Grid, Pattern
@@ -279,3 +280,32 @@ def test_patterns_that_make_no_sense(changes: dict[str, int], message: str) -> N
 def test_patterns_that_do_not_divide(pattern: Pattern, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         obs(layer(), pattern)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(0.5), Pattern(keep=2, of=4), Pattern(0.5, block=4)], ids=str)
+def test_one_slab_is_the_exact_greedy(pattern: Pattern) -> None:
+    """By slabs: equal to the whole where there is one; certified, obedient and little worse where there are four."""
+    problem = layer(8, 64)
+    exact, whole = obs(problem, pattern), obs_by_slabs(problem, pattern, 64)
+    torch.testing.assert_close(whole.values_RC, exact.values_RC, rtol=1e-8, atol=1e-10)
+    slabs = obs_by_slabs(problem, pattern, 16)
+    damped_CC = damped(problem.hessian_CC, problem.damping)
+    torch.testing.assert_close(
+        slabs.loss_R, layer_loss(problem.weight_RC, slabs.values_RC, damped_CC), rtol=1e-8, atol=0
+    )
+    assert slabs.sparsity == exact.sparsity and not slabs.values_RC[~slabs.keep_RC].any()
+    assert exact.certificate <= slabs.certificate * 1.02 and slabs.certificate < 1.6 * exact.certificate
+    counted = obs_by_slabs(problem, pattern, 16, keep_RC=exact.keep_RC)
+    assert torch.equal(
+        counted.keep_RC.unflatten(-1, (4, 16)).sum((0, 2)), exact.keep_RC.unflatten(-1, (4, 16)).sum((0, 2))
+    )
+
+
+def test_obq_by_slabs() -> None:
+    problem, grid = layer(8, 64), Grid(3, 16, scale_dtype=torch.float32)
+    exact, whole, slabs = obq(problem, grid), obq_by_slabs(problem, grid, 64), obq_by_slabs(problem, grid, 16)
+    assert torch.equal(whole.codes_RC, exact.codes_RC)
+    damped_CC = damped(problem.hessian_CC, problem.damping)
+    actual_R = layer_loss(problem.weight_RC, slabs.values(torch.float64), damped_CC)
+    torch.testing.assert_close(slabs.loss_R, actual_R, rtol=1e-5, atol=0)
+    assert slabs.certificate < 1.2 * exact.certificate

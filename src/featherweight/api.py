@@ -160,7 +160,7 @@ def _row(checkpoint: Checkpoint, format: formats.Format, rule: formats.Rule, nam
 
 
 def _dense_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    matrices = [matrix for block in build(checkpoint).blocks for matrix in block.matrices]
+    matrices = build(checkpoint).matrices
     common = {"group_size": None, "symmetric": None, "sparsity": None, "loss": None}
     return [
         {

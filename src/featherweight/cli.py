@@ -13,6 +13,7 @@ import typer
 
 from featherweight import console, laws_cli, recipes
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
+from featherweight.recipe import FLOAT_BITS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(laws_cli.app, name="laws")
@@ -32,8 +33,15 @@ def compress(
     bits: Annotated[float | None, typer.Option(help="1.58, 2, 3, 4, 5, 6, 7 or 8.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Inputs sharing a scale, or 'row'.")] = None,
     asymmetric: Annotated[bool | None, typer.Option("--asymmetric/--symmetric", help="Store zero points.")] = None,
-    method: Annotated[str | None, typer.Option(help="gptq or rtn.")] = None,
-    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq or gptq_v2.")] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Zeros: a share (0.5), or kept weights (2:4); without --bits, floats stay."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="gptq, obq or rtn.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Zeros chosen by admm, sparsegpt, wanda or obs.")] = None,
+    resolve: Annotated[int | None, typer.Option(help="Conjugate-gradient steps on the weights kept.")] = None,
+    swaps: Annotated[int | None, typer.Option(help="Rounds of swapping kept for pruned weights.")] = None,
+    format: Annotated[str | None, typer.Option(help="auto, compressed-tensors, gptq, gptq_v2, sparse, dense.")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="Text file or hub data set; repeatable.")] = None,
     chat_template: Annotated[
         bool | None, typer.Option("--chat-template", help="Wrap calibration documents as chats.")
@@ -50,6 +58,9 @@ def compress(
     sink_share: Annotated[
         float | None, typer.Option(help="The first tokens' least share of what attention reads.")
     ] = None,
+    guide: Annotated[
+        float | None, typer.Option(help="Weigh tokens by their gradients to this power (0: all alike).")
+    ] = None,
     true_sequential: Annotated[
         bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
     ] = None,
@@ -60,7 +71,11 @@ def compress(
     from featherweight import api
 
     chosen = recipes.by_name(recipe).but(
-        bits=None if bits is None else int(bits) if bits.is_integer() else bits,
+        bits=_bits(bits, sparsity),
+        sparsity=sparsity,
+        mask=mask,
+        resolve=resolve,
+        swaps=swaps,
         symmetric=None if asymmetric is None else not asymmetric,
         calibration=tuple(calibration) if calibration else None,
         method=method,
@@ -76,6 +91,7 @@ def compress(
         target=target,
         pull=pull,
         sink_share=sink_share,
+        guide=guide,
         true_sequential=true_sequential,
         seed=seed,
     )
@@ -88,6 +104,13 @@ def compress(
         console.say(f"stopped; finished blocks are kept in {out}: repeat the command to go on.")
         raise typer.Exit(1) from None
     console.last_line(asdict(result))
+
+
+def _bits(bits: float | None, sparsity: str | None) -> float | None:
+    """As asked for; with sparsity alone, weights stay floats."""
+    if bits is None:
+        return None if sparsity is None else FLOAT_BITS
+    return int(bits) if bits.is_integer() else bits
 
 
 @app.command("eval")

@@ -1,4 +1,4 @@
-"""`featherweight laws`: fit a scaling law to runs, and ask it for the best sparsity or the best model of a size."""
+"""`featherweight laws`: make runs, fit a scaling law to them, and ask it for the best sparsity or model of a size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from featherweight import console
 from featherweight.errors import RequestError
 
-app = typer.Typer(no_args_is_help=True, help="Scaling laws of sparse and low-bit models: fit, optimum, plan.")
+app = typer.Typer(no_args_is_help=True, help="Scaling laws of sparse and low-bit models: fit, optimum, plan, sweep.")
 
 COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 BYTES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -35,16 +35,20 @@ def fit(
     check: Annotated[bool, typer.Option("--check", help="Leave-one-out and extrapolation error too.")] = False,
     seed: Seed = 0,
     plot: Plot = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a page, FILE.html (needs the extra laws).")] = None,
 ) -> None:
     """Fit the law to the runs in DATA."""
-    from featherweight.laws import checks, forms, picture
+    from featherweight.laws import checks, forms, page, picture
     from featherweight.laws.fit import fit as fitted_to
+    from featherweight.laws.fit import huber_delta
 
     if form not in ("joint", "chinchilla"):
         raise RequestError(f"form {form!r}: take joint or chinchilla.")
     _at_least(bootstraps, 0, "bootstraps")
     if plot is not None:
         picture.check(plot)
+    if report is not None:
+        page.check(report)
     runs = _points(data)
     found = fitted_to(runs, objective, delta, starts, seed, form)
     with console.progress() as tell:
@@ -57,6 +61,10 @@ def fit(
         last["extrapolation"] = asdict(checks.extrapolation(runs, found, seed, delta))
     if plot is not None:
         picture.losses(plot, runs, found.coefficients, draws)
+    if report is not None:
+        settings = {"data": data, "objective": objective, "form": form, "Huber delta": huber_delta(objective, delta),
+                    "starts": starts, "bootstraps": bootstraps, "seed": seed}  # fmt: skip
+        page.write(report, settings, last, runs, found.coefficients, draws)
     _fit_table(last)
     console.last_line(last)
 
@@ -118,6 +126,77 @@ def plan(
     for line in assumptions:
         console.say(f"assumed: {line}")
     console.last_line({"best": rows[0], "candidates": rows, "assumptions": assumptions})
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Argument(help="Folder for runs.csv; repeat the command to go on with it.")],
+    text: Annotated[list[str] | None, typer.Option(help="A file to train on, as bytes; repeatable.")] = None,
+    sizes: Annotated[str, typer.Option(help="Width x blocks, widths multiples of 64.")] = "128x4,256x4,384x4,640x4",
+    sparsities: Annotated[str, typer.Option(help="Shares of zeros, and N:M patterns.")] = "0,0.5,0.75,0.875,2:4",
+    durations: Annotated[str, typer.Option(help="Bytes each run sees.")] = "16MB,32MB,64MB",
+    windows: Annotated[int, typer.Option(help="Windows in a step.")] = 64,
+    window: Annotated[int, typer.Option(help="Bytes in a window.")] = 256,
+    rate: Annotated[float, typer.Option(help="Learning rate at width 256; it falls as width^-1/2.")] = 2e-3,
+    evaluation_bytes: Annotated[str, typer.Option(help="The most held-out bytes to predict.")] = "1MiB",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="bfloat16, float32, or auto: bfloat16 on a GPU.")] = "auto",
+    compile: Annotated[bool | None, typer.Option(help="Compile the step; by default on a GPU only.")] = None,
+    micro_batches: Annotated[int, typer.Option(help="Parts of a step, for less memory.")] = 1,
+    stop_after: Annotated[float | None, typer.Option(help="Seconds after which to put the work on file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for the trained models, as checkpoints.")] = None,
+    bootstraps: Annotated[int, typer.Option(help="Resamples for the 95 % intervals; 0 for none.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of first weights, windows and resamples.")] = 0,
+) -> None:
+    """Train a grid of small sparse models on TEXT and fit the law to them."""
+    from featherweight.laws import finding, ledger
+    from featherweight.laws import sweep as sweeping
+
+    _at_least(bootstraps, 0, "bootstraps")
+    finding.check()
+    grid = sweeping.Sweep(
+        tuple(_size(part) for part in sizes.split(",")),
+        tuple(sparsities.split(",")),
+        tuple(_quantity("duration", part, BYTES) for part in durations.split(",")),
+        windows,
+        window,
+        rate,
+        evaluation_bytes=int(_quantity("evaluation bytes", evaluation_bytes, BYTES)),
+        seed=seed,
+    )
+    way = sweeping.Way(device, precision, compile, stop_after, micro_batches=micro_batches, save=save)
+    try:
+        with console.progress() as tell:
+            found = sweeping.run(grid, out, text or [], way, tell)
+    except KeyboardInterrupt:
+        console.say(f"stopped; finished runs and the last minute's checkpoint are in {out}: repeat to go on.")
+        raise typer.Exit(1) from None
+    last = asdict(found)
+    if found.done:
+        rows = ledger.read_rows(out / ledger.CSV)
+        key = {"bootstraps": bootstraps, "seed": seed, "losses": [row["loss"] for row in rows]}
+        last["law"] = finding.kept(out / ledger.LAW, key, lambda: finding.finding(rows, bootstraps, seed))
+        _sweep_table(last["law"])
+    for warning in found.warnings:
+        console.say(f"warning: {warning}")
+    console.last_line(last)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,4})", text.strip())
+    if found is None:
+        raise RequestError(f"size {text!r}: give width x blocks, as 256x4.")
+    return int(found[1]), int(found[2])
+
+
+def _sweep_table(law: dict[str, Any]) -> None:
+    rows = [[f"{row['sparsity']:g}", row["gain"], row["interval"], row["paper"]] for row in law.get("gains", ())]
+    rows += [[row["pattern"], row["gain"], row["interval"], None] for row in law.get("grouped_gains", ())]
+    console.table(("sparsity", "gain per non-zero", "95 % interval", "published (T5)"), rows)
+    if found := law.get("extrapolation"):
+        console.say(f"largest size from the others: {found['mean']:.2%} mean error, {found['largest']:.2%} at most")
+    for line in law["unknown"]:
+        console.say(f"unknown: {line}")
 
 
 def _points(data: str) -> Any:

@@ -10,13 +10,16 @@ from typing import Any, Literal, get_args
 import torch
 
 from featherweight.core.problem import Order
-from featherweight.core.rules import Grid, Search
+from featherweight.core.rules import Grid, Joint, Pattern, Rule, Search
+from featherweight.core.solve import Choices, Mask, Method
 from featherweight.core.sweep import ScalesFrom
 from featherweight.errors import RequestError
 
-Method = Literal["gptq", "rtn"]
+FLOAT_BITS = 16  # weights that are not rounded: the checkpoint's own dtype
+DAMPING, PRUNING_DAMPING = 0.1, 0.03
 CHOICES = {
     "method": get_args(Method),
+    "mask": get_args(Mask),
     "search": get_args(Search),
     "order": get_args(Order),
     "scales_from": get_args(ScalesFrom),
@@ -29,9 +32,14 @@ class Recipe:
     """How to compress a model. `replace(recipe, bits=3)` derives one from another.
 
     Attributes:
-        method: "gptq" (error-compensating sweep) or "rtn" (round to nearest, no calibration text).
-        bits: 2 .. 8, or 1.58 for ternary; group_size: inputs sharing a scale, None for the whole row.
+        method: "gptq" (error-compensating sweep), "obq" (greedy, slow) or "rtn" (round to nearest or prune the
+            smallest, no calibration text).
+        sparsity: None, the share of zeros ("0.5") or kept weights of so many neighbours ("2:4"); mask: how they are
+            chosen, resolve and swaps: what is done for the others afterwards; see `core.solve.Choices`.
+        bits: 2 .. 8, 1.58 for ternary, or 16 to leave what is not pruned in the checkpoint's dtype; group_size: inputs
+            sharing a scale, None for the whole row.
         symmetric: no zero points; search, order, scales_from, damping: see `Grid`, `LayerProblem` and `sweep`.
+        damping: None is 0.1, or 0.03 where weights are pruned.
         refine: rounds of descent after the sweep (`core.refine`), 0 for none.
         target: whose output each matrix is to match: that of its own inputs as the compressed blocks before it make
             them ("drifted", GPTQ), or that of the original model ("original", in the spirit of GPTAQ and Qronos), the
@@ -39,13 +47,20 @@ class Recipe:
         pull: with target "original", how far the weights are moved towards undoing the drift, 0 .. 1.
         sink_share: the least share of H's trace that the windows' first tokens hold in what attention reads: every
             token attends to them, so an error there is an error everywhere; 0 counts them like any other.
+        guide: from 0 to 1: the power of each token's weight in H, which one backward pass of the whole model measures
+            (`stream.guide`; it must fit on the device); 0 counts every token alike and needs no such pass.
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
-        format: the file format by name; calibration: text sources ("builtin" is the embedded text).
+        format: the file format by name; "auto" is compressed-tensors, or sparse where weights are pruned.
+        calibration: text sources ("builtin" is the embedded text).
         samples, tokens: calibration windows and their length, None for 2048 or the model's positions if fewer; seed:
             which windows.
     """
 
     method: Method = "gptq"
+    sparsity: str | None = None
+    mask: Mask = "admm"
+    resolve: int = Choices.resolve
+    swaps: int = Choices.swaps
     bits: float = 4
     group_size: int | None = 128
     symmetric: bool = True
@@ -53,13 +68,14 @@ class Recipe:
     mirror: bool = True
     order: Order = "activation"
     scales_from: ScalesFrom = "original"
-    damping: float = 0.1
+    damping: float | None = None
     refine: int = 1
     target: Literal["drifted", "original"] = "original"
     pull: float = 0.5
     sink_share: float = 0.05
+    guide: float = 0.0
     true_sequential: bool = False
-    format: str = "compressed-tensors"
+    format: str = "auto"
     calibration: tuple[str, ...] = ("builtin",)
     chat_template: bool = False
     samples: int = 128
@@ -74,12 +90,14 @@ class Recipe:
             raise RequestError(f"samples must be 1 or more, not {self.samples}.")
         if self.tokens is not None and self.tokens < 2:
             raise RequestError(f"tokens must be 2 or more, not {self.tokens}.")
-        if not 0 <= self.damping <= 10:
+        if self.damping is not None and not 0 <= self.damping <= 10:
             raise RequestError(f"damping must lie between 0 and 10 (times the mean diagonal of H), not {self.damping}.")
-        if self.refine < 0:
-            raise RequestError(f"refine must be 0 rounds or more, not {self.refine}.")
-        if not 0 <= self.pull <= 1:
-            raise RequestError(f"pull must lie between 0 and 1, not {self.pull}.")
+        for name in ("refine", "resolve", "swaps"):
+            if getattr(self, name) < 0:
+                raise RequestError(f"{name} must be 0 rounds or more, not {getattr(self, name)}.")
+        for name in ("pull", "guide"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RequestError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
         if not 0 <= self.sink_share < 1:
             raise RequestError(f"sink_share must be at least 0 and less than 1, not {self.sink_share}.")
         if not 0 <= self.seed < 2**63:
@@ -88,11 +106,41 @@ class Recipe:
             raise RequestError(
                 f"scales from updated weights need the natural order, not {self.order}: use --order natural."
             )
-        self.grid(torch.float16)
+        self.rule(torch.float16)
 
-    def grid(self, scale_dtype: torch.dtype) -> Grid:
+    def rule(self, scale_dtype: torch.dtype) -> Rule:
         """The rule of every matrix, with scales in the dtype the format stores."""
-        return Grid(self.bits, self.group_size, self.symmetric, self.search, scale_dtype, self.mirror)
+        pattern = None if self.sparsity is None else Pattern.of_text(self.sparsity)
+        if self.bits == FLOAT_BITS:
+            if pattern is None:
+                raise RequestError(f"{FLOAT_BITS} bits without sparsity leave nothing to do: ask for 8 or fewer.")
+            return pattern
+        grid = Grid(self.bits, self.group_size, self.symmetric, self.search, scale_dtype, self.mirror)
+        return grid if pattern is None else Joint(grid, pattern)
+
+    @property
+    def prunes(self) -> bool:
+        return self.sparsity is not None
+
+    @property
+    def relative_damping(self) -> float:
+        """`damping`, or what is best for the rule where it is left open (docs/log.md)."""
+        if self.damping is not None:
+            return self.damping
+        return PRUNING_DAMPING if self.prunes else DAMPING
+
+    @property
+    def format_name(self) -> str:
+        """`format`, or the one that stores this rule in the fewest bytes."""
+        if self.format != "auto":
+            return self.format
+        return "sparse" if self.prunes else "compressed-tensors"
+
+    def choices(self, lowest_zero: int, value_dtype: torch.dtype) -> Choices:
+        """What the solver of one layer is told: the recipe's part of it, and the two limits of the format."""
+        names = ("method", "mask", "order", "scales_from", "refine", "resolve", "swaps")
+        own = {name: getattr(self, name) for name in names}
+        return Choices(**own, lowest_zero=lowest_zero, value_dtype=value_dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -39,6 +39,11 @@ def papers_gptq_mse() -> Recipe:
     return papers_gptq().but(search="mse")
 
 
+def papers_sparsegpt() -> Recipe:
+    """SparseGPT as published: half of each 128-column slab, 1 % damping, no second solve; with bits, min-max by row."""
+    return papers_gptq().but(sparsity="0.5", bits=16, mask="sparsegpt", resolve=0, symmetric=False, order="natural")
+
+
 RECIPES = {
     "default": default,
     "fast": fast,
@@ -46,6 +51,7 @@ RECIPES = {
     "papers.rtn": papers_rtn,
     "papers.gptq": papers_gptq,
     "papers.gptq-mse": papers_gptq_mse,
+    "papers.sparsegpt": papers_sparsegpt,
 }
 
 

@@ -97,14 +97,21 @@ def obq(problem: LayerProblem, grid: Grid, lowest_zero: int = 0) -> Solution:
     scale_RG, zero_RG = scales.fit(
         grid, weight_RC.unflatten(-1, (-1, width)), price_C.unflatten(0, (-1, width)), lowest_zero
     )
-    scale_RC = scale_RG.to(weight_RC.dtype).repeat_interleave(width, -1)
-    zero_RC = zero_RG.to(weight_RC.dtype).repeat_interleave(width, -1)
+    scale_RC, zero_RC = (t.to(weight_RC.dtype).repeat_interleave(width, -1) for t in (scale_RG, zero_RG))
+    codes_RC, loss_R = round_greedily(problem, grid, scale_RC, zero_RC, factor)
+    return Solution(codes_RC.to(torch.uint8), scale_RG, zero_RG, grid, loss_R, factor.damping)
+
+
+def round_greedily(
+    problem: LayerProblem, grid: Grid, scale_RC: Tensor, zero_RC: Tensor, factor: Factor
+) -> tuple[Tensor, Tensor]:
+    """Codes (in the dtype of the weights) and losses of rows rounded greedily on given grids, a scale a weight."""
 
     def run(rows: _Rows) -> tuple[Tensor, Tensor]:
         codes_BC = torch.empty_like(rows.values_BK)
         loss_B = torch.zeros_like(rows.values_BK[:, 0])
-        for _ in range(weight_RC.shape[-1]):
-            with one_thread(weight_RC.device):
+        for _ in range(problem.weight_RC.shape[-1]):
+            with one_thread(problem.weight_RC.device):
                 scale_BK = scale_RC[rows.row_B].gather(-1, rows.column_BK)
                 zero_BK = zero_RC[rows.row_B].gather(-1, rows.column_BK)
                 code_BK = grid.encode(rows.values_BK, scale_BK, zero_BK)
@@ -116,8 +123,7 @@ def obq(problem: LayerProblem, grid: Grid, lowest_zero: int = 0) -> Solution:
         return codes_BC, loss_B
 
     parts = _in_flight(problem, factor, run, shrinks=True)
-    codes_RC = torch.cat([codes for codes, _ in parts]).to(torch.uint8)
-    return Solution(codes_RC, scale_RG, zero_RG, grid, torch.cat([loss for _, loss in parts]), factor.damping)
+    return torch.cat([codes for codes, _ in parts]), torch.cat([loss for _, loss in parts])
 
 
 def _next_rounded(rows: _Rows, nearest_BK: Tensor, scale_BK: Tensor) -> Tensor:

@@ -149,3 +149,13 @@ class Joint:
 
 
 Rule = Grid | Pattern | Joint
+
+
+def grid_of(rule: Rule) -> Grid | None:
+    """The grid of a rule; None where weights stay floats."""
+    return rule.grid if isinstance(rule, Joint) else rule if isinstance(rule, Grid) else None
+
+
+def pattern_of(rule: Rule) -> Pattern | None:
+    """The pattern of a rule; None where nothing is pruned."""
+    return rule.pattern if isinstance(rule, Joint) else rule if isinstance(rule, Pattern) else None

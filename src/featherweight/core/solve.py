@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core import support
+from featherweight.core.blocked import obq_by_slabs, obs_by_slabs
 from featherweight.core.greedy import obq, obs
 from featherweight.core.problem import Factor, LayerProblem, Order
 from featherweight.core.prune import prune, prune_and_round
@@ -22,6 +23,7 @@ from featherweight.core.sweep import ScalesFrom, round_to_nearest, sweep
 
 Method = Literal["gptq", "obq", "rtn"]
 Mask = Literal["admm", "sparsegpt", "wanda", "obs"]
+EXACT_COLUMNS = 2048  # greedy solvers go slab by slab beyond: their time grows as the cube
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Choices:
         resolve: steps of conjugate gradients on the weights that are kept; 0 leaves them as the mask's method does.
         swaps: rounds of exchanging kept for pruned weights after that.
         lowest_zero: the smallest zero the file format can hold.
+        value_dtype: what floats are stored in; pruned weights are rounded to it at the end. None leaves them.
     """
 
     method: Method = "gptq"
@@ -48,6 +51,7 @@ class Choices:
     resolve: int = support.STEPS
     swaps: int = 0
     lowest_zero: int = 0
+    value_dtype: torch.dtype | None = None
 
 
 def solve(
@@ -62,7 +66,7 @@ def solve(
     if isinstance(rule, Grid):
         return _rounded(problem, rule, choices, factor)
     if isinstance(rule, Pattern):
-        return _pruned(problem, rule, choices)
+        return _as_stored(problem, _pruned(problem, rule, choices), choices.value_dtype)
     if choices.mask == "sparsegpt" and not choices.resolve:
         solution = prune_and_round(problem, rule, lowest_zero=choices.lowest_zero)
         return refine(problem, solution, choices.refine)
@@ -73,7 +77,8 @@ def _rounded(problem: LayerProblem, grid: Grid, choices: Choices, factor: Factor
     if choices.method == "rtn":
         return round_to_nearest(problem, grid, choices.lowest_zero)
     if choices.method == "obq":
-        solution = obq(problem, grid, choices.lowest_zero)
+        greedy = obq if problem.weight_RC.shape[-1] <= EXACT_COLUMNS else obq_by_slabs
+        solution = greedy(problem, grid, lowest_zero=choices.lowest_zero)
     else:
         solution = sweep(
             problem, grid, choices.order, choices.scales_from, lowest_zero=choices.lowest_zero, factor=factor
@@ -87,7 +92,8 @@ def _pruned(problem: LayerProblem, pattern: Pattern, choices: Choices) -> Sparse
         keep_RC = support.best_mask(problem.weight_RC.square(), pattern)
         return support.masked(problem, keep_RC, pattern, problem.damping)
     if choices.mask == "obs":
-        solution = obs(problem, pattern)
+        exact = problem.weight_RC.shape[-1] <= EXACT_COLUMNS
+        solution = obs(problem, pattern) if exact else obs_by_slabs(problem, pattern)
     elif choices.mask == "admm":
         keep_RC = support.choose(problem, pattern)
         solution = support.masked(problem, keep_RC, pattern, problem.factor("natural").damping)
@@ -127,8 +133,10 @@ def _joint(problem: LayerProblem, rule: Joint, choices: Choices, factor: Factor 
     return replace(rounded, loss_R=loss_R, pattern=rule.pattern)
 
 
-def stored(problem: LayerProblem, solution: SparseSolution, dtype: torch.dtype) -> SparseSolution:
+def _as_stored(problem: LayerProblem, solution: SparseSolution, dtype: torch.dtype | None) -> SparseSolution:
     """The solution with its values rounded to the dtype a file holds them in, and the loss that leaves."""
+    if dtype is None:
+        return solution
     values_RC: Tensor = solution.values_RC.to(dtype).to(solution.values_RC.dtype)
     delta_RC = problem.weight_RC - values_RC
     loss_R = ((delta_RC @ problem.damped(solution.damping)) * delta_RC).sum(-1)

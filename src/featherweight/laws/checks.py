@@ -5,7 +5,7 @@ Shapes: P points, B bootstrap draws, F free coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +112,14 @@ def leave_one_out(runs: Points, fitted: Fit, delta: float | None = None) -> Miss
     return _summary(np.concatenate(misses))
 
 
-def extrapolation(runs: Points, fitted: Fit, seed: int = 0, delta: float | None = None) -> Misses:
-    """The runs with most non-zeros (all of that size), predicted by a law fitted anew to the rest."""
-    largest_P = runs.parameters_P >= runs.parameters_P.max() * (1 - 1e-9)
+def extrapolation(
+    runs: Points, fitted: Fit, seed: int = 0, delta: float | None = None, held: Sequence[bool] | None = None
+) -> Misses:
+    """The runs with most non-zeros (all of that size), or those `held`, predicted by a law fitted anew to the rest."""
+    import numpy as np
+
+    most = runs.parameters_P.max() * (1 - 1e-9)
+    largest_P = runs.parameters_P >= most if held is None else np.asarray(held, bool)
     rest = runs.take(~largest_P)
     refit = fit(rest, fitted.kind, delta, seed=seed, form=fitted.form, base=_held(fitted))
     return _summary(_miss(refit.coefficients, runs.take(largest_P)))

@@ -80,6 +80,11 @@ class ModelTree:
     disk: dict[str, str]
     blocks_path: str
 
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All there is to compress, in the order of the blocks."""
+        return tuple(matrix for block in self.blocks for matrix in block.matrices)
+
 
 def build(checkpoint: Checkpoint) -> ModelTree:
     """Find blocks and matrices. RequestError for: an unknown architecture, a checkpoint that is quantized already, a

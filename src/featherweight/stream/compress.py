@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from featherweight import data
-from featherweight.core.rules import Grid
-from featherweight.core.solution import Solution
+from featherweight.core.rules import Rule, grid_of, pattern_of
+from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import FeatherweightError, RequestError
 from featherweight.formats import Format
 from featherweight.formats import by_name as format_by_name
@@ -27,9 +27,10 @@ from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_tokenizer
 from featherweight.models.tree import Block, Matrix, ModelTree
-from featherweight.recipe import Recipe
+from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
 from featherweight.stream.folder import OutputFolder
+from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
@@ -106,16 +107,18 @@ class _Job:
 
     def __init__(self, tree: ModelTree, recipe: Recipe, device: torch.device, out: Path, tell: Tell) -> None:
         self.tree, self.recipe, self.device, self.out, self.tell = tree, recipe, device, out, tell
-        self.format: Format = format_by_name(recipe.format)
-        self.grid: Grid = recipe.grid(self.format.scale_dtype(tree.dtype))
+        self.format: Format = format_by_name(recipe.format_name)
+        stored_dtype = self.format.scale_dtype(tree.dtype)
+        self.rules: dict[str, Rule] = {matrix.name: recipe.rule(stored_dtype) for matrix in tree.matrices}
+        grid = grid_of(recipe.rule(stored_dtype))
+        self.choices = recipe.choices(0 if grid is None else self.format.lowest_zero(grid), stored_dtype)
         self.dtype = compute_dtype(tree.dtype, device)
         self.batch = max(1, BATCH_TOKENS[device.type] // (recipe.tokens or TOKENS))
 
     def check(self) -> None:
         """Everything that can be refused before any work is done."""
-        for block in self.tree.blocks:
-            for matrix in block.matrices:
-                self.format.check(matrix.name, matrix.rows, matrix.columns, self.grid)
+        for matrix in self.tree.matrices:
+            self.format.check(matrix.name, matrix.rows, matrix.columns, self.rules[matrix.name])
 
     def check_ids(self, ids_ST: Tensor | None) -> None:
         """Token ids the embedding does not have mean that the tokenizer is another model's."""
@@ -154,13 +157,14 @@ class _Job:
                 pass
         runner = BlockRunner(self.tree, self.device, self.dtype)
         states = _States(self, runner, ids_ST)
+        weights = self._weights(folder, ids_ST)
         try:
             for index, block in enumerate(self.tree.blocks):
                 if ids_ST is None and folder.finished(index + 1):
                     continue
                 module = runner.load(index)
                 if not folder.finished(index + 1):
-                    self._solve(folder, index, block, states.view(index, module, block))
+                    self._solve(folder, index, block, states.view(index, module, block, weights))
                 elif states.dense is not None:
                     states.advance(states.dense, index, module)
                 if states.hidden is not None and index + 1 < len(self.tree.blocks):
@@ -171,15 +175,25 @@ class _Job:
         finally:
             states.close()
 
+    def _weights(self, folder: OutputFolder, ids_ST: Tensor | None) -> Weights | None:
+        """What each token counts for each matrix, where the recipe asks for it and anything is left to solve."""
+        left = any(not folder.finished(index + 1) for index in range(len(self.tree.blocks)))
+        if ids_ST is None or not self.recipe.guide or not left:
+            return None
+        total = len(self.tree.blocks)
+        return token_weights(
+            self.tree, ids_ST, self.device, self.dtype, self.recipe.seed, lambda share: self.tell(0, total, "gradients")
+        )
+
     def _solve(self, folder: OutputFolder, index: int, block: Block, view: BlockView) -> None:
         """Solves a block and writes its shard, having read it back and compared."""
         began, total = time.perf_counter(), len(self.tree.blocks)
-        rules = {matrix.path: self.grid for matrix in block.matrices}
+        rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solutions = layerwise(
             view,
             rules,
             self.recipe,
-            self.format.lowest_zero(self.grid),
+            self.choices,
             lambda share: self.tell(index + 0.9 * share, total, f"block {index + 1}"),
         )
         seconds = time.perf_counter() - began
@@ -195,16 +209,18 @@ class _Job:
                 folder.rows.append(self._row(index, matrix, solutions[matrix.path], packed[matrix.path], seconds))
 
     def _row(
-        self, index: int, matrix: Matrix, solution: Solution, packed: dict[str, Tensor], seconds: float
+        self, index: int, matrix: Matrix, solution: AnySolution, packed: dict[str, Tensor], seconds: float
     ) -> dict[str, Any]:
         """The journal's line of one matrix."""
+        grid, pattern = grid_of(self.rules[matrix.name]), pattern_of(self.rules[matrix.name])
         return {
             "block": index,
             "name": matrix.name,
             "shape": [matrix.rows, matrix.columns],
-            "bits": self.recipe.bits,
-            "group_size": self.grid.group_size,
-            "symmetric": self.grid.symmetric,
+            "bits": FLOAT_BITS if grid is None else grid.bits,
+            "group_size": grid and grid.group_size,
+            "symmetric": grid and grid.symmetric,
+            "sparsity": pattern and str(pattern),
             "bytes": sum(tensor.nbytes for tensor in packed.values()),
             "loss": None if self.recipe.method == "rtn" else solution.certificate,
             **solution.metrics,
@@ -212,15 +228,14 @@ class _Job:
             "block_seconds": round(seconds, 3),
         }
 
-    def _read_back(self, shard: Path, matrix: Matrix) -> Solution:
+    def _read_back(self, shard: Path, matrix: Matrix) -> AnySolution:
         """A matrix's solution from the bytes of its shard."""
         from safetensors import safe_open
 
+        rule = self.rules[matrix.name]
         with safe_open(shard, framework="pt") as file:
-            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(self.grid)}
-        solution = self.format.unpack(tensors, self.grid, matrix.name)
-        assert isinstance(solution, Solution)
-        return solution
+            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
+        return self.format.unpack(tensors, rule, matrix.name)
 
     def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
         """Gives the block the weights its shard holds."""
@@ -232,13 +247,12 @@ class _Job:
 
     def finish(self, folder: OutputFolder) -> None:
         """The small files that make the folder a checkpoint."""
-        rules = {matrix.name: self.grid for block in self.tree.blocks for matrix in block.matrices}
-        quantization = self.format.config(rules, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
+        quantization = self.format.config(self.rules, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
         config = dict(self.tree.checkpoint.config)
         extra: dict[str, dict[str, Any]] = {}
         if quantization is not None:
             config["quantization_config"] = quantization
-            extra = {"quantize_config.json": quantization} if self.recipe.format.startswith("gptq") else {}
+            extra = {"quantize_config.json": quantization} if self.format.name.startswith("gptq") else {}
         folder.finish(config, extra, self.tree.checkpoint.path, self.tree.checkpoint.side_files())
 
 
@@ -261,7 +275,7 @@ class _States:
             self.dense.states_STD.copy_(self.hidden.states_STD)
         runner.release()
 
-    def view(self, index: int, module: nn.Module, block: Block) -> BlockView:
+    def view(self, index: int, module: nn.Module, block: Block, weights: Weights | None) -> BlockView:
         """The block as the solver sees it (with round-to-nearest, without any hidden states)."""
         return BlockView(
             module,
@@ -270,6 +284,7 @@ class _States:
             self.hidden,
             self.dense,
             self.job.batch,
+            weights=weights and {matrix.path: weights[matrix.name] for matrix in block.matrices},
         )
 
     def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:
@@ -283,9 +298,10 @@ class _States:
                 states.close()
 
 
-def _require_same(matrix: Matrix, solution: Solution, stored: Solution) -> None:
+def _require_same(matrix: Matrix, solution: AnySolution, stored: AnySolution) -> None:
     """The stored bytes must say what the solver found, code by code and scale by scale."""
-    for field in ("codes_RC", "scales_RG", "zeros_RG"):
+    fields = ("codes_RC", "scales_RG", "zeros_RG") if isinstance(solution, Solution) else ("values_RC",)
+    for field in fields:
         if not torch.equal(getattr(solution, field).cpu(), getattr(stored, field)):
             raise FeatherweightError(
                 f"{matrix.name}: its {field} read back from the shard differ from the solution's: please report this."

@@ -5,7 +5,7 @@ Shapes: S sequences, T tokens, D width, R outputs, C inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from featherweight.core.hessian import CrossSum, HessianSum
 from featherweight.errors import FeatherweightError
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
+from featherweight.stream.guide import normalised
 from featherweight.stream.hidden import HiddenStates
 
 PROBE_TOKENS = 64  # enough to see which way tensors go in a block
@@ -38,6 +39,7 @@ class BlockView:
             original block's outputs.
         batch: sequences in one forward pass.
         originals: the weights that `put` has replaced.
+        weights: how much each token counts for a matrix, by its path: S x T, in any unit; all alike without.
     """
 
     module: nn.Module
@@ -47,6 +49,7 @@ class BlockView:
     dense: HiddenStates | None
     batch: int
     originals: dict[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] | None = None
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""
@@ -213,6 +216,7 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
     sums = {g.path: GroupSums(g, dense is not None, g.first and recipe.sink_share > 0, device) for g in groups}
     beside = [n for n, stage in enumerate(stages) if any(group.writes != "end" for group in stage)] or [0]
     at_end = any(group.writes == "end" for group in groups)
+    roots = {} if view.weights is None else {g.path: _roots(view.weights, g, recipe.guide) for g in groups}
     sequences = view.inputs.states_STD.shape[0]
     for at, hidden_STD in view.inputs.batches(view.batch):
         target_STD = dense_STD = None if dense is None else dense.states_STD[at].to(device)
@@ -229,6 +233,9 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
                 gap = (dense_STD - hidden_STD) + (original[group.path].written - now[group.path].written)
             elif dense_STD is not None:
                 gap = original[group.path].inputs - inputs
+            if view.weights is not None:
+                root = roots[group.path][at].to(inputs).reshape(*inputs.shape[:-1], 1)
+                inputs, gap = inputs * root, None if gap is None else gap * root
             sums[group.path].add(inputs, gap)
         if dense is not None and target_STD is not None and number == beside[-1]:
             dense.states_STD[at] = target_STD  # only now: what was heard may be a view of the states
@@ -236,6 +243,11 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
     for group in groups:
         sums[group.path].weigh_sinks(recipe.sink_share)
     return [sums[group.path] for group in groups]
+
+
+def _roots(weights: Mapping[str, Tensor], group: Group, power: float) -> Tensor:
+    """What each token's inputs (S x T) are multiplied by so that it counts as it matters to the group as a whole."""
+    return normalised(torch.stack([weights[matrix.path] for matrix in group.matrices]).sum(0), power).sqrt()
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from featherweight.core.problem import Factor, LayerProblem
-from featherweight.core.refine import refine
-from featherweight.core.rules import Grid
-from featherweight.core.solution import Solution
-from featherweight.core.sweep import round_to_nearest, sweep
+from featherweight.core.rules import Rule
+from featherweight.core.solution import AnySolution
+from featherweight.core.solve import Choices, solve
 from featherweight.errors import FeatherweightError
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
@@ -23,18 +22,15 @@ from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, colle
 
 
 def layerwise(
-    view: BlockView, rules: Mapping[str, Grid], recipe: Recipe, lowest_zero: int, tick: Tick
-) -> dict[str, Solution]:
+    view: BlockView, rules: Mapping[str, Rule], recipe: Recipe, choices: Choices, tick: Tick
+) -> dict[str, AnySolution]:
     """Solves every matrix of a block by itself; returns solutions by `Matrix.path`.
 
     `tick` hears the share of this block's work that is done, 0 .. 1.
     """
     if recipe.method == "rtn":
-        return {
-            matrix.path: round_to_nearest(_rtn_problem(view, matrix), rules[matrix.path], lowest_zero)
-            for matrix in view.matrices
-        }
-    solutions: dict[str, Solution] = {}
+        return {matrix.path: solve(_rtn_problem(view, matrix), rules[matrix.path], choices) for matrix in view.matrices}
+    solutions: dict[str, AnySolution] = {}
     stages = _stages(input_groups(view), recipe)
     for number, stage in enumerate(stages):
         span, last = 1 / len(stages), number + 1 == len(stages)
@@ -43,7 +39,7 @@ def layerwise(
             tick((number + 0.6 * share) * span)
 
         for group, sums in zip(stage, collect(view, stages, number, recipe, collected), strict=True):
-            solutions |= solve_group(view, group, sums, rules, recipe, lowest_zero)
+            solutions |= solve_group(view, group, sums, rules, recipe, choices)
         for matrix in () if last else (m for group in stage for m in group.matrices):
             view.put(matrix, solutions[matrix.path].values())
         tick((number + 1) * span)
@@ -63,21 +59,18 @@ def solve_group(
     view: BlockView,
     group: Group,
     sums: GroupSums,
-    rules: Mapping[str, Grid],
+    rules: Mapping[str, Rule],
     recipe: Recipe,
-    lowest_zero: int,
-) -> dict[str, Solution]:
+    choices: Choices,
+) -> dict[str, AnySolution]:
     """Solves matrices with one H as one problem of all their rows, and takes the solution apart again."""
     weight_RC = torch.cat([view.weight(matrix) for matrix in group.matrices])
     name = " + ".join(matrix.name for matrix in group.matrices)
-    problem = LayerProblem(weight_RC, sums.hessian.mean(), sums.hessian.tokens, recipe.damping, name)
+    problem = LayerProblem(weight_RC, sums.hessian.mean(), sums.hessian.tokens, recipe.relative_damping, name)
     factor = problem.factor(recipe.order)
     if sums.gap is not None:
         problem = replace(problem, weight_RC=undo_drift(problem, factor, group, sums.gap.mean(), recipe.pull))
-    rule = rules[group.matrices[0].path]
-    solution = sweep(problem, rule, recipe.order, recipe.scales_from, lowest_zero=lowest_zero, factor=factor)
-    if recipe.refine:
-        solution = refine(problem, solution, recipe.refine)
+    solution = solve(problem, rules[group.matrices[0].path], choices, factor)
     check_certificate(problem, solution)
     solutions, start = {}, 0
     for matrix in group.matrices:
@@ -99,7 +92,7 @@ def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor,
     return problem.weight_RC + pull * factor.solve(toward_RC)
 
 
-def check_certificate(problem: LayerProblem, solution: Solution) -> None:
+def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
     """The solver's own loss against that of the values its codes stand for; a difference is a bug of ours."""
     delta_RC = problem.weight_RC - solution.values()
     actual = float(((delta_RC @ problem.damped(solution.damping)) * delta_RC).sum())
