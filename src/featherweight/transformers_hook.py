@@ -7,14 +7,14 @@ steps aside at its first use, lets the usual machinery find and run that module,
 of transformers is replaced or patched, no other import is touched, and a program that never imports transformers pays
 one comparison of strings an import.
 
-Imports the standard library alone: this runs in every `import featherweight`.
+Imports the standard library alone, and little of it (`importlib.abc` would take longer than all the rest): this runs in
+every `import featherweight`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -36,7 +36,7 @@ def _register(tables: ModuleType) -> None:
     register(tables)
 
 
-class _Waiting(MetaPathFinder):
+class _Waiting:
     """Finds nothing itself: hears when `TABLES` is imported."""
 
     def find_spec(
