@@ -235,7 +235,8 @@ def test_generate(source: Path, out: Path) -> None:
 
 
 def test_inspect(source: Path, out: Path, ran: Ran) -> None:
-    row = {"name": str, "shape": list, "bits": int, "group_size": int, "symmetric": bool, "bytes": int, "loss": float}
+    row = {"name": str, "shape": list, "bits": int, "group_size": int, "symmetric": bool, "sparsity": type(None)}
+    row |= {"bytes": int, "loss": float}
     found = featherweight("inspect", out)
     assert_shape(found.last, {"format": str, "matrices": list})
     assert found.last["format"] == "compressed-tensors" and len(found.out.splitlines()) == 1

@@ -83,6 +83,27 @@ def test_a_dense_folder_has_zeros_and_no_quantisation(source: Path, text: Path, 
     assert torch.equal(logits(plain, ids_ST), logits(ours, ids_ST))
 
 
+def test_a_dense_folder_of_transposed_weights(text: Path, tmp_path: Path) -> None:
+    """GPT-2 holds its matrices as C x R, some of them square, where a wrong turn would fit and say nothing."""
+    gpt2 = add_tokenizer(make("gpt2", tmp_path / "gpt2"))
+    for name in ("sparse", "dense"):
+        api.compress(gpt2, tmp_path / name, recipe(text, **ASKED["2:4"], format=name))
+    plain = load_dense(tmp_path / "dense", CPU, torch.float32)
+    ours = api.load(tmp_path / "sparse", "cpu", torch.float32, kernel="dense")
+    ids_ST = token_ids(2, 24)
+    assert torch.equal(logits(plain, ids_ST), logits(ours, ids_ST))
+
+
+def test_a_dense_folder_of_rounded_weights(source: Path, text: Path, tmp_path: Path) -> None:
+    """Fake-quantised: the values that the codes of another format stand for."""
+    for name in ("sparse", "dense"):
+        api.compress(source, tmp_path / name, recipe(text, **ASKED["joint 2:4"], format=name))
+    plain = load_dense(tmp_path / "dense", CPU, torch.float32)
+    ours = api.load(tmp_path / "sparse", "cpu", torch.float32, kernel="dense")
+    ids_ST = token_ids(2, 24)
+    assert torch.equal(logits(plain, ids_ST), logits(ours, ids_ST))
+
+
 def test_integers_with_zeros_load_anywhere(source: Path, text: Path, tmp_path: Path) -> None:
     """--format compressed-tensors: the codes of a joint solution are ordinary codes."""
     api.compress(source, tmp_path / "sparse", recipe(text, **ASKED["joint"]))

@@ -3,11 +3,15 @@
 featherweight.compress(model, out, Recipe(bits=4))    a checkpoint folder in, a smaller one out
 featherweight.load(out)                               the compressed model as a transformers model
 featherweight.solve(problem, grid)                    one layer, from its weights and its inputs' Hessian
+
+With it imported, transformers' own `from_pretrained` loads sparse folders too (`transformers_hook` says how).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from featherweight.transformers_hook import install as _install
 
 __version__ = "0.1.0"
 __all__ = ["Grid", "LayerProblem", "Recipe", "Solution", "compress", "load", "solve"]
@@ -37,3 +41,6 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+_install()

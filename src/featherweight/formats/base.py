@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,9 +45,12 @@ class Format(ABC):
 
     Attributes:
         name: how the user, and `by_name`, call it.
+        plain: whether its one tensor is the module's own `weight`: to be written as the module holds it (Conv1D:
+            C x R), and read back as floats.
     """
 
     name: str
+    plain: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:

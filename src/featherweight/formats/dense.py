@@ -3,6 +3,7 @@
     weight  float [R, C]  the model's dtype
 
 There is no quantization_config, so nothing in the folder says how it was made but featherweight.json.
+Packing and unpacking are of R x C; a module that holds its weight as C x R (Conv1D) wants it transposed in the file.
 Shapes: R outputs, C inputs.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Dense(Format):
     """
 
     name: str = "dense"
+    plain: ClassVar[bool] = True
 
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
         grid, pattern = parts(rule)

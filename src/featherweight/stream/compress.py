@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ class _Job:
             lambda share: self.tell(index + 0.9 * share, total, f"block {index + 1}"),
         )
         seconds = time.perf_counter() - began
-        packed = {m.path: self.format.pack(solutions[m.path], m.name) for m in block.matrices}
+        packed = {m.path: self._packed(solutions[m.path], m) for m in block.matrices}
         weights = {matrix.weight for matrix in block.matrices}
         tensors = self.tree.checkpoint.read([name for name in block.tensors if name not in weights])
         for matrix in block.matrices:
@@ -228,6 +228,16 @@ class _Job:
             "block_seconds": round(seconds, 3),
         }
 
+    def _packed(self, solution: AnySolution, matrix: Matrix) -> dict[str, Tensor]:
+        """The tensors of a matrix as they lie in the file."""
+        return self._turned(self.format.pack(solution, matrix.name, self.tree.dtype), matrix)
+
+    def _turned(self, tensors: dict[str, Tensor], matrix: Matrix) -> dict[str, Tensor]:
+        """A plain `weight` the other way round where the module holds it so; every other tensor as it is."""
+        if not (self.format.plain and matrix.transposed):
+            return tensors
+        return {suffix: tensor.T.contiguous() for suffix, tensor in tensors.items()}
+
     def _read_back(self, shard: Path, matrix: Matrix) -> AnySolution:
         """A matrix's solution from the bytes of its shard."""
         from safetensors import safe_open
@@ -235,7 +245,7 @@ class _Job:
         rule = self.rules[matrix.name]
         with safe_open(shard, framework="pt") as file:
             tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
-        return self.format.unpack(tensors, rule, matrix.name)
+        return self.format.unpack(self._turned(tensors, matrix), rule, matrix.name)
 
     def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
         """Gives the block the weights its shard holds."""
@@ -300,6 +310,9 @@ class _States:
 
 def _require_same(matrix: Matrix, solution: AnySolution, stored: AnySolution) -> None:
     """The stored bytes must say what the solver found, code by code and scale by scale."""
+    if isinstance(solution, Solution) and not isinstance(stored, Solution):  # a plain format keeps their values
+        dtype = stored.values_RC.dtype
+        solution = replace(stored, values_RC=solution.values().to(dtype))
     fields = ("codes_RC", "scales_RG", "zeros_RG") if isinstance(solution, Solution) else ("values_RC",)
     for field in fields:
         if not torch.equal(getattr(solution, field).cpu(), getattr(stored, field)):

@@ -1,0 +1,124 @@
+"""Our own layout as a quantizer of transformers: `from_pretrained` on a folder whose quant_method is "featherweight".
+
+Compressed matrices become `CompressedLinear` modules while the model is still on meta, with buffers of the shapes and
+dtypes that the file's headers state; transformers then fills them like any other tensor. So nothing is ever dense, and
+what is loaded is bytes of the file. `save_pretrained` writes the same tensors and config again.
+
+Imports transformers: only `transformers_hook` imports this module, when transformers has been imported.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from featherweight import formats
+from featherweight.errors import RequestError
+from featherweight.linear import CompressedLinear
+from featherweight.models.headers import DTYPES, Entry, read_entries
+
+METHOD = "featherweight"
+
+
+def register(tables: ModuleType) -> None:
+    """Write config and quantizer into transformers' tables (the module `transformers.quantizers.auto`), once."""
+    if METHOD not in tables.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        tables.register_quantization_config(METHOD)(FeatherweightConfig)
+        tables.register_quantizer(METHOD)(FeatherweightQuantizer)
+
+
+class FeatherweightConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a folder, key by key as it is written."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.__dict__.update(copy.deepcopy(settings))
+        self.quant_method = METHOD
+
+
+class FeatherweightQuantizer(HfQuantizer):
+    """Loads what is compressed already; it does not compress while loading."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.layout, self.rules = formats.from_config(quantization_config.to_dict())
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Iterable[str | Path] | None = None, **kwargs: Any
+    ) -> None:
+        """Put empty compressed layers where the files have compressed matrices."""
+        if not checkpoint_files:
+            raise RequestError(
+                f"{METHOD} layers are read from files, and from_pretrained was given none: name a folder."
+            )
+        entries = {name: entry for path in checkpoint_files for name, entry in _entries(Path(path)).items()}
+        mark = self.layout.suffixes(self.rules.distinct[0])[0]
+        stored = {name.removesuffix(f".{mark}") for name in entries if name.endswith(f".{mark}")}
+        for path, module in [(path, module) for path, module in model.named_modules() if _is_matrix(module)]:
+            name = _on_disk(path, str(model.base_model_prefix), stored)
+            if name is not None:
+                model.set_submodule(path, self._empty(name, module, entries))
+                stored.remove(name)
+        if stored:
+            raise RequestError(
+                f"{min(stored)} is compressed and no Linear of {type(model).__name__} ({len(stored)} such matrices): "
+                "the checkpoint is of another architecture."
+            )
+
+    def _empty(self, name: str, module: nn.Module, entries: dict[str, tuple[Path, Entry]]) -> CompressedLinear:
+        """A layer on meta; only its `weight_shape` is read, since the shapes of others are checked against it."""
+        rule = self.rules.of(name)
+        tensors: dict[str, Tensor] = {}
+        for suffix in self.layout.suffixes(rule):
+            full = f"{name}.{suffix}"
+            if full not in entries:
+                raise RequestError(f"{full} is in none of the checkpoint's files: download it again.")
+            path, entry = entries[full]
+            tensors[suffix] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+            if suffix == "weight_shape":
+                tensors[suffix] = _read(path, full)
+        bias, weight = getattr(module, "bias", None), module.weight
+        assert isinstance(weight, Tensor)
+        return CompressedLinear.from_tensors(self.layout, rule, tensors, bias, weight.dtype)
+
+
+def _entries(path: Path) -> dict[str, tuple[Path, Entry]]:
+    if path.suffix != ".safetensors":
+        raise RequestError(f"{path} is not safetensors, which compressed layers are read from: download it again.")
+    return {name: (path, entry) for name, entry in read_entries(path.parent, path.name).items()}
+
+
+def _read(path: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _on_disk(path: str, prefix: str, stored: set[str]) -> str | None:
+    """The name on disk of a module, with or without the base model's prefix, if it is compressed."""
+    choices = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
+    return next((choice for choice in choices if choice in stored), None)
