@@ -127,7 +127,7 @@ def _points(database: Database, unit: Unit, points: Sequence[str] | None) -> dic
     groups: dict[str, list[Row]] = {}
     for row in database.rows.values():
         groups.setdefault(f"{row.block}:{row.inputs}", []).append(row)
-    found = {}
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
     for rows in groups.values():
         labels = [label for label in rows[0].options if all(label in row.options for row in rows)]
         unknown = set(points or ()) - set(labels)
