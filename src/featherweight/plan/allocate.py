@@ -32,7 +32,7 @@ __all__ = ["Allocation", "Layer", "Offer", "Unit", "allocate", "allocate_milp"]
 
 CELLS = 1 << 17  # where costs are rounded
 EXACT_CELLS = 1 << 18  # where they need not be
-WORK = 2e9  # cells x options that are worth it for an exact answer
+WORK = 1e9  # cells x options that are worth it for an exact answer
 
 
 def allocate(layers: Sequence[Layer], budget: float, unit: Unit = "bytes", fixed_bytes: int = 0) -> Allocation:
@@ -107,7 +107,8 @@ def _programme(task: Task, cell: int, margin: int) -> list[int]:
     cells = task.room // cell + margin
     rounded = [(2 * (table.cost - table.cost[0]) + cell) // (2 * cell) for table in task.tables]
     best_B = np.zeros(cells + 1)  # the least damage of the layers so far with at most so many cells spent
-    picks_LB = np.zeros((len(task.tables), cells + 1), np.uint16)
+    small = max(len(spent_O) for spent_O in rounded) <= 256  # the largest array here by far
+    picks_LB = np.zeros((len(task.tables), cells + 1), np.uint8 if small else np.uint16)
     for table, spent_O, picks_B in zip(task.tables, rounded, picks_LB, strict=True):
         before_B, best_B = best_B, best_B + table.damage[0]
         for option, spent in enumerate(spent_O.tolist()):

@@ -256,5 +256,7 @@ def _short(value: Any, other: Any) -> str:
         value = {key: item for key, item in value.items() if other.get(key) != item}
     if isinstance(value, list) and isinstance(other, list):
         value = [item for item in value if item not in other]
+    if value in ({}, []):
+        return "nothing more"
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."

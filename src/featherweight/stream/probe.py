@@ -17,17 +17,18 @@ from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_dense
 from featherweight.models.tree import Block, Matrix, build
 
-SLICE_LOGITS = 1 << 24  # upcast and compared at once
+SLICE_LOGITS = 1 << 24  # compared at once
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in one forward pass
 
 
 class Probe:
-    """A dense model on the device with the outputs of its blocks and its logits on a few windows.
+    """A dense model on the device with the outputs of its blocks and its predictions on a few windows.
 
     Everything is computed in float32 unless told otherwise: in bfloat16 the KL of a good option drowns in rounding.
     Blocks before the first change are not run again: they answer with what they answered then.
 
     Args:
-        windows_ST: int64 ids; kept are S x T x V logits and the blocks' outputs, so take a handful.
+        windows_ST: int64 ids; S x T x V predictions and all blocks' outputs are kept, so take a handful.
     """
 
     def __init__(
@@ -39,17 +40,18 @@ class Probe:
         self.blocks: list[nn.Module] = list(blocks)
         self.homes: dict[str, tuple[Block, Matrix]] = {m.name: (b, m) for b in tree.blocks for m in b.matrices}
         self.windows_ST = windows_ST.to(device)
-        self.outputs: list[list[Any]] = []  # by window, by block
-        self.logits: list[Tensor] = []
+        self.batch = max(1, BATCH_TOKENS[device.type] // windows_ST.shape[1])
+        self.outputs: list[list[Any]] = []  # by batch, by block
+        self.logp: list[Tensor] = []
         with torch.no_grad():
-            for window in self.windows_ST.split(1):
+            for ids_ST in self.windows_ST.split(self.batch):
                 kept: list[Any] = []
                 handles = [
                     block.register_forward_hook(lambda _, __, output, kept=kept: kept.append(_detached(output)))
                     for block in self.blocks
                 ]
                 try:
-                    self.logits.append(self._logits(window))
+                    self.logp.append(self._logits(ids_ST).float().log_softmax(-1))
                 finally:
                     for handle in handles:
                         handle.remove()
@@ -60,16 +62,16 @@ class Probe:
         first = min((self.homes[name][0].index for name in values), default=0)
         total, positions = 0.0, 0
         with torch.no_grad(), self._changed(values):
-            for number, window in enumerate(self.windows_ST.split(1)):
+            for number, ids_ST in enumerate(self.windows_ST.split(self.batch)):
                 with self._answering(first, self.outputs[number]):
-                    logits_NV = self._logits(window)
-                total += _kl_sum(self.logits[number], logits_NV)
+                    logits_NV = self._logits(ids_ST)
+                total += _kl_sum(self.logp[number], logits_NV)
                 positions += len(logits_NV)
         return max(total / positions, 0.0)
 
-    def _logits(self, window: Tensor) -> Tensor:
-        """N x V: the last position predicts nothing that is in the window."""
-        logits_NV: Tensor = self.model(input_ids=window, use_cache=False).logits[0, :-1]
+    def _logits(self, ids_ST: Tensor) -> Tensor:
+        """N x V: the last position of a window predicts nothing that is in it."""
+        logits_NV: Tensor = self.model(input_ids=ids_ST, use_cache=False).logits[:, :-1].flatten(0, 1)
         return logits_NV
 
     @contextmanager
@@ -107,12 +109,11 @@ def _detached(output: Any) -> Any:
     return tuple(item.clone() if isinstance(item, Tensor) else item for item in output)
 
 
-def _kl_sum(original_NV: Tensor, logits_NV: Tensor) -> float:
+def _kl_sum(logp_NV: Tensor, logits_NV: Tensor) -> float:
     """Sum of KL(original || changed) over positions, a slice at a time."""
     rows = max(1, SLICE_LOGITS // logits_NV.shape[-1])
     total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
-    for one, other in zip(original_NV.split(rows), logits_NV.split(rows), strict=True):
-        logp, logq = one.float().log_softmax(-1), other.float().log_softmax(-1)
-        terms = logp.exp() * (logp - logq)
+    for logp, logits in zip(logp_NV.split(rows), logits_NV.split(rows), strict=True):
+        terms = logp.exp() * (logp - logits.float().log_softmax(-1))
         total += terms.masked_fill_(logp == -torch.inf, 0.0).sum(-1).double().sum()
     return float(total)
