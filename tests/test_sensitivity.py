@@ -120,7 +120,7 @@ def test_numbers_are_those_of_the_solver_on_the_original_inputs(tmp_path: Path, 
         model(ids_ST)
     x_TC = heard[0].flatten(0, -2)
     weight_RC = model.get_submodule(path).weight.T.detach()
-    problem = LayerProblem(weight_RC, x_TC.T @ x_TC / len(x_TC), len(x_TC), recipe.damping)
+    problem = LayerProblem(weight_RC, x_TC.T @ x_TC / len(x_TC), len(x_TC), recipe.relative_damping)
     for option in options[:2]:
         assert option.rule is not None
         solution = solve(problem, option.rule, CHOICES)
