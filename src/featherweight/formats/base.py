@@ -16,7 +16,7 @@ from torch import Tensor
 from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import RequestError
-from featherweight.formats.rules import Rules, grid_of
+from featherweight.formats.rules import Rules, require_grid
 
 __all__ = [
     "SCALE_DTYPES",
@@ -140,7 +140,7 @@ def require_two_axes(format: Format, tensor: Tensor, name: str) -> tuple[int, in
 
 def require_codes(format: Format, solution: AnySolution, name: str) -> Solution:
     """The solution, for formats that hold codes only: `require_storable`, and RequestError where it has none."""
-    grid_of(format.name, solution.rule, name)
+    require_grid(format.name, solution.rule, name)
     assert isinstance(solution, Solution)
     require_storable(format, solution, name)
     return solution

@@ -29,7 +29,7 @@ from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import RequestError
 from featherweight.formats.base import SCALE_DTYPES, THE_MATRIX, Format, require_codes, solution_of, take
-from featherweight.formats.rules import CONFIG, Claim, Rules, grid_of, grouped
+from featherweight.formats.rules import CONFIG, Claim, Rules, grouped, require_grid
 
 EVERY_LINEAR = "Linear"
 
@@ -44,7 +44,7 @@ class CompressedTensors(Format):
     name: str = "compressed-tensors"
 
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
-        grid = grid_of(self.name, rule, name)
+        grid = require_grid(self.name, rule, name)
         grid.width(columns, name)
         if grid.scale_dtype not in SCALE_DTYPES:
             raise RequestError(
@@ -59,7 +59,7 @@ class CompressedTensors(Format):
         return 0
 
     def suffixes(self, rule: Rule) -> tuple[str, ...]:
-        zeros = () if grid_of(self.name, rule, THE_MATRIX).symmetric else ("weight_zero_point",)
+        zeros = () if require_grid(self.name, rule, THE_MATRIX).symmetric else ("weight_zero_point",)
         return ("weight_packed", "weight_scale", *zeros, "weight_shape")
 
     def pack(
@@ -77,7 +77,7 @@ class CompressedTensors(Format):
         return {suffix: tensors[suffix] for suffix in self.suffixes(solution.grid)}
 
     def shape(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> tuple[int, int]:
-        grid = grid_of(self.name, rule, name)
+        grid = require_grid(self.name, rule, name)
         rows, columns = (int(n) for n in take(tensors, "weight_shape", name, (2,)).tolist())
         bits, packed = grid.stored_bits, take(tensors, "weight_packed", name)
         padded = -(-columns // (32 // bits))
@@ -91,7 +91,7 @@ class CompressedTensors(Format):
         return rows, columns
 
     def unpack(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> Solution:
-        grid = grid_of(self.name, rule, name)
+        grid = require_grid(self.name, rule, name)
         rows, columns = self.shape(tensors, grid, name)
         bits, scales_RG = grid.stored_bits, tensors["weight_scale"]
         groups = scales_RG.shape[1]
@@ -115,7 +115,9 @@ class CompressedTensors(Format):
         Where rules differ, each is a group whose targets are the names of its matrices: the package and vLLM compare
         a target with the module's name before its class, and vLLM with the names of what it fuses.
         """
-        groups = [(grid_of(self.name, rule, THE_MATRIX), names) for rule, names in grouped(rules, self.name).items()]
+        groups = [
+            (require_grid(self.name, rule, THE_MATRIX), names) for rule, names in grouped(rules, self.name).items()
+        ]
         one = len(groups) == 1
         schemes = [_scheme(grid, targets if one else names) for grid, names in groups]
         return {

@@ -29,7 +29,7 @@ from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import RequestError
 from featherweight.formats.base import THE_MATRIX, Format, require_codes, solution_of, take
-from featherweight.formats.rules import CONFIG, REGEX, Claim, Rules, grid_of, grouped
+from featherweight.formats.rules import CONFIG, REGEX, Claim, Rules, grouped, require_grid
 
 BITS = (2, 3, 4, 8)
 SKIP, CHANGE = "-:", "+:"
@@ -48,7 +48,7 @@ class Gptq(Format):
     zero_offset: int = 1
 
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
-        grid = grid_of(self.name, rule, name)
+        grid = require_grid(self.name, rule, name)
         bits = grid.stored_bits
         if bits not in BITS:
             raise RequestError(f"{name} wants {bits} bits, and {self.name} has {_listed(BITS)}: use another format.")
@@ -85,7 +85,7 @@ class Gptq(Format):
         }
 
     def shape(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> tuple[int, int]:
-        grid = grid_of(self.name, rule, name)
+        grid = require_grid(self.name, rule, name)
         words, rows = take(tensors, "qweight", name).shape
         columns = words * 32 // grid.stored_bits
         groups = columns // grid.width(columns, name)
@@ -95,7 +95,7 @@ class Gptq(Format):
         return rows, columns
 
     def unpack(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> Solution:
-        grid = grid_of(self.name, rule, name)
+        grid = require_grid(self.name, rule, name)
         rows, columns = self.shape(tensors, grid, name)
         bits, order = grid.stored_bits, tensors["g_idx"]
         if not torch.equal(order.long(), _in_order(columns, grid.width(columns), order.device).long()):
@@ -129,7 +129,7 @@ class Gptq(Format):
         groups = grouped(rules, self.name)
         common = max(groups, key=lambda rule: len(groups[rule]))
         config = {
-            **_settings(grid_of(self.name, common, THE_MATRIX)),
+            **_settings(require_grid(self.name, common, THE_MATRIX)),
             "lm_head": False,
             "quant_method": "gptq",
             "checkpoint_format": self.name,
@@ -142,7 +142,7 @@ class Gptq(Format):
         for rule, names in groups.items():
             if rule != common:
                 key = f"{CHANGE}^(?:{'|'.join(map(re.escape, names))})$"
-                dynamic[key] = _settings(grid_of(self.name, rule, THE_MATRIX))
+                dynamic[key] = _settings(require_grid(self.name, rule, THE_MATRIX))
         return config | ({"dynamic": dynamic} if dynamic else {})
 
     def read(self, config: Mapping[str, Any]) -> Rules:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from featherweight.core.rules import Grid, Joint, Pattern, Rule
+from featherweight.core.rules import Grid, Joint, Pattern, Rule, grid_of, pattern_of
 from featherweight.errors import RequestError
 
 CONFIG = "quantization_config"
@@ -15,9 +15,7 @@ REGEX = "re:"
 
 def parts(rule: Rule) -> tuple[Grid | None, Pattern | None]:
     """The grid and the pattern of a rule, None for what it does not have."""
-    if isinstance(rule, Joint):
-        return rule.grid, rule.pattern
-    return (rule, None) if isinstance(rule, Grid) else (None, rule)
+    return grid_of(rule), pattern_of(rule)
 
 
 def stored_grid(grid: Grid) -> Grid:
@@ -39,12 +37,12 @@ def stored_rule(rule: Rule) -> Rule:
     return stored_grid(rule) if isinstance(rule, Grid) else stored_pattern(rule)
 
 
-def grid_of(format: str, rule: Rule, name: str) -> Grid:
+def require_grid(format: str, rule: Rule, name: str) -> Grid:
     """The grid of a rule, for formats that hold codes only (zeros are codes like others); RequestError without one."""
-    grid, pattern = parts(rule)
+    grid = grid_of(rule)
     if grid is None:
         raise RequestError(
-            f"{name} is pruned ({pattern}) and not rounded, and {format} stores codes only: use --format sparse or "
+            f"{name} is pruned ({rule}) and not rounded, and {format} stores codes only: use --format sparse or "
             "dense, or give bits too."
         )
     return grid
@@ -114,6 +112,6 @@ def grouped(rules: Mapping[str, Rule], format: str | None = None) -> dict[Rule, 
     assert rules, "a checkpoint has matrices"
     groups: dict[Rule, list[str]] = {}
     for name, rule in rules.items():
-        stored = stored_rule(rule) if format is None else stored_grid(grid_of(format, rule, name))
+        stored = stored_rule(rule) if format is None else stored_grid(require_grid(format, rule, name))
         groups.setdefault(stored, []).append(name)
     return groups

@@ -31,9 +31,9 @@ from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
-from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
+from featherweight.stream.states import States
 
 Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
 TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer
@@ -156,7 +156,7 @@ class _Job:
             with folder.staged(0, self.tree.checkpoint.read(self.tree.rest)):
                 pass
         runner = BlockRunner(self.tree, self.device, self.dtype)
-        states = _States(self, runner, ids_ST)
+        states = States(runner, ids_ST, self.out, self.batch, original=self.recipe.target == "original")
         weights = self._weights(folder, ids_ST)
         try:
             for index, block in enumerate(self.tree.blocks):
@@ -264,48 +264,6 @@ class _Job:
             config["quantization_config"] = quantization
             extra = {"quantize_config.json": quantization} if self.format.name.startswith("gptq") else {}
         folder.finish(config, extra, self.tree.checkpoint.path, self.tree.checkpoint.side_files())
-
-
-class _States:
-    """The hidden states in front of a block: those of the compressed model and, if asked for, the original's."""
-
-    def __init__(self, job: _Job, runner: BlockRunner, ids_ST: Tensor | None) -> None:
-        self.job, self.runner = job, runner
-        self.hidden: HiddenStates | None = None
-        self.dense: HiddenStates | None = None
-        if ids_ST is None:
-            return
-        ids = ids_ST
-        width = runner.embed(ids[:1]).shape[-1]
-        shape = (ids.shape[0], ids.shape[1], width)
-        self.hidden = HiddenStates(shape, job.dtype, job.device, job.out / "hidden.scratch")
-        self.hidden.fill(job.batch, lambda at: runner.embed(ids[at]))
-        if job.recipe.target == "original":
-            self.dense = HiddenStates(shape, job.dtype, job.device, job.out / "dense.scratch")
-            self.dense.states_STD.copy_(self.hidden.states_STD)
-        runner.release()
-
-    def view(self, index: int, module: nn.Module, block: Block, weights: Weights | None) -> BlockView:
-        """The block as the solver sees it (with round-to-nearest, without any hidden states)."""
-        return BlockView(
-            module,
-            block.matrices,
-            lambda hidden: self.runner.run(index, module, hidden),
-            self.hidden,
-            self.dense,
-            self.job.batch,
-            weights=weights and {matrix.path: weights[matrix.name] for matrix in block.matrices},
-        )
-
-    def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:
-        """Replaces the states by the block's outputs, batch by batch."""
-        for at, hidden_STD in states.batches(self.job.batch):
-            states.states_STD[at] = self.runner.run(index, module, hidden_STD)
-
-    def close(self) -> None:
-        for states in (self.hidden, self.dense):
-            if states is not None:
-                states.close()
 
 
 def _require_same(matrix: Matrix, solution: AnySolution, stored: AnySolution) -> None:

@@ -1,0 +1,63 @@
+"""The hidden states in front of a block: those of the compressed model and, if asked for, the original's.
+
+Shapes: S sequences, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from featherweight.models.blocks import BlockRunner
+from featherweight.models.tree import Block
+from featherweight.stream.guide import Weights
+from featherweight.stream.hidden import HiddenStates
+from featherweight.stream.inputs import BlockView
+
+
+class States:
+    """One or two streams that go through the model together, block by block.
+
+    Attributes:
+        hidden: what the compressed blocks make of the windows so far; None where the method needs none.
+        dense: what the original ones make of them; None where nothing asks for it.
+    """
+
+    def __init__(self, runner: BlockRunner, ids_ST: Tensor | None, out: Path, batch: int, original: bool) -> None:
+        """Embeds the windows. `out` is the folder for scratch files, `batch` the sequences of one forward pass."""
+        self.runner, self.batch = runner, batch
+        self.hidden: HiddenStates | None = None
+        self.dense: HiddenStates | None = None
+        if ids_ST is None:
+            return
+        ids = ids_ST
+        shape = (ids.shape[0], ids.shape[1], runner.embed(ids[:1]).shape[-1])
+        self.hidden = HiddenStates(shape, runner.dtype, runner.device, out / "hidden.scratch")
+        self.hidden.fill(batch, lambda at: runner.embed(ids[at]))
+        if original:
+            self.dense = HiddenStates(shape, runner.dtype, runner.device, out / "dense.scratch")
+            self.dense.states_STD.copy_(self.hidden.states_STD)
+        runner.release()
+
+    def view(self, index: int, module: nn.Module, block: Block, weights: Weights | None) -> BlockView:
+        """The block as the solver sees it (with round-to-nearest, without any hidden states)."""
+        return BlockView(
+            module,
+            block.matrices,
+            lambda hidden: self.runner.run(index, module, hidden),
+            self.hidden,
+            self.dense,
+            self.batch,
+            weights=weights and {matrix.path: weights[matrix.name] for matrix in block.matrices},
+        )
+
+    def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:
+        """Replaces the states by the block's outputs, batch by batch."""
+        for at, hidden_STD in states.batches(self.batch):
+            states.states_STD[at] = self.runner.run(index, module, hidden_STD)
+
+    def close(self) -> None:
+        for states in (self.hidden, self.dense):
+            if states is not None:
+                states.close()
