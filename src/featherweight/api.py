@@ -23,7 +23,8 @@ from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import build, checkpoint_dtype
 from featherweight.recipe import Recipe
-from featherweight.stream.compress import Result, Tell
+from featherweight.stream.calibration import Tell
+from featherweight.stream.compress import Result
 from featherweight.stream.compress import compress as stream_compress
 from featherweight.stream.device import compute_dtype, pick_device
 from featherweight.stream.folder import journal_losses

@@ -37,6 +37,11 @@ def compress(
         str | None,
         typer.Option(help="Zeros: a share (0.5), or kept weights (2:4); without --bits, floats stay."),
     ] = None,
+    size: Annotated[str | None, typer.Option(help="Of all shards, as 60MB: each matrix gets bits of its own.")] = None,
+    average_bits: Annotated[float | None, typer.Option(help="Bits a weight on disk, each matrix its own.")] = None,
+    non_uniform: Annotated[
+        bool | None, typer.Option("--non-uniform", help="With --sparsity: each matrix its own share.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="gptq, obq or rtn.")] = None,
     mask: Annotated[str | None, typer.Option(help="Zeros chosen by admm, sparsegpt, wanda or obs.")] = None,
     resolve: Annotated[int | None, typer.Option(help="Conjugate-gradient steps on the weights kept.")] = None,
@@ -73,6 +78,9 @@ def compress(
     chosen = recipes.by_name(recipe).but(
         bits=_bits(bits, sparsity),
         sparsity=sparsity,
+        size_bytes=None if size is None else int(console.quantity("size", size, console.BYTES)),
+        average_bits=average_bits,
+        non_uniform=non_uniform,
         mask=mask,
         resolve=resolve,
         swaps=swaps,

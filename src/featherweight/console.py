@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import typer
+
+from featherweight.errors import RequestError
+
+COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+BYTES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def last_line(values: dict[str, Any]) -> None:
@@ -61,3 +68,12 @@ def progress() -> Iterator[Callable[[float, float, str], None]]:
         except BaseException:
             bar.live.transient = True
             raise
+
+
+def quantity(name: str, text: str, units: dict[str, float]) -> float:
+    """A number with one of these units, such as 60MB; RequestError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in units or not 0 < float(found[1]) * units[found[2].upper()] < math.inf:
+        known = ", ".join(unit for unit in units if unit)
+        raise RequestError(f"{name} {text!r}: give a number above 0, alone or with one of {known}.")
+    return float(found[1]) * units[found[2].upper()]

@@ -16,9 +16,6 @@ from featherweight.errors import RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Scaling laws of sparse and low-bit models: fit, optimum, plan, sweep.")
 
-COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-BYTES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 Plot = Annotated[Path | None, typer.Option(help="Also write a picture, FILE.svg (needs the extra laws).")]
 Seed = Annotated[int, typer.Option(help="Of the random starts and the resamples.")]
 Law = Annotated[str, typer.Option(help="t5, vit, or a file with the JSON last line of laws fit.")]
@@ -81,7 +78,11 @@ def optimum(
     from featherweight.laws.optimum import COSTS, chinchilla_data
     from featherweight.laws.optimum import optimum as best
 
-    n, d, co = _quantity("parameters", parameters, COUNTS), _quantity("tokens", tokens, COUNTS), _coefficients(law)
+    n, d = (
+        console.quantity("parameters", parameters, console.COUNTS),
+        console.quantity("tokens", tokens, console.COUNTS),
+    )
+    co = _coefficients(law)
     if plot is not None:
         picture.check(plot)
     found = [asdict(best(co, n, d, cost)) for cost in COSTS]
@@ -108,7 +109,7 @@ def plan(
     from featherweight.laws import plan as planning
     from featherweight.laws.fit import fit as fitted_to
 
-    size, d = _quantity("bytes", bytes, BYTES), _quantity("tokens", tokens, COUNTS)
+    size, d = console.quantity("bytes", bytes, console.BYTES), console.quantity("tokens", tokens, console.COUNTS)
     widths = planning.checked_bits(bits)
     planning.check_budget(size, d, widths)
     _at_least(bootstraps, 1, "bootstraps")
@@ -157,11 +158,11 @@ def sweep(
     grid = sweeping.Sweep(
         tuple(_size(part) for part in sizes.split(",")),
         tuple(sparsities.split(",")),
-        tuple(_quantity("duration", part, BYTES) for part in durations.split(",")),
+        tuple(console.quantity("duration", part, console.BYTES) for part in durations.split(",")),
         windows,
         window,
         rate,
-        evaluation_bytes=int(_quantity("evaluation bytes", evaluation_bytes, BYTES)),
+        evaluation_bytes=int(console.quantity("evaluation bytes", evaluation_bytes, console.BYTES)),
         seed=seed,
     )
     way = sweeping.Way(device, precision, compile, stop_after, micro_batches=micro_batches, save=save)
@@ -219,14 +220,6 @@ def _coefficients(law: str) -> Any:
     if not all(math.isfinite(value) and value >= 0 for value in found.as_tuple()):
         raise RequestError(f"law {law!r}: every coefficient must be finite and not below 0.")
     return found
-
-
-def _quantity(name: str, text: str, units: dict[str, float]) -> float:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in units or not 0 < float(found[1]) * units[found[2].upper()] < math.inf:
-        known = ", ".join(unit for unit in units if unit)
-        raise RequestError(f"{name} {text!r}: give a number above 0, alone or with one of {known}.")
-    return float(found[1]) * units[found[2].upper()]
 
 
 def _at_least(value: int, least: int, name: str) -> None:

@@ -50,6 +50,9 @@ class Recipe:
         guide: from 0 to 1: the power of each token's weight in H, which one backward pass of the whole model measures
             (`stream.guide`; it must fit on the device); 0 counts every token alike and needs no such pass.
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
+        size_bytes: a size for all shards; average_bits: bits per weight of the matrices, from bytes on disk;
+            non_uniform: with sparsity, the share of zeros of the whole. With one of these each matrix gets a rule of
+            its own, where it harms the model least (`plan`); bits and group_size are then not used.
         format: the file format by name; "auto" is compressed-tensors, or sparse where weights are pruned.
         calibration: text sources ("builtin" is the embedded text).
         samples, tokens: calibration windows and their length, None for 2048 or the model's positions if fewer; seed:
@@ -74,6 +77,9 @@ class Recipe:
     pull: float = 0.5
     sink_share: float = 0.05
     guide: float = 0.0
+    size_bytes: int | None = None
+    average_bits: float | None = None
+    non_uniform: bool = False
     true_sequential: bool = False
     format: str = "auto"
     calibration: tuple[str, ...] = ("builtin",)
@@ -107,6 +113,8 @@ class Recipe:
                 f"scales from updated weights need the natural order, not {self.order}: use --order natural."
             )
         self.rule(torch.float16)
+        if self.budget is not None and self.method == "rtn":
+            raise RequestError("a budget is spent by what calibration text says, and rtn reads none: use gptq.")
 
     def rule(self, scale_dtype: torch.dtype) -> Rule:
         """The rule of every matrix, with scales in the dtype the format stores."""
@@ -121,6 +129,21 @@ class Recipe:
     @property
     def prunes(self) -> bool:
         return self.sparsity is not None
+
+    @property
+    def budget(self) -> tuple[Literal["bytes", "bits", "sparsity"], float] | None:
+        """What the model as a whole is to keep to, and how much; None where every matrix has the same rule."""
+        asked = {"bytes": self.size_bytes, "bits": self.average_bits}
+        given = [(unit, amount) for unit, amount in asked.items() if amount is not None]
+        if self.non_uniform:
+            if self.sparsity is None or ":" in self.sparsity or self.bits != FLOAT_BITS:
+                raise RequestError("non-uniform sparsity takes a share of zeros and no bits: add --sparsity 0.6, say.")
+            given.append(("sparsity", float(self.sparsity)))
+        elif self.prunes and given:
+            raise RequestError("a size or average bits choose among grids without zeros: drop the sparsity.")
+        if len(given) > 1:
+            raise RequestError(f"{len(given)} budgets were given and 1 can be kept to: drop all but one.")
+        return given[0] if given else None  # type: ignore[return-value]
 
     @property
     def relative_damping(self) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,19 +24,16 @@ from featherweight.formats import by_name as format_by_name
 from featherweight.models import tree as trees
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
-from featherweight.models.load import load_tokenizer
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
+from featherweight.stream.allocation import allocated_rules
+from featherweight.stream.calibration import BATCH_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.states import States
-
-Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
-TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward pass; to be tuned
 
 
 @dataclass(frozen=True)
@@ -75,31 +71,12 @@ def compress(
         folder.begin(job.manifest(ids_ST))
         if not folder.done:
             with torch.no_grad():
+                job.plan()
                 job.run(folder, ids_ST)
             job.finish(folder)
     bits = 8 * sum(row["bytes"] for row in folder.rows) / sum(row["shape"][0] * row["shape"][1] for row in folder.rows)
     seconds = time.perf_counter() - started
     return Result(str(out), len(folder.rows), bits, folder.size_bytes(), seconds, peak_memory_bytes(torch_device))
-
-
-def window_length(recipe: Recipe, tree: ModelTree) -> int:
-    """The recipe's tokens in a window; left open, 2048 or what the model takes. RequestError if it takes fewer."""
-    longest = getattr(tree.model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
-    tokens = recipe.tokens or min(TOKENS, longest)
-    if tokens > longest:
-        raise RequestError(f"--tokens {tokens} is longer than the model's {longest} positions: use --tokens {longest}.")
-    return tokens
-
-
-def calibration_ids(path: Path, recipe: Recipe) -> Tensor | None:
-    """The recipe's windows of token ids (int64, S x T), or None where it needs none."""
-    if recipe.method == "rtn":
-        return None
-    tokenizer = load_tokenizer(path)
-    assert recipe.tokens is not None
-    text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
-    bos = data.bos_of(tokenizer)
-    return data.calibration_windows(data.encoder(tokenizer), text, recipe.samples, recipe.tokens, recipe.seed, bos)
 
 
 class _Job:
@@ -114,6 +91,12 @@ class _Job:
         self.choices = recipe.choices(0 if grid is None else self.format.lowest_zero(grid), stored_dtype)
         self.dtype = compute_dtype(tree.dtype, device)
         self.batch = max(1, BATCH_TOKENS[device.type] // (recipe.tokens or TOKENS))
+
+    def plan(self) -> None:
+        """With a budget, a rule for each matrix in place of the one for all."""
+        if self.recipe.budget is not None:
+            self.rules = allocated_rules(self.tree, self.recipe, self.format, self.out, str(self.device), self.tell)
+            self.check()
 
     def check(self) -> None:
         """Everything that can be refused before any work is done."""

@@ -63,16 +63,29 @@ def solve_group(
     recipe: Recipe,
     choices: Choices,
 ) -> dict[str, AnySolution]:
-    """Solves matrices with one H as one problem of all their rows, and takes the solution apart again."""
+    """Solves matrices with one H and one rule as one problem of all their rows, and takes the solution apart again."""
+    by_rule: dict[Rule, list[Matrix]] = {}
+    for matrix in group.matrices:
+        by_rule.setdefault(rules[matrix.path], []).append(matrix)
+    solutions: dict[str, AnySolution] = {}
+    for rule, matrices in by_rule.items():
+        solutions |= _solve_alike(view, replace(group, matrices=tuple(matrices)), sums, rule, recipe, choices)
+    return solutions
+
+
+def _solve_alike(
+    view: BlockView, group: Group, sums: GroupSums, rule: Rule, recipe: Recipe, choices: Choices
+) -> dict[str, AnySolution]:
     weight_RC = torch.cat([view.weight(matrix) for matrix in group.matrices])
     name = " + ".join(matrix.name for matrix in group.matrices)
     problem = LayerProblem(weight_RC, sums.hessian.mean(), sums.hessian.tokens, recipe.relative_damping, name)
     factor = problem.factor(recipe.order)
     if sums.gap is not None:
         problem = replace(problem, weight_RC=undo_drift(problem, factor, group, sums.gap.mean(), recipe.pull))
-    solution = solve(problem, rules[group.matrices[0].path], choices, factor)
+    solution = solve(problem, rule, choices, factor)
     check_certificate(problem, solution)
-    solutions, start = {}, 0
+    solutions: dict[str, AnySolution] = {}
+    start = 0
     for matrix in group.matrices:
         part = solution.rows(start, start + matrix.rows)
         scale = _energy(problem, start, start + matrix.rows)

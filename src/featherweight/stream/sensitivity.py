@@ -23,7 +23,7 @@ from featherweight.errors import RequestError
 from featherweight.plan.database import Database, Row
 from featherweight.plan.options import Option
 from featherweight.recipe import Recipe
-from featherweight.stream.compress import Tell
+from featherweight.stream.calibration import Tell
 from featherweight.stream.probe import Probe
 from featherweight.stream.walk import Keep, Walk, quick
 

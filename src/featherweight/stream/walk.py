@@ -25,7 +25,7 @@ from featherweight.models.tree import Block, Matrix
 from featherweight.plan.database import Measured, Row
 from featherweight.plan.options import Option, fitting, kept_weights, menu
 from featherweight.recipe import Recipe
-from featherweight.stream.compress import BATCH_TOKENS, Tell, calibration_ids, window_length
+from featherweight.stream.calibration import BATCH_TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, pick_device
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView, collect, input_groups

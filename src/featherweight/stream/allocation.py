@@ -1,0 +1,88 @@
+"""From a budget to a rule for every matrix: measure what each option harms, then spend the budget where it pays most.
+
+Shapes: S sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from featherweight import data
+from featherweight.core.rules import Pattern, Rule
+from featherweight.errors import RequestError
+from featherweight.formats import Format
+from featherweight.models.load import load_tokenizer
+from featherweight.models.tree import ModelTree
+from featherweight.plan import Option, allocate, menu
+from featherweight.recipe import Recipe
+from featherweight.stream.calibration import Tell
+from featherweight.stream.sensitivity import calibrate, measure, quick
+
+DATABASE = "sensitivity.jsonl"
+PROBE_WINDOWS, PROBE_TOKENS = 4, 256  # of the calibration text, that losses are turned into nats on
+SPARSITIES = tuple(n / 20 for n in range(20))
+HEADER_BYTES = 100  # of a tensor in a shard's header, its name apart
+SHARD_BYTES = 64
+
+
+def allocated_rules(
+    tree: ModelTree, recipe: Recipe, format: Format, out: Path, device: str, tell: Tell
+) -> dict[str, Rule]:
+    """The rule of each matrix, by name, that harms the model least within the recipe's budget.
+
+    The sensitivities are measured on the way, into `out`, where they stay: a run that is stopped goes on there. Raises
+    RequestError for a budget that no choice meets, naming the nearest that one does.
+    """
+    assert recipe.budget is not None
+    unit, amount = recipe.budget
+    options = _options(recipe, format.scale_dtype(tree.dtype))
+    path = tree.checkpoint.path
+    choices = replace(quick(recipe), mask="sparsegpt", resolve=0)  # of twenty sparsities, none needs its best mask
+    database = measure(path, out / DATABASE, recipe, options, device, choices, tell)
+    tokenizer = load_tokenizer(path)
+    text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
+    windows_ST = data.calibration_windows(
+        data.encoder(tokenizer),
+        text,
+        PROBE_WINDOWS,
+        min(PROBE_TOKENS, recipe.tokens or PROBE_TOKENS),
+        recipe.seed + 1,
+        data.bos_of(tokenizer),
+    )
+    database = calibrate(path, database, windows_ST, recipe, options, device, choices, tell)
+    fixed = fixed_bytes(tree, len(format.suffixes(_any_rule(options)))) if unit == "bytes" else 0
+    found = allocate(database.layers(), amount, unit, fixed)
+    rules = {option.label: option.rule for option in options}
+    chosen: dict[str, Rule] = {}
+    for name, label in found.choices.items():
+        rule = rules[label]
+        assert rule is not None, "leaving a matrix as it is is no option here"
+        chosen[name] = rule
+    return chosen
+
+
+def fixed_bytes(tree: ModelTree, tensors: int) -> int:
+    """What the shards hold besides the packed matrices (`tensors` each): other tensors, and all headers, no less."""
+    weights = {matrix.weight for matrix in tree.matrices}
+    names = [name for name in tree.checkpoint.names if name not in weights]
+    headers = [len(name) + HEADER_BYTES for name in names]
+    headers += [tensors * (len(matrix.name) + len("weight_zero_point") + HEADER_BYTES) for matrix in tree.matrices]
+    return sum(map(tree.checkpoint.nbytes, names)) + sum(headers) + SHARD_BYTES * (len(tree.blocks) + 1)
+
+
+def _options(recipe: Recipe, scale_dtype: torch.dtype) -> tuple[Option, ...]:
+    """What a matrix may become: for a size, grids of every width; for a sparsity, more or fewer zeros."""
+    assert recipe.budget is not None
+    if recipe.budget[0] == "sparsity":
+        return tuple(Option.of(Pattern(share)) for share in SPARSITIES)
+    return menu(patterns=False, joint=False, symmetric=recipe.symmetric, scale_dtype=scale_dtype, search=recipe.search)
+
+
+def _any_rule(options: tuple[Option, ...]) -> Rule:
+    rule = options[0].rule
+    if rule is None:
+        raise RequestError("there is no option but leaving matrices as they are: allow others.")
+    return rule
