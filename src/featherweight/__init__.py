@@ -3,6 +3,7 @@
 featherweight.compress(model, out, Recipe(bits=4))    a checkpoint folder in, a smaller one out
 featherweight.load(out)                               the compressed model as a transformers model
 featherweight.solve(problem, grid)                    one layer, from its weights and its inputs' Hessian
+featherweight.compress_module(module, batches, rule)  any nn.Module, with batches of your own
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "LayerProblem", "Recipe", "Solution", "compress", "load", "solve"]
+__all__ = ["Grid", "LayerProblem", "Recipe", "Solution", "compress", "compress_module", "load", "solve"]
 
 if TYPE_CHECKING:
-    from featherweight.api import compress, load, solve
+    from featherweight.api import compress, compress_module, load, solve
     from featherweight.core.problem import LayerProblem
     from featherweight.core.rules import Grid
     from featherweight.core.solution import Solution
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "compress": "featherweight.api",
+    "compress_module": "featherweight.api",
     "load": "featherweight.api",
     "solve": "featherweight.api",
     "LayerProblem": "featherweight.core.problem",

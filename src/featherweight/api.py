@@ -27,6 +27,7 @@ from featherweight.stream.compress import Result, Tell
 from featherweight.stream.compress import compress as stream_compress
 from featherweight.stream.device import compute_dtype, pick_device
 from featherweight.stream.folder import journal_losses
+from featherweight.stream.module import compress_module as compress_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
