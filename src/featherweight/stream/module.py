@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.core.problem import LayerProblem, loss_R
 from featherweight.core.rules import Grid, Joint, Pattern, Rule
@@ -237,14 +236,12 @@ class _Job:
         batch_norms = norms.batch_norms(self.module) if batchnorm else []
         keys: dict[nn.Module, str] = {child: layer.name for layer in self.plan.layers for child in layer.modules}
         keys |= {norm: f"norm {name}" for name, norm in layer_norms.items()}
-        keys |= {norm: f"batchnorm {number}" for number, norm in enumerate(batch_norms)}
         seen = watch(self.feed, keys)
         self._all_reached(seen)
         moments = norms.norm_moments(self.feed, layer_norms) if correct else {}
         dense = {name: found.values() for name, found in moments.items()}
-        for stage, fresh in _stages(seen, self.layers, batch_norms, passes):
-            with norms.measuring(fresh):
-                sums = self._collect(stage, seen)
+        for stage in _stages(seen, self.layers, passes):
+            sums = self._collect(stage, seen)
             for name in stage:
                 self._solve(self.layers[name], *sums.pop(name))
         if batch_norms:
@@ -306,29 +303,15 @@ class _Job:
         self.tell(len(self.report), len(self.layers), layer.name)
 
 
-def _stages(
-    seen: Sightings, layers: Mapping[str, Layer], batch_norms: list[_BatchNorm], passes: Passes
-) -> Iterator[tuple[list[str], list[_BatchNorm]]]:
-    """Layers that are collected in one reading, and the batch norms that are measured in it.
-
-    A batch norm belongs to the stage after the layers before it: the statistics it had are those of the dense module.
-    """
+def _stages(seen: Sightings, layers: Mapping[str, Layer], passes: Passes) -> list[list[str]]:
+    """Layers that are collected in one reading of the batches, in order of execution."""
+    names = [key for key in seen.order if key in layers]
     if passes == "one":
-        yield [key for key in seen.order if key in layers], []
-        return
+        return [names]
     stages: dict[int, list[str]] = {}
-    fresh: list[_BatchNorm] = []
-    for key in seen.order:
-        if key in layers:
-            stages.setdefault(seen.group[key], []).append(key)
-    done = False
-    for key in seen.order:
-        kind, _, number = key.partition(" ")
-        if kind == "batchnorm" and done:
-            fresh.append(batch_norms[int(number)])
-        if key in layers and seen.group[key] in stages:
-            yield stages.pop(seen.group[key]), fresh
-            fresh, done = [], True
+    for name in names:
+        stages.setdefault(seen.group[name], []).append(name)
+    return list(stages.values())
 
 
 def _solved(problem: LayerProblem, rule: Rule, choices: Choices) -> AnySolution:
