@@ -320,7 +320,7 @@ def row_of(task: Task, rule_text: str, way: str, args: argparse.Namespace) -> di
     skip = [*task.skip, *args.skip]
     begin = time.perf_counter()
     result = compress_module(
-        task.module, task.batches, rule, choices, skip=skip, passes=args.passes, batchnorm=not args.keep_batchnorm,
+        task.module, task.batches, rule, choices, skip=skip, passes=args.passes, batchnorm=args.batchnorm,
         correct=args.correct,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
@@ -329,7 +329,7 @@ def row_of(task: Task, rule_text: str, way: str, args: argparse.Namespace) -> di
         field: sum(getattr(row, field) * n for row, n in zip(result.report, weights, strict=True)) / sum(weights)
         for field in ("relative_loss", "bits_per_weight", "sparsity")
     }
-    options = {"passes": args.passes, "batchnorm": not args.keep_batchnorm, "correct": args.correct}
+    options = {"passes": args.passes, "batchnorm": args.batchnorm, "correct": args.correct}
     head = {"rule": rule_text, "way": way, **options, "layers": len(result.report), "readings": result.readings}
     return {**head, **task.measure(result.module.eval()), **mean, "seconds": round(seconds, 1)}
 
@@ -345,18 +345,19 @@ def main() -> None:
     ask.add_argument("--samples", type=int, default=1000, help="images or sentences to calibrate on")
     ask.add_argument("--passes", choices=("sequential", "one"), default="one")
     ask.add_argument("--skip", action="append", default=[], help="leave more layers dense")
-    ask.add_argument("--keep-batchnorm", action="store_true", help="do not measure batch norms again")
+    ask.add_argument("--batchnorm", choices=("shift", "reset", "keep"), default="shift")
     ask.add_argument("--correct", action="store_true", help="correct layer norms")
     args = ask.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     task = TASKS[args.task](args)
     rows: list[dict[str, Any]] = [{"rule": "dense", "way": "", **task.measure(task.module)}]
-    if norms.batch_norms(task.module) and not args.keep_batchnorm:  # the reset alone, nothing compressed
+    if norms.batch_norms(task.module) and args.batchnorm == "reset":  # the reset alone, nothing compressed
         module = copy.deepcopy(task.module)
         with at_rest(module):
-            norms.measure_batch_norms(Feed(module, task.batches), norms.batch_norms(module))
-        rows.append({"rule": "dense, batch norms measured again", "way": "", **task.measure(module)})
+            found = norms.batch_norms(module)
+            norms.update_batch_norms(found, norms.batch_statistics(Feed(module, task.batches), found), None)
+        rows.append({"rule": "dense, batch norms reset", "way": "", **task.measure(module)})
     for rule in args.rules.split(","):
         for way in args.ways.split(","):
             rows.append(row_of(task, rule, way, args))

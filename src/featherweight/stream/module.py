@@ -3,24 +3,21 @@
 Nothing is known of the module but its layers. What they see is collected by hooks while the module runs on the
 batches; a forward pass is the only way to get from one layer to the next, so layers that are given the very same
 tensor are collected together, and a pass ends where the last of them is reached.
-
-Shapes: E problems of one shape (groups of a convolution), R outputs, C inputs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from featherweight.core.problem import LayerProblem, loss_R
+from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Grid, Joint, Pattern, Rule
-from featherweight.core.solution import AnySolution, Solution, SparseSolution
-from featherweight.core.solve import Choices, solve
+from featherweight.core.solution import AnySolution
+from featherweight.core.solve import Choices
 from featherweight.errors import RequestError
 from featherweight.stream import norms
 from featherweight.stream.feed import (
@@ -35,39 +32,13 @@ from featherweight.stream.feed import (
     watch,
     working_copy,
 )
+from featherweight.stream.onelayer import LayerReport, report_row, solve_layer
 from featherweight.stream.unfold import InputSum, Layer, find_layers
 
 Passes = Literal["sequential", "one"]
+BatchNorms = Literal["shift", "reset", "keep"]
 Tell = Callable[[int, int, str], None]
 ROW = Grid(group_size=None)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One compressed weight.
-
-    Attributes:
-        name, kind, shape: of the first module that holds it; the shape is the parameter's own.
-        rule: what the weight obeys now.
-        loss: mean squared error of the layer's output, summed over outputs: tr(D H D^T) of the stored values, H as
-            measured; times `tokens` it is the sum over all inputs (patches) the layer saw.
-        relative_loss: the same over tr(W H W^T).
-        bits_per_weight: codes, scales, zeros and masks as a file needs them (pruned floats in the weight's own dtype).
-        sparsity: the share of weights that are zero.
-        tokens: inputs (for a convolution: patches) seen.
-        tied: other parameters that are the same weight, and so changed with it.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    rule: Rule
-    loss: float
-    relative_loss: float
-    bits_per_weight: float
-    sparsity: float
-    tokens: int
-    tied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +71,7 @@ def compress_module(
     skip: str | Sequence[str] = (),
     passes: Passes = "sequential",
     damping: float = 0.01,
-    batchnorm: bool = True,
+    batchnorm: BatchNorms = "shift",
     correct: bool = False,
     inplace: bool = False,
     tell: Tell | None = None,
@@ -118,7 +89,10 @@ def compress_module(
             the batches for each distinct input tensor); "one" takes all inputs from the dense module (one reading,
             but all Hessians in memory at once).
         damping: added to the diagonal of H, relative to its mean.
-        batchnorm: measure the running statistics of batch norms again on the compressed module.
+        batchnorm: "shift" moves the running statistics of batch norms by as much as compression moves those of the
+            batches; "reset" replaces them by those of the batches, as OBC does: best only where the batches are many
+            and are what the module was trained on; "keep" leaves them. Both measure batch by batch, so each batch
+            must hold several samples, of mixed classes.
         correct: give the outputs of every LayerNorm the dense module's mean and spread again, channel by channel, as
             OBC does; they are absorbed into its weight and bias.
         inplace: change `module` itself; otherwise a deep copy is changed and `module` is left as it is. After an
@@ -131,6 +105,8 @@ def compress_module(
     check_batches(batches)
     if passes not in ("sequential", "one"):
         raise RequestError(f'passes must be "sequential" or "one", not {passes!r}.')
+    if batchnorm not in ("shift", "reset", "keep"):
+        raise RequestError(f'batchnorm must be "shift", "reset" or "keep", not {batchnorm!r}.')
     working = module if inplace else working_copy(module)
     plan = _plan(working, rule, rules or {}, [skip] if isinstance(skip, str) else list(skip))
     job = _Job(working, batches, plan, choices or Choices(), damping, tell or (lambda done, total, what: None))
@@ -231,21 +207,23 @@ class _Job:
         self.solutions: dict[str, AnySolution] = {}
         self.report: list[LayerReport] = []
 
-    def run(self, passes: Passes, batchnorm: bool, correct: bool) -> ModuleResult:
+    def run(self, passes: Passes, batchnorm: BatchNorms, correct: bool) -> ModuleResult:
         layer_norms = norms.layer_norms(self.module) if correct else {}
-        batch_norms = norms.batch_norms(self.module) if batchnorm else []
+        batch_norms = [] if batchnorm == "keep" else norms.batch_norms(self.module)
         keys: dict[nn.Module, str] = {child: layer.name for layer in self.plan.layers for child in layer.modules}
         keys |= {norm: f"norm {name}" for name, norm in layer_norms.items()}
         seen = watch(self.feed, keys)
         self._all_reached(seen)
         moments = norms.norm_moments(self.feed, layer_norms) if correct else {}
         dense = {name: found.values() for name, found in moments.items()}
+        shifts = batch_norms and batchnorm == "shift"
+        statistics = norms.batch_statistics(self.feed, batch_norms) if shifts else None
         for stage in _stages(seen, self.layers, passes):
             sums = self._collect(stage, seen)
             for name in stage:
                 self._solve(self.layers[name], *sums.pop(name))
         if batch_norms:
-            norms.measure_batch_norms(self.feed, batch_norms)
+            norms.update_batch_norms(batch_norms, norms.batch_statistics(self.feed, batch_norms), statistics)
         if correct:
             single = {name for name in layer_norms if f"norm {name}" in seen.single}
             norms.correct_layer_norms(self.feed, layer_norms, dense, single)
@@ -296,10 +274,10 @@ class _Job:
         self.tell(len(self.report), len(self.layers), layer.name)
         rule = self.plan.rules[layer.name]
         problem = LayerProblem(layer.matrix(), hessian, tokens, self.damping, layer.name)
-        solution = _solved(problem, rule, self.choices)
+        solution = solve_layer(problem, rule, self.choices)
         layer.put(solution.values())
         self.solutions[layer.name] = solution
-        self.report.append(_row(layer, problem, solution, rule))
+        self.report.append(report_row(layer, problem, solution, rule))
         self.tell(len(self.report), len(self.layers), layer.name)
 
 
@@ -312,71 +290,3 @@ def _stages(seen: Sightings, layers: Mapping[str, Layer], passes: Passes) -> lis
     for name in names:
         stages.setdefault(seen.group[name], []).append(name)
     return list(stages.values())
-
-
-def _solved(problem: LayerProblem, rule: Rule, choices: Choices) -> AnySolution:
-    """The solution of one layer; problems with a leading axis one by one where the method takes no such axis."""
-    greedy = choices.method == "obq" and not isinstance(rule, Pattern)
-    masked = not isinstance(rule, Grid) and choices.method != "rtn" and (choices.mask != "admm" or choices.swaps > 0)
-    if problem.weight_RC.dim() == 2 or not (greedy or masked):
-        return solve(problem, rule, choices)
-    parts = [
-        solve(replace(problem, weight_RC=weight_RC, hessian_CC=hessian_CC), rule, choices)
-        for weight_RC, hessian_CC in zip(problem.weight_RC, problem.hessian_CC, strict=True)
-    ]
-    return _stacked(parts)
-
-
-def _stacked(parts: Sequence[AnySolution]) -> AnySolution:
-    """Solutions of equal shape as one with a leading axis; the damping is the largest of theirs."""
-
-    def stack(field: str) -> Tensor:
-        return torch.stack([getattr(part, field) for part in parts])
-
-    first, damping = parts[0], max(part.damping for part in parts)
-    if isinstance(first, SparseSolution):
-        fields = {name: stack(name) for name in ("values_RC", "keep_RC", "loss_R")}
-    else:
-        fields = {name: stack(name) for name in ("codes_RC", "scales_RG", "zeros_RG", "loss_R")}
-        if first.keep_RC is not None:
-            fields["keep_RC"] = stack("keep_RC")
-    return replace(first, damping=damping, **fields)  # type: ignore[arg-type]
-
-
-def _row(layer: Layer, problem: LayerProblem, solution: AnySolution, rule: Rule) -> LayerReport:
-    """The report of a layer whose weight holds the solution's values by now."""
-    stored_RC = layer.matrix()
-    loss = float(loss_R(problem, stored_RC).double().sum())
-    energy = float(loss_R(problem, torch.zeros_like(stored_RC)).double().sum())
-    dtype = layer.parameter.dtype
-    return LayerReport(
-        layer.name,
-        layer.kind,
-        tuple(layer.parameter.shape),
-        rule,
-        loss,
-        loss / energy if energy else 0.0,
-        stored_bits(solution, dtype),
-        float((stored_RC == 0).double().mean()),
-        problem.tokens,
-        layer.tied,
-    )
-
-
-def stored_bits(solution: AnySolution, dtype: torch.dtype) -> float:
-    """Bits per weight that a file needs: values or codes that are kept, their places, scales and zeros.
-
-    The places of N:M sparsity are indices of ceil(log2 M) bits (or a bit per weight, whichever is less), those of
-    unstructured sparsity a bit per weight (per block).
-    """
-    pattern = solution.pattern
-    kept = 1.0 if solution.keep_RC is None else float(solution.keep_RC.double().mean())
-    places = 0.0
-    if pattern is not None:
-        mask = 1.0 / pattern.block
-        places = min(mask, kept * (pattern.of - 1).bit_length()) if pattern.of else mask
-    if isinstance(solution, Solution):
-        scales = solution.scales_RG.numel() / solution.codes_RC.numel() * 8 * solution.scales_RG.dtype.itemsize
-        zeros = 0.0 if solution.grid.symmetric else solution.zeros_RG.numel() / solution.codes_RC.numel()
-        return kept * solution.grid.stored_bits + places + scales + zeros * solution.grid.stored_bits
-    return kept * 8 * dtype.itemsize + places

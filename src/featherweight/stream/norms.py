@@ -1,4 +1,4 @@
-"""Norms after compression: batch norms measure their statistics again, layer norms give back mean and spread.
+"""Norms after compression: batch norms follow the new statistics, layer norms are given back mean and spread.
 
 Shapes: D channels of a norm's output; all leading axes are tokens.
 """
@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from featherweight.errors import FallbackWarning
 from featherweight.stream.feed import Enough, Feed, hooked
 
+Statistics = tuple[Tensor, Tensor]
+
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     """The batch norms that keep running statistics."""
@@ -27,29 +29,51 @@ def layer_norms(module: nn.Module) -> dict[str, nn.LayerNorm]:
     return {name: norm for name, norm in found.items() if norm.weight is not None and norm.bias is not None}
 
 
-def measure_batch_norms(feed: Feed, norms: list[_BatchNorm]) -> None:
-    """OBC's batch norm reset: running mean and variance again, as cumulative averages over all batches.
+def batch_statistics(feed: Feed, norms: list[_BatchNorm]) -> list[Statistics | None]:
+    """Mean and variance of every norm's inputs, each batch normalised by itself, averaged over all batches.
 
-    A norm that no batch reaches keeps the statistics it had. (Measuring them layer by layer, between the solving of the
-    layers, was tried on ResNet-20 and is worse than doing it once at the end.)
+    None for a norm that no batch reaches. The norms keep the statistics they have.
     """
-    before = []
-    for norm in norms:
-        assert norm.running_mean is not None and norm.running_var is not None
-        before.append((norm, norm.momentum, norm.running_mean.clone(), norm.running_var.clone()))
+    before = [(norm, norm.momentum, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
+    found: list[Statistics | None] = []
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
         feed.run()
+        for norm in norms:
+            assert norm.running_mean is not None and norm.running_var is not None
+            reached = bool(norm.num_batches_tracked)
+            found.append((norm.running_mean.clone(), norm.running_var.clone()) if reached else None)
     finally:
-        for norm, momentum, mean, var in before:
+        for norm, momentum, buffers in before:
             norm.eval()
             norm.momentum = momentum
-            if not norm.num_batches_tracked and norm.running_mean is not None and norm.running_var is not None:
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(var)
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+    return found
+
+
+def update_batch_norms(
+    norms: list[_BatchNorm], now: list[Statistics | None], dense: list[Statistics | None] | None
+) -> None:
+    """Sets running statistics to those of the compressed module, or, with the dense module's, moves them as far as
+    compression moved these: mean + (now - dense), variance x now / dense.
+
+    The first is OBC's batch norm reset. The second does not take in how the batches differ from what the module was
+    trained on, and the chance in few of them cancels.
+    """
+    for number, norm in enumerate(norms):
+        new, old = now[number], None if dense is None else dense[number]
+        if new is None or norm.running_mean is None or norm.running_var is None:
+            continue
+        mean, var = new
+        if old is not None:
+            mean = norm.running_mean + (mean - old[0])
+            var = norm.running_var * torch.where(old[1] > 0, var / old[1].clamp(min=1e-30), torch.ones_like(var))
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
 
 
 class Moments:
