@@ -202,7 +202,7 @@ def test_a_copy_is_compressed_and_everything_is_put_back(small: Small) -> None:
     small.train()
     small.bn.eval()
     small.head.weight.requires_grad_(False)
-    result = featherweight.compress_module(small, BATCHES, ROW)
+    result = featherweight.compress_module(small, BATCHES, ROW, passes="sequential")
     assert_unchanged(small, before)
     assert [row.name for row in result.report] == ["stem", "left", "right", "twice", "head"] == list(result.solutions)
     assert result.module is not small and hooks_of(result.module) == 0
@@ -359,7 +359,7 @@ def test_an_exception_leaves_the_module_as_it_was(small: Small, inplace: bool) -
 
     small.train()
     with pytest.raises(KeyboardInterrupt):
-        compress_module(small, Failing(), inplace=inplace)
+        compress_module(small, Failing(), passes="sequential", inplace=inplace)
     assert small.training and small.bn.training
     assert_unchanged(small, before)
 

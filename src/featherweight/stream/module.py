@@ -69,7 +69,7 @@ def compress_module(
     *,
     rules: Mapping[str, Rule] | None = None,
     skip: str | Sequence[str] = (),
-    passes: Passes = "sequential",
+    passes: Passes = "one",
     damping: float = 0.01,
     batchnorm: BatchNorms = "shift",
     correct: bool = False,
@@ -79,15 +79,16 @@ def compress_module(
     """Quantizes or prunes every Linear, Conv1d, Conv2d, Conv3d and transformers Conv1D of a module.
 
     Args:
-        batches: read several times: each item a tensor, a tuple of arguments or a mapping of named arguments.
+        batches: read several times: each item a tensor, a tuple of arguments or a mapping of named arguments. Padding
+            counts like any other input: batch sequences of one length.
         rule: for all layers; the default is 4 bits with a scale for each row.
         choices: how layers are solved, see `core.solve.Choices`.
         rules: pattern -> rule, for layers that are to have another; the first pattern that matches a layer counts.
         skip: patterns of layers to leave dense. A pattern is a layer's name, the name of a module around it, or a
             regular expression for the whole name.
-        passes: "sequential" solves each layer on the inputs that the compressed layers before it make (a reading of
-            the batches for each distinct input tensor); "one" takes all inputs from the dense module (one reading,
-            but all Hessians in memory at once).
+        passes: "one" takes all inputs from the dense module (one reading, all Hessians in memory at once), as OBC does;
+            "sequential" solves each layer on the inputs that the compressed layers before it make (a reading for each
+            distinct input tensor, only its Hessian in memory).
         damping: added to the diagonal of H, relative to its mean.
         batchnorm: "shift" moves the running statistics of batch norms by as much as compression moves those of the
             batches; "reset" replaces them by those of the batches, as OBC does: best only where the batches are many
