@@ -294,13 +294,16 @@ def test_names_of_the_package() -> None:
 
 
 def test_solve_one_layer() -> None:
+    import featherweight as package
+
     generator = torch.Generator().manual_seed(0)
     weight_RC, x_TC = (torch.randn(shape, generator=generator) for shape in ((16, 64), (256, 64)))
     problem = LayerProblem(weight_RC, x_TC.T @ x_TC / 256)
-    solution = api.solve(problem, Grid(bits=4, group_size=32))
+    solution = package.solve(problem, Grid(bits=4, group_size=32))
     delta_RC = weight_RC - solution.values()
     assert solution.certificate == pytest.approx(float(((delta_RC @ problem.damped()) * delta_RC).sum()), rel=1e-3)
-    assert api.solve(problem, Grid(bits=4, group_size=32), rounds=0).certificate > solution.certificate
+    unpolished = package.solve(problem, Grid(bits=4, group_size=32), package.Choices(refine=0))
+    assert unpolished.certificate > solution.certificate
 
 
 # --- memory

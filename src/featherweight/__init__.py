@@ -2,7 +2,8 @@
 
 featherweight.compress(model, out, Recipe(bits=4))    a checkpoint folder in, a smaller one out
 featherweight.load(out)                               the compressed model as a transformers model
-featherweight.solve(problem, grid)                    one layer, from its weights and its inputs' Hessian
+featherweight.solve(problem, rule)                    one layer, from its weights and its inputs' Hessian
+featherweight.compress_module(module, batches, rule)  any nn.Module, with batches of your own
 
 With it imported, transformers' own `from_pretrained` loads sparse folders too (`transformers_hook` says how).
 """
@@ -14,33 +15,47 @@ from typing import TYPE_CHECKING, Any
 from featherweight.transformers_hook import install as _install
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "LayerProblem", "Recipe", "Solution", "compress", "load", "solve"]
+__all__ = [
+    "Choices",
+    "Grid",
+    "Joint",
+    "LayerProblem",
+    "Pattern",
+    "Recipe",
+    "Solution",
+    "SparseSolution",
+    "compress",
+    "compress_module",
+    "load",
+    "solve",
+]
 
 if TYPE_CHECKING:
-    from featherweight.api import compress, load, solve
+    from featherweight.api import compress, compress_module, load
     from featherweight.core.problem import LayerProblem
-    from featherweight.core.rules import Grid
-    from featherweight.core.solution import Solution
+    from featherweight.core.rules import Grid, Joint, Pattern
+    from featherweight.core.solution import Solution, SparseSolution
+    from featherweight.core.solve import Choices, solve
     from featherweight.recipe import Recipe
 
 _HOMES = {
-    "compress": "featherweight.api",
-    "load": "featherweight.api",
-    "solve": "featherweight.api",
-    "LayerProblem": "featherweight.core.problem",
-    "Grid": "featherweight.core.rules",
-    "Solution": "featherweight.core.solution",
-    "Recipe": "featherweight.recipe",
+    "featherweight.api": ("compress", "compress_module", "load"),
+    "featherweight.core.problem": ("LayerProblem",),
+    "featherweight.core.rules": ("Grid", "Joint", "Pattern"),
+    "featherweight.core.solution": ("Solution", "SparseSolution"),
+    "featherweight.core.solve": ("Choices", "solve"),
+    "featherweight.recipe": ("Recipe",),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Imports a name when it is asked for: `import featherweight` alone loads neither torch nor transformers."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'featherweight' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'featherweight' has no attribute {name!r}")
 
 
 _install()

@@ -10,11 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from featherweight import data, formats
-from featherweight.core.problem import LayerProblem
-from featherweight.core.refine import refine
-from featherweight.core.rules import Grid
-from featherweight.core.solution import Solution
-from featherweight.core.sweep import sweep
 from featherweight.errors import RequestError
 from featherweight.evaluate import bits_per_weight
 from featherweight.evaluate import evaluate as evaluate_model
@@ -28,6 +23,7 @@ from featherweight.stream.compress import Result
 from featherweight.stream.compress import compress as stream_compress
 from featherweight.stream.device import compute_dtype, pick_device
 from featherweight.stream.folder import journal_losses
+from featherweight.stream.module import compress_module as compress_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,11 +37,6 @@ def compress(
     `tell(done, total, what)` hears of the progress in blocks. Repeated on a half-done folder, it goes on there.
     """
     return stream_compress(model, out, recipe or Recipe(), device, tell)
-
-
-def solve(problem: LayerProblem, grid: Grid, rounds: int = Recipe.refine) -> Solution:
-    """One layer by the default method: the sweep in activation order, then `rounds` of descent."""
-    return refine(problem, sweep(problem, grid), rounds)
 
 
 def load(

@@ -1,0 +1,135 @@
+"""Norms after compression: batch norms follow the new statistics, layer norms are given back mean and spread.
+
+Shapes: D channels of a norm's output; all leading axes are tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from featherweight.errors import FallbackWarning
+from featherweight.stream.feed import Enough, Feed, hooked
+
+Statistics = tuple[Tensor, Tensor]
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep running statistics."""
+    return [child for child in module.modules() if isinstance(child, _BatchNorm) and child.running_mean is not None]
+
+
+def layer_norms(module: nn.Module) -> dict[str, nn.LayerNorm]:
+    """The layer norms that can take in a correction: those with a weight and a bias."""
+    found = {name: child for name, child in module.named_modules() if isinstance(child, nn.LayerNorm)}
+    return {name: norm for name, norm in found.items() if norm.weight is not None and norm.bias is not None}
+
+
+def batch_statistics(feed: Feed, norms: list[_BatchNorm]) -> list[Statistics | None]:
+    """Mean and variance of every norm's inputs, each batch normalised by itself, averaged over all batches.
+
+    None for a norm that no batch reaches. The norms keep the statistics they have.
+    """
+    before = [(norm, norm.momentum, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
+    found: list[Statistics | None] = []
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        feed.run()
+        for norm in norms:
+            assert norm.running_mean is not None and norm.running_var is not None
+            reached = bool(norm.num_batches_tracked)
+            found.append((norm.running_mean.clone(), norm.running_var.clone()) if reached else None)
+    finally:
+        for norm, momentum, buffers in before:
+            norm.eval()
+            norm.momentum = momentum
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+    return found
+
+
+def update_batch_norms(
+    norms: list[_BatchNorm], now: list[Statistics | None], dense: list[Statistics | None] | None
+) -> None:
+    """Sets running statistics to those of the compressed module, or, with the dense module's, moves them as far as
+    compression moved these: mean + (now - dense), variance x now / dense.
+
+    The first is OBC's batch norm reset. The second does not take in how the batches differ from what the module was
+    trained on, and the chance in few of them cancels.
+    """
+    for number, norm in enumerate(norms):
+        new, old = now[number], None if dense is None else dense[number]
+        if new is None or norm.running_mean is None or norm.running_var is None:
+            continue
+        mean, var = new
+        if old is not None:
+            mean = norm.running_mean + (mean - old[0])
+            var = norm.running_var * torch.where(old[1] > 0, var / old[1].clamp(min=1e-30), torch.ones_like(var))
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+
+
+class Moments:
+    """Mean and standard deviation of every channel of one norm's outputs."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self.axes = len(norm.normalized_shape)
+        self.sums_2D: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, output: Tensor) -> None:
+        y_TD = output.double().flatten(0, -self.axes - 1) if output.dim() > self.axes else output.double().unsqueeze(0)
+        part_2D = torch.stack([y_TD.sum(0), y_TD.square().sum(0)])
+        self.sums_2D = part_2D if self.sums_2D is None else self.sums_2D + part_2D
+        self.tokens += y_TD.shape[0]
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        assert self.sums_2D is not None
+        mean_D, square_D = self.sums_2D / self.tokens
+        return mean_D, (square_D - mean_D.square()).clamp(min=0).sqrt()
+
+
+def norm_moments(feed: Feed, norms: Mapping[str, nn.LayerNorm], stop: bool = False) -> dict[str, Moments]:
+    """The moments of norms that the batches reach, in order of their first call; `stop` ends a pass at the first."""
+    moments: dict[str, Moments] = {}
+
+    def heard(name: str, norm: nn.LayerNorm) -> Callable[[Tensor], None]:
+        def hear(output: Tensor) -> None:
+            moments.setdefault(name, Moments(norm)).add(output)
+            if stop:
+                raise Enough
+
+        return hear
+
+    with hooked({}, {norm: heard(name, norm) for name, norm in norms.items()}):
+        feed.run()
+    return moments
+
+
+def correct_layer_norms(
+    feed: Feed, norms: Mapping[str, nn.LayerNorm], dense: Mapping[str, tuple[Tensor, Tensor]], single: set[str]
+) -> None:
+    """OBC's mean and variance correction: every norm's output gets the dense model's mean and spread, channel by
+    channel, norm after norm in order of execution.
+
+    y' = (y - mean) spread_dense / spread + mean_dense is absorbed: weight' = weight r, bias' = (bias - mean) r +
+    mean_dense. A norm in `single` is called once a batch, so a pass can end there.
+    """
+    for name, (mean_dense_D, spread_dense_D) in dense.items():
+        norm = norms[name]
+        mean_D, spread_D = norm_moments(feed, {name: norm}, name in single)[name].values()
+        ratio_D = torch.where(spread_D > 1e-9, spread_dense_D / spread_D.clamp(min=1e-9), torch.ones_like(spread_D))
+        if not bool(torch.isfinite(ratio_D).all()):
+            warnings.warn(f"{name}: its outputs are not finite, so it is not corrected", FallbackWarning, stacklevel=2)
+            continue
+        shift_D = (norm.bias.double() - mean_D) * ratio_D + mean_dense_D
+        with torch.no_grad():
+            norm.weight.mul_(ratio_D.to(norm.weight.dtype))
+            norm.bias.copy_(shift_D)
