@@ -24,7 +24,7 @@ from featherweight.stream.sensitivity import calibrate, measure, quick
 DATABASE = "sensitivity.jsonl"
 PROBE_WINDOWS, PROBE_TOKENS = 4, 256  # of the calibration text, that losses are turned into nats on
 SPARSITIES = tuple(n / 20 for n in range(20))
-HEADER_BYTES = 100  # of a tensor in a shard's header, its name apart
+HEADER_BYTES = 84  # of a tensor in a shard's header, its name apart: no less, and seldom 20 more
 SHARD_BYTES = 64
 
 
@@ -53,7 +53,7 @@ def allocated_rules(
         data.bos_of(tokenizer),
     )
     database = calibrate(path, database, windows_ST, recipe, options, device, choices, tell)
-    fixed = fixed_bytes(tree, len(format.suffixes(_any_rule(options)))) if unit == "bytes" else 0
+    fixed = fixed_bytes(tree, format.suffixes(_any_rule(options))) if unit == "bytes" else 0
     found = allocate(database.layers(), amount, unit, fixed)
     rules = {option.label: option.rule for option in options}
     chosen: dict[str, Rule] = {}
@@ -64,12 +64,12 @@ def allocated_rules(
     return chosen
 
 
-def fixed_bytes(tree: ModelTree, tensors: int) -> int:
-    """What the shards hold besides the packed matrices (`tensors` each): other tensors, and all headers, no less."""
+def fixed_bytes(tree: ModelTree, suffixes: tuple[str, ...]) -> int:
+    """What the shards hold besides the packed matrices' bytes: other tensors, and all headers, no less."""
     weights = {matrix.weight for matrix in tree.matrices}
     names = [name for name in tree.checkpoint.names if name not in weights]
     headers = [len(name) + HEADER_BYTES for name in names]
-    headers += [tensors * (len(matrix.name) + len("weight_zero_point") + HEADER_BYTES) for matrix in tree.matrices]
+    headers += [len(f"{m.name}.{suffix}") + HEADER_BYTES for m in tree.matrices for suffix in suffixes]
     return sum(map(tree.checkpoint.nbytes, names)) + sum(headers) + SHARD_BYTES * (len(tree.blocks) + 1)
 
 

@@ -63,7 +63,8 @@ def compress(
     tree = trees.build(checkpoint)
     recipe = recipe.but(tokens=window_length(recipe, tree))
     job = _Job(tree, recipe, torch_device, Path(out), tell or (lambda done, total, what: None))
-    job.check()
+    if recipe.budget is None:
+        job.check()
     folder = OutputFolder(Path(out), len(tree.blocks))
     with folder.locked():
         ids_ST = calibration_ids(checkpoint.path, recipe)
@@ -99,7 +100,7 @@ class _Job:
             self.check()
 
     def check(self) -> None:
-        """Everything that can be refused before any work is done."""
+        """Everything that can be refused before any work is done; with a budget, the rules come later."""
         for matrix in self.tree.matrices:
             self.format.check(matrix.name, matrix.rows, matrix.columns, self.rules[matrix.name])
 
