@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 from featherweight.errors import RequestError
 from featherweight.recipe import Recipe
@@ -47,7 +48,8 @@ def papers_gptq_mse() -> Recipe:
 
 def papers_sparsegpt() -> Recipe:
     """SparseGPT as published: half of each 128-column slab, 1 % damping, no second solve; with bits, min-max by row."""
-    return papers_gptq().but(sparsity="0.5", bits=16, mask="sparsegpt", resolve=0, symmetric=False, order="natural")
+    plain = replace(papers_gptq(), group_size=None, symmetric=False, order="natural")
+    return plain.but(sparsity="0.5", bits=16, mask="sparsegpt", resolve=0)
 
 
 RECIPES = {
