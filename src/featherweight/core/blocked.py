@@ -22,7 +22,7 @@ from featherweight.core.problem import Factor, LayerProblem
 from featherweight.core.rules import Grid, Pattern
 from featherweight.core.solution import Solution, SparseSolution
 
-SLAB = 512  # the loss is within 1 % of the exact greedy's from here on (docs/log.md)
+SLAB = 512  # what a slab costs against the whole: docs/log.md
 SolveSlab = Callable[[LayerProblem, Factor, slice], Tensor]
 
 
