@@ -54,7 +54,7 @@ def obeys(keep_RC: Tensor, pattern: Pattern) -> bool:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_masks_obey_their_pattern_and_beat_the_sweep(pattern: Pattern) -> None:
     problem = layer(16, 64)
-    keep_RC = choose(problem, pattern)
+    keep_RC = choose(problem, pattern).keep_RC
     assert obeys(keep_RC, pattern)
     ours = least_squares(problem, keep_RC, pattern, 0.01).certificate
     swept = prune(problem, pattern)
@@ -65,8 +65,8 @@ def test_masks_of_stacked_layers_are_those_of_each() -> None:
     parts = [random_layer(6, 32, seed) for seed in range(3)]
     stacked = LayerProblem(torch.stack([w for w, _ in parts]), torch.stack([h for _, h in parts]), damping=0.01)
     for pattern in (HALF, TWO_OF_FOUR):
-        each = [choose(LayerProblem(w, h, damping=0.01), pattern) for w, h in parts]
-        assert torch.equal(choose(stacked, pattern), torch.stack(each))
+        each = [choose(LayerProblem(w, h, damping=0.01), pattern).keep_RC for w, h in parts]
+        assert torch.equal(choose(stacked, pattern).keep_RC, torch.stack(each))
 
 
 def test_masks_are_near_the_best_there_is() -> None:

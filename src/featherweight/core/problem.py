@@ -26,6 +26,12 @@ class Factor:
     order_C: Tensor
     damping: float
 
+    def inverse(self) -> Tensor:
+        """inv(H damped), C x C, in the layer's own column order."""
+        inverse_CC = self.upper_CC.mT @ self.upper_CC
+        back_C = torch.argsort(self.order_C, -1)
+        return permuted(inverse_CC, back_C)
+
     def solve(self, rows_RC: Tensor) -> Tensor:
         """rows inv(H damped), for rows in the layer's own column order."""
         order_RC = self.order_C.unsqueeze(-2).expand_as(rows_RC)

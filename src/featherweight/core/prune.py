@@ -119,10 +119,10 @@ def _unstructured(worth_NR: Tensor, pattern: Pattern, scope: Scope) -> Tensor:
     kept_NR = torch.ones_like(worth_NR, dtype=torch.bool)
     if scope == "row":
         zeros = round(pattern.sparsity * worth_NR.shape[0])
-        kept_NR.scatter_(0, worth_NR.topk(zeros, 0, largest=False).indices, False)
+        kept_NR.scatter_(0, worth_NR.topk(zeros, 0, largest=False, sorted=False).indices, False)
     else:
         zeros = round(pattern.sparsity * worth_NR.numel())
-        kept_NR.view(-1)[worth_NR.flatten().topk(zeros, largest=False).indices] = False
+        kept_NR.view(-1)[worth_NR.flatten().topk(zeros, largest=False, sorted=False).indices] = False
     return kept_NR.repeat_interleave(pattern.block, 0)
 
 
@@ -143,7 +143,7 @@ def _sweep_slab(
         now_MR = torch.addmm(weight_NR[group], upper_NN[:start, group].T, error_NR[:start], alpha=-1)
         if choosing:
             worth_MR = now_MR.square() * price_N[group, None]
-            gone_MR = worth_MR.topk(choosing.of - choosing.keep, 0, largest=False).indices
+            gone_MR = worth_MR.topk(choosing.of - choosing.keep, 0, largest=False, sorted=False).indices
             kept_NR[group] = torch.ones_like(now_MR, dtype=torch.bool).scatter_(0, gone_MR, False)
         for inside in range(width):
             j = start + inside

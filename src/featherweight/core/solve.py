@@ -37,7 +37,8 @@ class Choices:
             (|w| times its input, row by row) or "obs" (greedy, slow).
         order, scales_from: see `sweep`.
         refine: rounds of descent after rounding.
-        resolve: steps of conjugate gradients on the weights that are kept; 0 leaves them as the mask's method does.
+        resolve: steps of conjugate gradients on the weights that are kept (at most 4 after ADMM, which begins near the
+            answer); 0 leaves them as the mask's method does.
         swaps: rounds of exchanging kept for pruned weights after that.
         lowest_zero: the smallest zero the file format can hold.
         value_dtype: what floats are stored in; pruned weights are rounded to it at the end. None leaves them.
@@ -66,7 +67,7 @@ def solve(
     if isinstance(rule, Grid):
         return _rounded(problem, rule, choices, factor)
     if isinstance(rule, Pattern):
-        return _as_stored(problem, _pruned(problem, rule, choices), choices.value_dtype)
+        return _as_stored(problem, _pruned(problem, rule, choices, factor), choices.value_dtype)
     if choices.mask == "sparsegpt" and not choices.resolve:
         solution = prune_and_round(problem, rule, lowest_zero=choices.lowest_zero)
         return refine(problem, solution, choices.refine)
@@ -86,22 +87,23 @@ def _rounded(problem: LayerProblem, grid: Grid, choices: Choices, factor: Factor
     return refine(problem, solution, choices.refine)
 
 
-def _pruned(problem: LayerProblem, pattern: Pattern, choices: Choices) -> SparseSolution:
+def _pruned(problem: LayerProblem, pattern: Pattern, choices: Choices, factor: Factor | None) -> SparseSolution:
     pattern.check(problem.weight_RC.shape[-1], problem.name)
     if choices.method == "rtn":
         keep_RC = support.best_mask(problem.weight_RC.square(), pattern)
         return support.masked(problem, keep_RC, pattern, problem.damping)
+    factor = factor or problem.factor("natural")
+    steps = choices.resolve
     if choices.mask == "obs":
         exact = problem.weight_RC.shape[-1] <= EXACT_COLUMNS
         solution = obs(problem, pattern) if exact else obs_by_slabs(problem, pattern)
     elif choices.mask == "admm":
-        keep_RC = support.choose(problem, pattern)
-        solution = support.masked(problem, keep_RC, pattern, problem.factor("natural").damping)
+        solution, steps = support.choose(problem, pattern, factor), min(choices.resolve, support.WARM_STEPS)
     else:
         wanda = choices.mask == "wanda"
         solution = prune(problem, pattern, "wanda" if wanda else "obs", "row" if wanda else "slab")
-    solution = support.resolve(problem, solution, choices.resolve)
-    return support.swap(problem, solution, choices.swaps) if choices.swaps else solution
+    solution = support.resolve(problem, solution, steps, factor)
+    return support.swap(problem, solution, choices.swaps, factor) if choices.swaps else solution
 
 
 def _joint(problem: LayerProblem, rule: Joint, choices: Choices, factor: Factor | None) -> Solution:
@@ -111,7 +113,7 @@ def _joint(problem: LayerProblem, rule: Joint, choices: Choices, factor: Factor 
     what was pruned. With V the result, tr((W-V) H (W-V)^T) = that of W-V* + that of V*-V + 2 tr((W-V*) H (V*-V)^T); the
     last term is zero where V* is exact, and is added where it is not.
     """
-    pruned = _pruned(problem, rule.pattern, choices)
+    pruned = _pruned(problem, rule.pattern, choices, factor)
     from_pruned = replace(problem, weight_RC=pruned.values_RC)
     if choices.method == "rtn":
         rounded = replace(round_to_nearest(from_pruned, rule.grid, choices.lowest_zero), keep_RC=pruned.keep_RC)

@@ -21,34 +21,44 @@ from featherweight.core.solution import SparseSolution
 
 PENALTIES = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)  # of disagreeing, relative to the mean diagonal of H; one Cholesky each
 ROUNDS = 5  # at each penalty
-STEPS = 10  # of conjugate gradients: within 0.1 % of the exact answer on every real layer tried
+STEPS = 10  # of conjugate gradients from a sweep's values: within 0.1 % of the exact answer on every real layer tried
+WARM_STEPS = 4  # from ADMM's values, for as much (docs/log.md)
 SAMPLE = 1 << 15  # weights that the threshold of a round is read off
 PAIRED = 8  # the largest group whose pairs are compared
 CANDIDATES = 16  # weights of a row that may leave, and as many that may come, in one round of swaps
 
 
-def choose(problem: LayerProblem, pattern: Pattern) -> Tensor:
-    """The mask (bool, R x C, True is kept) that ADMM settles on; unstructured sparsity competes over the whole layer.
+def choose(problem: LayerProblem, pattern: Pattern, factor: Factor | None = None) -> SparseSolution:
+    """The mask that ADMM settles on, with the values it has there by then; unstructured zeros compete over the layer.
 
-    Raises RequestError where the pattern does not fit the columns, and as `problem.factor` does.
+    With B the fit to the layer, Z what obeys the pattern and U the sum of their differences, a round is
+    B = (W H + p (Z - U)) inv(H + p), T = U + B, Z = the best part of T, U = the rest of it.
+    `factor` is the problem's in any order, where the caller has it. Raises RequestError where the pattern does not fit
+    the columns, and as `problem.factor` does.
     """
     pattern.check(problem.weight_RC.shape[-1], problem.name)
-    damped_CC = problem.damped(problem.factor("natural").damping)
+    damping = (factor or problem.factor("natural")).damping
+    damped_CC = problem.damped(damping)
     size_C = damped_CC.diagonal(dim1=-2, dim2=-1).sqrt()
     hessian_CC = damped_CC / (size_C.unsqueeze(-1) * size_C.unsqueeze(-2))  # inputs of one size: penalties weigh alike
-    goal_RC = (problem.weight_RC * size_C.unsqueeze(-2)) @ hessian_CC
-    sparse_RC = problem.weight_RC * size_C.unsqueeze(-2)
-    sparse_RC = sparse_RC * best_mask(sparse_RC.square(), pattern)
-    dispute_RC = torch.zeros_like(sparse_RC)
+    start_RC = problem.weight_RC * size_C.unsqueeze(-2)
+    goal_RC = start_RC @ hessian_CC
+    keep_RC = best_mask(start_RC.square(), pattern)
+    both_RC = start_RC * keep_RC  # T
     identity_CC = torch.eye(hessian_CC.shape[-1], dtype=hessian_CC.dtype, device=hessian_CC.device)
+    pull_RC, fitted_RC = torch.empty_like(both_RC), torch.empty_like(both_RC)
     for penalty in PENALTIES:
         inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(hessian_CC + penalty * identity_CC))
         for _ in range(ROUNDS):
-            fitted_RC = (goal_RC + penalty * (sparse_RC - dispute_RC)) @ inverse_CC
-            dispute_RC = dispute_RC + fitted_RC
-            sparse_RC = dispute_RC * nearly_best_mask(dispute_RC.square(), pattern)
-            dispute_RC = dispute_RC - sparse_RC
-    return best_mask((sparse_RC + dispute_RC).square(), pattern)
+            torch.neg(both_RC, out=pull_RC)  # Z - U is T where it is kept and -T elsewhere
+            torch.where(keep_RC, both_RC, pull_RC, out=pull_RC)
+            torch.add(goal_RC, pull_RC, alpha=penalty, out=pull_RC)
+            torch.matmul(pull_RC, inverse_CC, out=fitted_RC)
+            both_RC.masked_fill_(keep_RC, 0.0).add_(fitted_RC)
+            keep_RC = nearly_best_mask(torch.square(both_RC, out=fitted_RC), pattern)
+    keep_RC = best_mask(both_RC.square(), pattern)
+    values_RC = both_RC * keep_RC / size_C.unsqueeze(-2)
+    return SparseSolution(values_RC, keep_RC, pattern, _loss_R(problem.weight_RC, damped_CC, values_RC), damping)
 
 
 def best_mask(worth_RC: Tensor, pattern: Pattern) -> Tensor:
@@ -58,7 +68,7 @@ def best_mask(worth_RC: Tensor, pattern: Pattern) -> Tensor:
     block_RN = worth_RC.unflatten(-1, (-1, pattern.block)).sum(-1).flatten(-2)
     zeros = round(pattern.sparsity * block_RN.shape[-1])
     keep_RN = torch.ones_like(block_RN, dtype=torch.bool)
-    keep_RN.scatter_(-1, block_RN.topk(zeros, -1, largest=False).indices, False)
+    keep_RN.scatter_(-1, block_RN.topk(zeros, -1, largest=False, sorted=False).indices, False)
     keep_RC: Tensor = keep_RN.unflatten(-1, (worth_RC.shape[-2], -1)).repeat_interleave(pattern.block, -1)
     return keep_RC
 
@@ -98,20 +108,22 @@ def resolve(
     if not steps:
         return solution
     hessian_CC, keep_RC = problem.damped(solution.damping), solution.keep_RC
-    factor = factor or problem.factor("natural")
+    inverse_CC = (factor or problem.factor("natural")).inverse()
     values_RC = solution.values_RC
-    residual_RC = ((problem.weight_RC - values_RC) @ hessian_CC) * keep_RC
-    toward_RC = conditioned_RC = factor.solve(residual_RC) * keep_RC
+    residual_RC = ((problem.weight_RC - values_RC) @ hessian_CC).mul_(keep_RC)
+    toward_RC = conditioned_RC = (residual_RC @ inverse_CC).mul_(keep_RC)
     progress_R1 = (residual_RC * conditioned_RC).sum(-1, keepdim=True)
     tiny = torch.finfo(values_RC.dtype).tiny
-    for _ in range(steps):
-        bent_RC = (toward_RC @ hessian_CC) * keep_RC
+    for step in range(steps):
+        bent_RC = (toward_RC @ hessian_CC).mul_(keep_RC)
         stride_R1 = progress_R1 / (toward_RC * bent_RC).sum(-1, keepdim=True).clamp(min=tiny)
-        values_RC = values_RC + stride_R1 * toward_RC
-        residual_RC = residual_RC - stride_R1 * bent_RC
-        conditioned_RC = factor.solve(residual_RC) * keep_RC
+        values_RC = torch.addcmul(values_RC, stride_R1, toward_RC)
+        if step + 1 == steps:
+            break
+        residual_RC.addcmul_(stride_R1, bent_RC, value=-1)
+        conditioned_RC = (residual_RC @ inverse_CC).mul_(keep_RC)
         before_R1, progress_R1 = progress_R1, (residual_RC * conditioned_RC).sum(-1, keepdim=True)
-        toward_RC = conditioned_RC + progress_R1 / before_R1.clamp(min=tiny) * toward_RC
+        toward_RC = torch.addcmul(conditioned_RC, progress_R1 / before_R1.clamp(min=tiny), toward_RC)
     return better_rows(problem, solution, replace(solution, values_RC=values_RC))
 
 
