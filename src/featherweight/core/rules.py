@@ -151,6 +151,11 @@ class Joint:
 Rule = Grid | Pattern | Joint
 
 
+def parts(rule: Rule | None) -> tuple[Grid | None, Pattern | None]:
+    """The grid and the pattern of a rule, None for what it does not have; no rule at all has neither."""
+    return (None, None) if rule is None else (grid_of(rule), pattern_of(rule))
+
+
 def grid_of(rule: Rule) -> Grid | None:
     """The grid of a rule; None where weights stay floats."""
     return rule.grid if isinstance(rule, Joint) else rule if isinstance(rule, Grid) else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featherweight.core.rules import parts
 from featherweight.errors import RequestError
 from featherweight.formats.base import AnySolution, Format, Grid, Rule, Rules, Solution
 from featherweight.formats.compressed_tensors import CompressedTensors
 from featherweight.formats.dense import Dense
 from featherweight.formats.gptq import Gptq
-from featherweight.formats.rules import parts
 from featherweight.formats.sparse import Sparse
 
 __all__ = ["FORMATS", "AnySolution", "Format", "Grid", "Rule", "Rules", "Solution", "by_name", "from_config", "parts"]

@@ -119,6 +119,16 @@ class Format(ABC):
         """
 
 
+def check_grid(format: str, name: str, columns: int, grid: Grid) -> None:
+    """Raises RequestError where the groups do not divide the columns or scales are of a dtype that is not stored."""
+    grid.width(columns, name)
+    if grid.scale_dtype not in SCALE_DTYPES:
+        raise RequestError(
+            f"{name} has {grid.scale_dtype} scales, and {format} stores {', '.join(map(str, SCALE_DTYPES))}: "
+            "use the model's dtype."
+        )
+
+
 def as_stored(grid: Grid, scale_dtype: torch.dtype) -> Grid:
     """The grid a file can speak of: ternary is stored as (and read as) two bits."""
     return replace(grid, bits=grid.stored_bits, scale_dtype=scale_dtype)

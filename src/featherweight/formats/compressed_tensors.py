@@ -28,7 +28,7 @@ from featherweight.codec import pack_dense, unpack_dense, words_for
 from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import RequestError
-from featherweight.formats.base import SCALE_DTYPES, THE_MATRIX, Format, require_codes, solution_of, take
+from featherweight.formats.base import THE_MATRIX, Format, check_grid, require_codes, solution_of, take
 from featherweight.formats.rules import CONFIG, Claim, Rules, grouped, require_grid
 
 EVERY_LINEAR = "Linear"
@@ -44,13 +44,7 @@ class CompressedTensors(Format):
     name: str = "compressed-tensors"
 
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
-        grid = require_grid(self.name, rule, name)
-        grid.width(columns, name)
-        if grid.scale_dtype not in SCALE_DTYPES:
-            raise RequestError(
-                f"{name} has {grid.scale_dtype} scales, and {self.name} stores {', '.join(map(str, SCALE_DTYPES))}: "
-                "use the model's dtype."
-            )
+        check_grid(self.name, name, columns, require_grid(self.name, rule, name))
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         return model_dtype

@@ -16,11 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from featherweight.core.rules import Grid, Pattern, Rule
+from featherweight.core.rules import Grid, Pattern, Rule, parts
 from featherweight.core.solution import AnySolution, SparseSolution
 from featherweight.errors import RequestError
 from featherweight.formats.base import SCALE_DTYPES, THE_MATRIX, Format, Rules, require_two_axes, take
-from featherweight.formats.rules import parts
 
 
 @dataclass(frozen=True)

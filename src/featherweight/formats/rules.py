@@ -6,16 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from featherweight.core.rules import Grid, Joint, Pattern, Rule, grid_of, pattern_of
+from featherweight.core.rules import Grid, Joint, Pattern, Rule, grid_of
 from featherweight.errors import RequestError
 
 CONFIG = "quantization_config"
 REGEX = "re:"
-
-
-def parts(rule: Rule) -> tuple[Grid | None, Pattern | None]:
-    """The grid and the pattern of a rule, None for what it does not have."""
-    return grid_of(rule), pattern_of(rule)
 
 
 def stored_grid(grid: Grid) -> Grid:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from featherweight.codec import pack_dense, pack_flags, unpack_dense, unpack_flags, words_for
-from featherweight.core.rules import Grid, Joint, Pattern, Rule
+from featherweight.core.rules import Grid, Joint, Pattern, Rule, parts
 from featherweight.core.solution import AnySolution, Solution, SparseSolution
 from featherweight.errors import RequestError
 from featherweight.formats import sparse_config
@@ -35,11 +35,12 @@ from featherweight.formats.base import (
     THE_MATRIX,
     Format,
     as_stored,
+    check_grid,
     require_storable,
     require_two_axes,
     take,
 )
-from featherweight.formats.rules import Rules, parts
+from featherweight.formats.rules import Rules
 
 FLOATS = SCALE_DTYPES
 DAMAGED = "the file is damaged: download or write it again."
@@ -55,14 +56,8 @@ class Sparse(Format):
         grid, pattern = parts(rule)
         if pattern is not None:
             pattern.check(columns, name)
-        if grid is None:
-            return
-        grid.width(columns, name)
-        if grid.scale_dtype not in FLOATS:
-            raise RequestError(
-                f"{name} has {grid.scale_dtype} scales, and {self.name} stores {', '.join(map(str, FLOATS))}: "
-                "use the model's dtype."
-            )
+        if grid is not None:
+            check_grid(self.name, name, columns, grid)
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         return model_dtype

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featherweight.core.rules import Grid, Joint, Pattern, Rule
+from featherweight.core.rules import Grid, Joint, Pattern, Rule, parts
 from featherweight.errors import RequestError
-from featherweight.formats.rules import CONFIG, Claim, Rules, grouped, parts
+from featherweight.formats.rules import CONFIG, Claim, Rules, grouped
 
 METHOD = "featherweight"
 VERSION = 1

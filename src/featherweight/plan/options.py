@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from featherweight.core.rules import Grid, Joint, Pattern, Rule, Search
+from featherweight.core.rules import Grid, Joint, Pattern, Rule, Search, parts
 from featherweight.errors import RequestError
 
 Layout = Callable[[Rule | None, int, int], int]
@@ -94,7 +94,7 @@ class Option:
     def fits(self, columns: int) -> bool:
         """Whether its groups and patterns divide the columns."""
         try:
-            grid, pattern = _parts(self.rule)
+            grid, pattern = parts(self.rule)
             if grid is not None:
                 grid.width(columns)
             if pattern is not None:
@@ -104,15 +104,9 @@ class Option:
         return True
 
 
-def _parts(rule: Rule | None) -> tuple[Grid | None, Pattern | None]:
-    if isinstance(rule, Joint):
-        return rule.grid, rule.pattern
-    return (rule, None) if isinstance(rule, Grid) else (None, rule)
-
-
 def label_of(rule: Rule | None) -> str:
     """ "4b-g64", "3b-g128-asym", "8b-row", "50%", "2:4", "2:4+4b-g128", "dense"."""
-    grid, pattern = _parts(rule)
+    grid, pattern = parts(rule)
     names = []
     if pattern is not None:
         block = f"-b{pattern.block}" if pattern.block > 1 else ""

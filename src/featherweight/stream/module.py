@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from featherweight.core.problem import LayerProblem
-from featherweight.core.rules import Grid, Joint, Pattern, Rule
+from featherweight.core.rules import Grid, Rule, parts
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
 from featherweight.errors import RequestError
@@ -163,8 +163,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _check(layer: Layer, rule: Rule) -> None:
     """Raises RequestError where the rule does not fit the layer's inputs."""
-    grid = rule if isinstance(rule, Grid) else rule.grid if isinstance(rule, Joint) else None
-    pattern = rule if isinstance(rule, Pattern) else rule.pattern if isinstance(rule, Joint) else None
+    grid, pattern = parts(rule)
     if grid is not None and grid.group_size and layer.columns % grid.group_size:
         raise RequestError(
             f"{layer.name} has {layer.columns} inputs, which the group size {grid.group_size} does not divide: use "
