@@ -148,7 +148,7 @@ def test_through_the_command_line(source: Path, text: Path, tmp_path: Path) -> N
         ({"sparsity": "2:5", "bits": 16}, "64 inputs, which 2:5 sparsity does not divide"),
         ({"bits": 16}, "16 bits without sparsity leave nothing to do"),
         ({"sparsity": "0.5", "bits": 16, "format": "gptq"}, "sparse"),
-        ({"mask": "best"}, "mask must be admm or sparsegpt or wanda or obs, not 'best'"),
+        ({"mask": "best"}, "mask must be admm, sparsegpt, wanda or obs, not 'best'"),
         ({"guide": 2.0}, "guide must lie between 0 and 1, not 2.0"),
     ],
     ids=str,

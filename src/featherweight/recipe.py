@@ -91,7 +91,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise RequestError(f"{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}.")
+                known = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+                raise RequestError(f"{name} must be {known}, not {getattr(self, name)!r}.")
         if self.samples < 1:
             raise RequestError(f"samples must be 1 or more, not {self.samples}.")
         if self.tokens is not None and self.tokens < 2:
