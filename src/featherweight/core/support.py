@@ -18,6 +18,7 @@ from torch import Tensor
 from featherweight.core.problem import Factor, LayerProblem
 from featherweight.core.rules import Pattern
 from featherweight.core.solution import SparseSolution
+from featherweight.errors import RequestError
 
 PENALTIES = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)  # of disagreeing, relative to the mean diagonal of H; one Cholesky each
 ROUNDS = 5  # at each penalty
@@ -134,7 +135,12 @@ def swap(
 
     The pair is the best of the `CANDIDATES` cheapest to lose and the `CANDIDATES` most wanted, priced exactly with the
     other weights held; with N:M sparsity both must lie in one group. Counts of zeros stay as they are, row by row.
+    Raises RequestError for a pattern of blocks, which single weights would break up.
     """
+    if solution.pattern.block > 1:
+        raise RequestError(
+            f"{problem.name} has zeros in blocks of {solution.pattern.block}, and swaps move single weights: take 0."
+        )
     hessian_CC = problem.damped(solution.damping)
     for _ in range(rounds):
         keep_RC = _swapped(problem.weight_RC, hessian_CC, solution)
