@@ -127,7 +127,7 @@ def test_through_the_command_line(source: Path, text: Path, tmp_path: Path) -> N
     ("changes", "said"),
     [
         ({"average_bits": 1.0}, "cannot be met: these options reach from 2"),
-        ({"average_bits": 17.0}, "are more than the 16.0000 bits a weight of the model as it is"),
+        ({"average_bits": 17.0}, "are more than the 16.0000 bits a weight of the model in 16 bits"),
         ({"size_bytes": 10**9}, "are more than"),
         ({"size_bytes": 10**5, "average_bits": 4.0}, "2 budgets were given and 1 can be kept to"),
         ({"average_bits": 4.0, "sparsity": "0.5"}, "drop the sparsity"),

@@ -218,7 +218,7 @@ def test_other_budgets() -> None:
     [
         (19, "bytes", ["19 bytes cannot be met", "from 20 bytes to 80 bytes", "nearest that can is 20 bytes"]),
         (81, "bytes", ["81 bytes cannot be met", "nearest that can is 80 bytes"]),
-        (500, "bytes", ["500 bytes are more than the 320 bytes of the model as it is", "ask for 80 bytes or less"]),
+        (500, "bytes", ["500 bytes are more than the 320 bytes of the model in 16 bits", "ask for 80 bytes or less"]),
         (0.9, "bits", ["0.9000 bits a weight cannot", "from 1.0000 bits a weight to 4.0000", "is 1.0000 bits"]),
         (17, "bits", ["17.0000 bits a weight are more than the 16.0000"]),
         (

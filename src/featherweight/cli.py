@@ -169,7 +169,9 @@ def inspect(model: Model) -> None:
     from featherweight import api
 
     found = api.inspect(model)
-    columns = ("name", "shape", "bits", "group_size", "symmetric", "bytes", "loss")
+    columns = ["name", "shape", "bits", "group_size", "symmetric", "sparsity", "bytes", "loss"]
+    if all(row["sparsity"] is None for row in found["matrices"]):
+        columns.remove("sparsity")
     console.table(columns, [[row[column] for column in columns] for row in found["matrices"]], " x ")
     console.last_line(found)
 

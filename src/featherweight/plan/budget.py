@@ -156,7 +156,7 @@ class Task:
         units = self.units(budget)
         if dense is not None and budget > dense:
             raise RequestError(
-                f"{self.say(budget)} are more than the {self.say(dense)} of the model as it is: {span}; ask for "
+                f"{self.say(budget)} are more than the {self.say(dense)} of the model in 16 bits: {span}; ask for "
                 f"{self.say(most)} or less."
             )
         if units < self.floor or (units > self.ceiling and self.unit != "seconds"):
