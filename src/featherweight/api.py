@@ -13,7 +13,7 @@ from featherweight import data, formats
 from featherweight.errors import RequestError
 from featherweight.evaluate import bits_per_weight
 from featherweight.evaluate import evaluate as evaluate_model
-from featherweight.linear import CompressedLinear
+from featherweight.linear import CompressedEmbedding, CompressedLinear
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import build, checkpoint_dtype
@@ -58,6 +58,9 @@ def load(
     format, rules = formats.from_config(quantization)
 
     def replace(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        if isinstance(module, nn.Embedding):
+            unpacked = kernel == "dense"
+            return CompressedEmbedding(format, rules.of(name), tensors, module, dtype, unpacked)
         bias = tensors.pop("bias", None)
         return CompressedLinear.from_tensors(format, rules.of(name), tensors, bias, dtype, kernel)
 

@@ -42,6 +42,7 @@ def compress(
     non_uniform: Annotated[
         bool | None, typer.Option("--non-uniform", help="With --sparsity: each matrix its own share.")
     ] = None,
+    embedding_bits: Annotated[float | None, typer.Option(help="Of embedding and head; 16 leaves them.")] = None,
     method: Annotated[str | None, typer.Option(help="gptq, obq or rtn.")] = None,
     mask: Annotated[str | None, typer.Option(help="Zeros chosen by admm, sparsegpt, wanda or obs.")] = None,
     resolve: Annotated[int | None, typer.Option(help="Conjugate-gradient steps on the weights kept.")] = None,
@@ -101,6 +102,7 @@ def compress(
         sink_share=sink_share,
         guide=guide,
         true_sequential=true_sequential,
+        embedding_bits=_whole(embedding_bits),
         seed=seed,
     )
     chosen = _with_group_size(chosen, group_size)
@@ -116,9 +118,12 @@ def compress(
 
 def _bits(bits: float | None, sparsity: str | None) -> float | None:
     """As asked for; with sparsity alone, weights stay floats."""
-    if bits is None:
-        return None if sparsity is None else FLOAT_BITS
-    return int(bits) if bits.is_integer() else bits
+    return _whole(bits) if bits is not None or sparsity is None else FLOAT_BITS
+
+
+def _whole(bits: float | None) -> float | None:
+    """A whole number as one: it goes into the recipe's hash."""
+    return int(bits) if bits is not None and bits.is_integer() else bits
 
 
 @app.command("eval")

@@ -22,8 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from featherweight import formats
 from featherweight.errors import RequestError
-from featherweight.linear import CompressedLinear
+from featherweight.linear import CompressedEmbedding, CompressedLinear
 from featherweight.models.headers import DTYPES, Entry, read_entries
+from featherweight.models.load import fill_buffers
 
 METHOD = "featherweight"
 
@@ -51,6 +52,7 @@ class FeatherweightQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.layout, self.rules = formats.from_config(quantization_config.to_dict())
+        self.heads: dict[str, str] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -70,18 +72,36 @@ class FeatherweightQuantizer(HfQuantizer):
         entries = {name: entry for path in checkpoint_files for name, entry in _entries(Path(path)).items()}
         mark = self.layout.suffixes(self.rules.distinct[0])[0]
         stored = {name.removesuffix(f".{mark}") for name in entries if name.endswith(f".{mark}")}
+        self.heads = _tied_to(model, stored)
         for path, module in [(path, module) for path, module in model.named_modules() if _is_matrix(module)]:
             name = _on_disk(path, str(model.base_model_prefix), stored)
             if name is not None:
                 model.set_submodule(path, self._empty(name, module, entries))
                 stored.remove(name)
+        for path in self.heads:  # nothing of it is in the files
+            model.set_submodule(path, nn.Identity())
+            model.all_tied_weights_keys.pop(f"{path}.weight")  # type: ignore[operator, union-attr]
         if stored:
             raise RequestError(
                 f"{min(stored)} is compressed and no Linear of {type(model).__name__} ({len(stored)} such matrices): "
                 "the checkpoint is of another architecture."
             )
 
-    def _empty(self, name: str, module: nn.Module, entries: dict[str, tuple[Path, Entry]]) -> CompressedLinear:
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Put the heads that are tied to a compressed embedding in place, over the embedding's own tensors."""
+        for embedding in [module for module in model.modules() if isinstance(module, CompressedEmbedding)]:
+            fill_buffers(model, embedding.family, embedding.device)
+        for path, source in self.heads.items():
+            table = model.get_submodule(source)
+            assert isinstance(table, CompressedEmbedding)
+            tensors = dict(table.named_buffers())
+            head = CompressedLinear.from_tensors(self.layout, table.rule, tensors, dtype=table.dtype)
+            head._non_persistent_buffers_set.update(self.layout.suffixes(table.rule))  # they are saved once
+            model.set_submodule(path, head)
+
+    def _empty(
+        self, name: str, module: nn.Module, entries: dict[str, tuple[Path, Entry]]
+    ) -> CompressedLinear | CompressedEmbedding:
         """A layer on meta; only its `weight_shape` is read, since the shapes of others are checked against it."""
         rule = self.rules.of(name)
         tensors: dict[str, Tensor] = {}
@@ -95,6 +115,8 @@ class FeatherweightQuantizer(HfQuantizer):
                 tensors[suffix] = _read(path, full)
         bias, weight = getattr(module, "bias", None), module.weight
         assert isinstance(weight, Tensor)
+        if isinstance(module, nn.Embedding):
+            return CompressedEmbedding(self.layout, rule, tensors, module, weight.dtype)
         return CompressedLinear.from_tensors(self.layout, rule, tensors, bias, weight.dtype)
 
 
@@ -115,7 +137,15 @@ def _read(path: Path, name: str) -> Tensor:
 def _is_matrix(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+
+
+def _tied_to(model: nn.Module, stored: set[str]) -> dict[str, str]:
+    """Modules whose weight is that of a compressed one, and its path."""
+    ties: Any = model.all_tied_weights_keys
+    pairs = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in ties.items()}
+    prefix = str(model.base_model_prefix)
+    return {target: source for target, source in pairs.items() if _on_disk(source, prefix, stored) is not None}
 
 
 def _on_disk(path: str, prefix: str, stored: set[str]) -> str | None:

@@ -1,10 +1,11 @@
-"""A linear layer over the tensors of one format, multiplied by the kernel picked for them.
+"""Modules over the tensors of one format: a linear layer, multiplied by the kernel picked for them, and an embedding.
 
-Shapes: R outputs, C inputs, T tokens (any leading axes).
+Shapes: R outputs, C inputs, T tokens (any leading axes), N tokens in a row.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,13 +17,71 @@ from featherweight.formats import AnySolution, Format, Rule, parts
 from featherweight.kernels import Kernel, Run, dequantize, pick
 
 
-class CompressedLinear(nn.Module):
-    """y = x V^T + bias, V held as the tensors of a format, in buffers that bear their names on disk.
+class Stored(nn.Module):
+    """A matrix held as the tensors of a format, in buffers that bear their names on disk.
 
-    Those buffers are bytes of a file: moving the layer moves them, but casting it (`.half()`, `.to(torch.bfloat16)`)
-    changes only its bias and the dtype it computes in, never a stored scale. What the kernel needs beside them is made
-    at the first call (or by `prepare`), kept out of the state dict, and made again after a move, a cast or a load.
+    Those buffers are bytes of a file: moving the module moves them, but casting it (`.half()`, `.to(torch.bfloat16)`)
+    changes only the dtype it computes in, never a stored scale. What is made of them for speed is kept out of the state
+    dict, and made again after a move, a cast or a load.
     """
+
+    def __init__(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = format.shape(tensors, rule)
+        self.format, self.rule, self.dtype = format, rule, dtype
+        for suffix in format.suffixes(rule):
+            self.register_buffer(suffix, tensors[suffix])
+        self._run: Any = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The values that are stored, rounded to the module's dtype; R x C, made anew at each access."""
+        return dequantize(self.solution(), self.dtype)
+
+    def solution(self) -> AnySolution:
+        """What is stored: codes, scales and zeros, or pruned floats."""
+        return self.format.unpack(self._stored(), self.rule)
+
+    def extra_repr(self) -> str:
+        grid, pattern = parts(self.rule)
+        what = [f"sparsity={pattern}"] if pattern is not None else []
+        if grid is not None:
+            zeros = "symmetric" if grid.symmetric else "asymmetric"
+            what += [f"bits={grid.bits}", f"group_size={grid.group_size or 'row'}", zeros]
+        return f"format={self.format.name}, {', '.join(what)}"
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {suffix: self.get_buffer(suffix) for suffix in self.format.suffixes(self.rule)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.get_buffer(self.format.suffixes(self.rule)[0]).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
+        before = self._stored()
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for suffix, stored in before.items():
+            moved = self.get_buffer(suffix)
+            if moved.dtype != stored.dtype:
+                setattr(self, suffix, stored.to(moved.device))
+        self._run = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._run = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}  # a closure over tensors: made again where the copy is used
+
+
+class CompressedLinear(Stored):
+    """y = x V^T + bias, V held as the tensors of a format; what the kernel needs beside them is made at the first call
+    (or by `prepare`)."""
+
+    _run: Run | None
 
     def __init__(
         self,
@@ -34,15 +93,12 @@ class CompressedLinear(nn.Module):
         kernel: str = "auto",
     ) -> None:
         """Args as `from_tensors`, which is the usual way in."""
-        super().__init__()
-        self.out_features, self.in_features = format.shape(tensors, rule)
-        self.format, self.rule, self.dtype, self.wanted = format, rule, dtype, kernel
-        for suffix in format.suffixes(rule):
-            self.register_buffer(suffix, tensors[suffix])
+        super().__init__(format, rule, tensors, dtype)
+        self.out_features, self.in_features = self.shape
+        self.wanted = kernel
         if bias_R is not None and tuple(bias_R.shape) != (self.out_features,):
             raise RequestError(f"the bias has shape {tuple(bias_R.shape)}, and the matrix {self.out_features} outputs.")
         self.bias = None if bias_R is None else nn.Parameter(bias_R.detach().to(dtype), requires_grad=False)
-        self._run: Run | None = None
         _ = self.kernel  # a kernel that cannot serve this layer is an error here, not in the first call
 
     @classmethod
@@ -73,17 +129,8 @@ class CompressedLinear(nn.Module):
     def kernel(self) -> Kernel:
         """The kernel that serves this layer where it now is."""
         return pick(
-            self.format, self.rule, self.out_features, self.in_features, self.dtype, self._device(), wanted=self.wanted
+            self.format, self.rule, self.out_features, self.in_features, self.dtype, self.device, wanted=self.wanted
         )
-
-    @property
-    def weight(self) -> Tensor:
-        """The values that are stored, rounded to the layer's dtype; R x C, made anew at each access."""
-        return dequantize(self.solution(), self.dtype)
-
-    def solution(self) -> AnySolution:
-        """What is stored: codes, scales and zeros, or pruned floats."""
-        return self.format.unpack(self._stored(), self.rule)
 
     def prepare(self) -> CompressedLinear:
         """Let the kernel rearrange the weights now rather than in the first call; returns the layer."""
@@ -99,36 +146,59 @@ class CompressedLinear(nn.Module):
         return run(x, self.bias)
 
     def extra_repr(self) -> str:
-        grid, pattern = parts(self.rule)
-        what = [f"sparsity={pattern}"] if pattern is not None else []
-        if grid is not None:
-            zeros = "symmetric" if grid.symmetric else "asymmetric"
-            what += [f"bits={grid.bits}", f"group_size={grid.group_size or 'row'}", zeros]
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format.name}, {', '.join(what)}, kernel={self.wanted}"
-        )
+        size = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{size}, {super().extra_repr()}, kernel={self.wanted}"
 
-    def _stored(self) -> dict[str, Tensor]:
-        return {suffix: self.get_buffer(suffix) for suffix in self.format.suffixes(self.rule)}
 
-    def _device(self) -> torch.device:
-        return self.get_buffer(self.format.suffixes(self.rule)[0]).device
+class CompressedEmbedding(Stored):
+    """An embedding whose rows are unpacked where they are looked up; only those rows are ever floats.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
-        before = self._stored()
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._device())).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for suffix, stored in before.items():
-            moved = self.get_buffer(suffix)
-            if moved.dtype != stored.dtype:
-                setattr(self, suffix, stored.to(moved.device))
-        self._run = None
-        return self
+    What a family does to a row (Gemma scales it) is done by its own module, which is called with the rows found as its
+    whole table.
+    """
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._run = None
+    _run: Callable[[Tensor], Tensor] | None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None}  # a closure over tensors: made again where the copy is used
+    def __init__(
+        self,
+        format: Format,
+        rule: Rule,
+        tensors: Mapping[str, Tensor],
+        family: nn.Embedding,
+        dtype: torch.dtype = torch.bfloat16,
+        unpacked: bool = False,
+    ) -> None:
+        """`family` is the module this one replaces; with `unpacked` all rows are floats, once and for all."""
+        super().__init__(format, rule, tensors, dtype)
+        self.num_embeddings, self.embedding_dim = self.shape
+        self.unpacked = unpacked
+        family = copy.deepcopy(family)
+        family.padding_idx = None  # matters for gradients alone, and must lie within the table
+        family.weight = nn.Parameter(torch.empty(0, self.embedding_dim, dtype=dtype), requires_grad=False)
+        self._family = (family,)  # in a tuple, so that its table of no rows is nobody's parameter
+
+    @property
+    def family(self) -> nn.Embedding:
+        """The family's own module, with a table of no rows."""
+        return self._family[0]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of `ids` (int64, any shape), as the family's own module gives them."""
+        index_N = ids.reshape(-1)
+        if self.unpacked:
+            self._run = self._run or self._table()
+            rows_NC = self._run(index_N)
+        else:
+            found = self.format.unpack_rows(self._stored(), self.rule, index_N, self.embedding_dim)
+            rows_NC = dequantize(found, self.dtype)
+        places = torch.arange(len(index_N), device=ids.device).view(ids.shape)
+        found_TC: Tensor = torch.func.functional_call(self.family, {"weight": rows_NC}, (places,))
+        return found_TC
+
+    def _table(self) -> Callable[[Tensor], Tensor]:
+        weight_RC = self.weight
+        return lambda index_N: weight_RC[index_N]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
+        self.family._apply(fn)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)

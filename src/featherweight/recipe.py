@@ -53,6 +53,8 @@ class Recipe:
         size_bytes: a size for all shards; average_bits: bits per weight of the matrices, from bytes on disk;
             non_uniform: with sparsity, the share of zeros of the whole. With one of these each matrix gets a rule of
             its own, where it harms the model least (`plan`); bits and group_size are then not used.
+        embedding_bits: of the embedding and the head, rounded to nearest in groups of `group_size`; 16 leaves them. Not
+            every engine loads a model whose embedding is rounded (docs/formats.md).
         format: the file format by name; "auto" is compressed-tensors, or sparse where weights are pruned.
         calibration: text sources ("builtin" is the embedded text).
         samples, tokens: calibration windows and their length, None for 2048 or the model's positions if fewer; seed:
@@ -80,6 +82,7 @@ class Recipe:
     size_bytes: int | None = None
     average_bits: float | None = None
     non_uniform: bool = False
+    embedding_bits: float = FLOAT_BITS
     true_sequential: bool = False
     format: str = "auto"
     calibration: tuple[str, ...] = ("builtin",)
@@ -114,6 +117,7 @@ class Recipe:
                 f"scales from updated weights need the natural order, not {self.order}: use --order natural."
             )
         self.rule(torch.float16)
+        self.embedding_rule(torch.float16)
         if self.budget is not None and self.method == "rtn":
             raise RequestError("a budget is spent by what calibration text says, and rtn reads none: use gptq.")
 
@@ -126,6 +130,12 @@ class Recipe:
             return pattern
         grid = Grid(self.bits, self.group_size, self.symmetric, self.search, scale_dtype, self.mirror)
         return grid if pattern is None else Joint(grid, pattern)
+
+    def embedding_rule(self, scale_dtype: torch.dtype) -> Grid | None:
+        """The grid of the embedding and the head, None where they stay floats."""
+        if self.embedding_bits == FLOAT_BITS:
+            return None
+        return Grid(self.embedding_bits, self.group_size, self.symmetric, self.search, scale_dtype, self.mirror)
 
     @property
     def prunes(self) -> bool:

@@ -47,10 +47,12 @@ class Format(ABC):
         name: how the user, and `by_name`, call it.
         plain: whether its one tensor is the module's own `weight`: to be written as the module holds it (Conv1D:
             C x R), and read back as floats.
+        embeddings: whether an embedding can be stored in it.
     """
 
     name: str
     plain: ClassVar[bool] = False
+    embeddings: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
@@ -92,6 +94,13 @@ class Format(ABC):
 
         Its grid is `as_stored`: ternary comes back as 2 bits, with the scale dtype that was found.
         """
+
+    def unpack_rows(self, tensors: Mapping[str, Tensor], rule: Rule, index_N: Tensor, columns: int) -> Solution:
+        """`unpack` of the rows `index_N` (int64) alone, in that order: how an embedding looks tokens up.
+
+        RequestError where the format or the rule stores linear layers only.
+        """
+        raise RequestError(f"{self.name} with the rule {rule} stores linear layers only: convert the checkpoint.")
 
     @abstractmethod
     def config(

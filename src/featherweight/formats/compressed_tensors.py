@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import RequestError
 from featherweight.formats.base import THE_MATRIX, Format, check_grid, require_codes, solution_of, take
+from featherweight.formats.rows import grid_rows
 from featherweight.formats.rules import CONFIG, Claim, Rules, grouped, require_grid
 
 EVERY_LINEAR = "Linear"
@@ -42,6 +43,7 @@ class CompressedTensors(Format):
     """
 
     name: str = "compressed-tensors"
+    embeddings: ClassVar[bool] = True
 
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
         check_grid(self.name, name, columns, require_grid(self.name, rule, name))
@@ -95,6 +97,9 @@ class CompressedTensors(Format):
             words_WG = take(tensors, "weight_zero_point", name, (words_for(rows, bits), groups))
             zeros_RG = unpack_dense(words_WG.T, bits, rows).T.contiguous()
         return solution_of(unpack_dense(tensors["weight_packed"], bits, columns), scales_RG, zeros_RG, grid)
+
+    def unpack_rows(self, tensors: Mapping[str, Tensor], rule: Rule, index_N: Tensor, columns: int) -> Solution:
+        return grid_rows(tensors, require_grid(self.name, rule, THE_MATRIX), index_N, columns)
 
     def config(
         self,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from featherweight.formats.base import (
     require_two_axes,
     take,
 )
+from featherweight.formats.rows import grid_rows
 from featherweight.formats.rules import Rules
 
 FLOATS = SCALE_DTYPES
@@ -51,6 +52,7 @@ class Sparse(Format):
     """Patterns, grids or both, each matrix its own."""
 
     name: str = "sparse"
+    embeddings: ClassVar[bool] = True
 
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
         grid, pattern = parts(rule)
@@ -130,6 +132,12 @@ class Sparse(Format):
         codes_RC = _unpack_codes(tensors, Joint(grid, pattern) if pattern else grid, keep_RC, zeros_RG, columns, name)
         stored = as_stored(grid, scales_RG.dtype)
         return Solution(codes_RC, scales_RG, zeros_RG, stored, loss_R, keep_RC=keep_RC, pattern=pattern)
+
+    def unpack_rows(self, tensors: Mapping[str, Tensor], rule: Rule, index_N: Tensor, columns: int) -> Solution:
+        grid, pattern = parts(rule)
+        if grid is None or pattern is not None:
+            return super().unpack_rows(tensors, rule, index_N, columns)
+        return grid_rows(tensors, grid, index_N, columns)
 
     def config(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +85,7 @@ class BlockRunner:
         self._on_meta: list[tuple[nn.Module, str, Tensor]] = []
         self._recordings: OrderedDict[tuple[int, int], tuple[Call, ...]] = OrderedDict()
         self._answer: Callable[[Tensor], Any] | None = None
+        self._instead: Mapping[str, Tensor] = {}
 
     def embed(self, ids_ST: Tensor) -> Tensor:
         """The hidden states in front of block 0 (S x T x D, in the computing dtype) of token ids (int64, S x T).
@@ -132,6 +133,17 @@ class BlockRunner:
         while self._on_meta:
             module, name, tensor = self._on_meta.pop()
             put(module, name, tensor)
+
+    @contextmanager
+    def instead(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """`embed` with these values, by name on disk, in place of the checkpoint's."""
+        self.release()
+        self._instead = values
+        try:
+            yield
+        finally:
+            self.release()
+            self._instead = {}
 
     def _calls(self, sequences: int, tokens: int) -> tuple[Call, ...]:
         """The blocks' arguments for one shape. They do not depend on the tokens (see _probe): any will do."""
@@ -241,7 +253,8 @@ class BlockRunner:
         for name, tensor in list(meta_tensors(module, recurse=False)):
             on_disk = self.tree.disk[f"{path}.{name}" if path else name]
             self._on_meta.append((module, name, tensor))
-            place(module, name, self.tree.checkpoint.read([on_disk])[on_disk], self.device)
+            value = self._instead.get(on_disk)
+            place(module, name, self.tree.checkpoint.read([on_disk])[on_disk] if value is None else value, self.device)
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool) -> Call:

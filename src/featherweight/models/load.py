@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +59,9 @@ def load_with(
 
     Args:
         path: the checkpoint; a `quantization_config` in its config.json is not looked at.
-        replace: called for every Linear and Conv1D with '<name>.<suffix>' tensors on disk but no '<name>.weight':
-            the module's name on disk, the module (on meta), its tensors by suffix (CPU, stored dtypes, a bias too).
+        replace: called for every Linear, Conv1D and Embedding with '<name>.<suffix>' tensors on disk but no
+            '<name>.weight', and for a head that is tied to such an embedding: the name on disk, the module (on meta),
+            its tensors by suffix (on the device, stored dtypes, a bias too; tied modules share them).
         device, dtype: of the model; None = the checkpoint's dtype. Modules from `replace` are only moved.
 
     Raises RequestError naming the parameters no tensor was found for.
@@ -85,16 +86,30 @@ def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: R
     for name in checkpoint.names:
         parent, _, suffix = name.rpartition(".")
         stored.setdefault(parent, []).append(suffix)
-    prefix = model.base_model_prefix
-    for path, module in [(path, module) for path, module in model.named_modules() if is_matrix(module)]:
-        choices = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
-        owner = next((choice for choice in choices if choice in stored), None)
-        if owner is None or "weight" in stored[owner] or stored[owner] == ["bias"]:
+    twins = model.all_tied_weights_keys.items()
+    tied = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in twins}
+    shared: dict[str, dict[str, Tensor]] = {}
+    for path, module in list(model.named_modules()):
+        if not (is_matrix(module) or isinstance(module, nn.Embedding)):
             continue
-        tensors = checkpoint.read(f"{owner}.{suffix}" for suffix in stored[owner])
-        by_suffix = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+        twin = tied.get(path)
+        owner = _owner(path, model.base_model_prefix, stored) or (
+            twin and _owner(twin, model.base_model_prefix, stored)
+        )
+        if not owner or "weight" in stored[owner] or stored[owner] == ["bias"]:
+            continue
+        if owner not in shared:
+            tensors = checkpoint.read(f"{owner}.{suffix}" for suffix in stored[owner])
+            shared[owner] = {name.rpartition(".")[2]: tensor.to(device) for name, tensor in tensors.items()}
+        by_suffix = dict(shared[owner]) if twin or path in tied.values() else shared.pop(owner)
         model.set_submodule(path, replace(owner, module, by_suffix).to(device))
         model.all_tied_weights_keys.pop(f"{path}.weight", None)
+
+
+def _owner(path: str, prefix: str, stored: Mapping[str, list[str]]) -> str | None:
+    """The name on disk of a module, with or without the base model's prefix."""
+    choices = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
+    return next((choice for choice in choices if choice in stored), None)
 
 
 def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, str], device: torch.device) -> None:

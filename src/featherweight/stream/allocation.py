@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from featherweight import data
-from featherweight.core.rules import Pattern, Rule
+from featherweight.core.rules import Grid, Pattern, Rule
 from featherweight.errors import RequestError
 from featherweight.formats import Format
 from featherweight.models.load import load_tokenizer
+from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import ModelTree
 from featherweight.plan import Option, allocate, menu
+from featherweight.plan.options import stored_bytes
 from featherweight.recipe import Recipe
 from featherweight.stream.calibration import Tell
 from featherweight.stream.sensitivity import calibrate, measure, quick
@@ -53,7 +55,8 @@ def allocated_rules(
         data.bos_of(tokenizer),
     )
     database = calibrate(path, database, windows_ST, recipe, options, device, choices, tell)
-    fixed = fixed_bytes(tree, format.suffixes(_any_rule(options))) if unit == "bytes" else 0
+    tokens = recipe.embedding_rule(format.scale_dtype(tree.dtype))
+    fixed = fixed_bytes(tree, format.suffixes(_any_rule(options)), tokens) if unit == "bytes" else 0
     found = allocate(database.layers(), amount, unit, fixed)
     rules = {option.label: option.rule for option in options}
     chosen: dict[str, Rule] = {}
@@ -64,13 +67,19 @@ def allocated_rules(
     return chosen
 
 
-def fixed_bytes(tree: ModelTree, suffixes: tuple[str, ...]) -> int:
-    """What the shards hold besides the packed matrices' bytes: other tensors, and all headers, no less."""
-    weights = {matrix.weight for matrix in tree.matrices}
+def fixed_bytes(tree: ModelTree, suffixes: tuple[str, ...], tokens: Grid | None = None) -> int:
+    """What the shards hold besides the packed matrices' bytes: other tensors, and all headers, no less.
+
+    `tokens` is what embedding and head are rounded to, None where they are not.
+    """
+    rounded = () if tokens is None else token_matrices(tree)
+    weights = {matrix.weight for matrix in (*tree.matrices, *rounded)}
     names = [name for name in tree.checkpoint.names if name not in weights]
     headers = [len(name) + HEADER_BYTES for name in names]
-    headers += [len(f"{m.name}.{suffix}") + HEADER_BYTES for m in tree.matrices for suffix in suffixes]
-    return sum(map(tree.checkpoint.nbytes, names)) + sum(headers) + SHARD_BYTES * (len(tree.blocks) + 1)
+    packed = (*tree.matrices, *rounded)
+    headers += [len(f"{m.name}.{suffix}") + HEADER_BYTES for m in packed for suffix in suffixes]
+    stored = sum(stored_bytes(tokens, m.rows, m.columns) for m in rounded)
+    return sum(map(tree.checkpoint.nbytes, names)) + stored + sum(headers) + SHARD_BYTES * (len(tree.blocks) + 1)
 
 
 def _options(recipe: Recipe, scale_dtype: torch.dtype) -> tuple[Option, ...]:

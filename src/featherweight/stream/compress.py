@@ -24,6 +24,7 @@ from featherweight.formats import by_name as format_by_name
 from featherweight.models import tree as trees
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
+from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.allocation import allocated_rules
@@ -34,6 +35,9 @@ from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.states import States
+from featherweight.stream.tokens import round_tokens
+
+OUTSIDE = -1  # in the journal, the block of what lies in none
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,9 @@ class _Job:
         self.rules: dict[str, Rule] = {matrix.name: recipe.rule(stored_dtype) for matrix in tree.matrices}
         grid = grid_of(recipe.rule(stored_dtype))
         self.choices = recipe.choices(0 if grid is None else self.format.lowest_zero(grid), stored_dtype)
+        tokens_grid = recipe.embedding_rule(stored_dtype)
+        self.tokens: dict[str, Matrix] = {} if tokens_grid is None else {m.name: m for m in token_matrices(tree)}
+        self.token_rules = {} if tokens_grid is None else dict.fromkeys(self.tokens, tokens_grid)
         self.dtype = compute_dtype(tree.dtype, device)
         self.batch = max(1, BATCH_TOKENS[device.type] // (recipe.tokens or TOKENS))
 
@@ -101,8 +108,17 @@ class _Job:
 
     def check(self) -> None:
         """Everything that can be refused before any work is done; with a budget, the rules come later."""
-        for matrix in self.tree.matrices:
-            self.format.check(matrix.name, matrix.rows, matrix.columns, self.rules[matrix.name])
+        if self.tokens and not self.format.embeddings:
+            raise RequestError(
+                f"{next(iter(self.tokens))} was to be rounded to {self.recipe.embedding_bits} bits, and "
+                f"{self.format.name} leaves embeddings in {FLOAT_BITS}: use --format compressed-tensors."
+            )
+        for matrix in (*self.tree.matrices, *self.tokens.values()):
+            self.format.check(matrix.name, matrix.rows, matrix.columns, self.rule_of(matrix))
+
+    def rule_of(self, matrix: Matrix) -> Rule:
+        """What a matrix of the blocks, or one that stands for tokens, is to obey."""
+        return self.token_rules[matrix.name] if matrix.name in self.tokens else self.rules[matrix.name]
 
     def check_ids(self, ids_ST: Tensor | None) -> None:
         """Token ids the embedding does not have mean that the tokenizer is another model's."""
@@ -137,10 +153,11 @@ class _Job:
         """Writes every shard that is not there yet."""
         self.tell(0, len(self.tree.blocks), "reading")
         if not folder.finished(0):
-            with folder.staged(0, self.tree.checkpoint.read(self.tree.rest)):
-                pass
+            self._write_rest(folder)
         runner = BlockRunner(self.tree, self.device, self.dtype)
-        states = States(runner, ids_ST, self.out, self.batch, original=self.recipe.target == "original")
+        stored = {} if ids_ST is None else {m.weight: self._stored(folder, 0, m) for m in self.tokens.values()}
+        states = States(runner, ids_ST, self.out, self.batch, self.recipe.target == "original", stored)
+        stored.clear()
         weights = self._weights(folder, ids_ST)
         try:
             for index, block in enumerate(self.tree.blocks):
@@ -158,6 +175,29 @@ class _Job:
                 self.tell(index + 1, len(self.tree.blocks), f"block {index + 1}")
         finally:
             states.close()
+
+    def _write_rest(self, folder: OutputFolder) -> None:
+        """Writes what lies outside the blocks, embedding and head rounded if the recipe says so."""
+        began, solutions = time.perf_counter(), {}
+        tensors = self.tree.checkpoint.read([name for name in self.tree.rest if name not in self._token_weights()])
+        for matrix in self.tokens.values():
+            grid = self.token_rules[matrix.name]
+            solutions[matrix.name] = round_tokens(self.tree, matrix, grid, self.format.lowest_zero(grid), self.device)
+        packed = {m.name: self._packed(solutions[m.name], m) for m in self.tokens.values()}
+        for name, parts in packed.items():
+            tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in parts.items()}
+        with folder.staged(0, tensors) as part:
+            for matrix in self.tokens.values():
+                _require_same(matrix, solutions[matrix.name], self._read_back(part, matrix))
+                seconds = time.perf_counter() - began
+                folder.rows.append(self._row(OUTSIDE, matrix, solutions[matrix.name], packed[matrix.name], seconds))
+
+    def _token_weights(self) -> set[str]:
+        return {matrix.weight for matrix in self.tokens.values()}
+
+    def _stored(self, folder: OutputFolder, shard: int, matrix: Matrix) -> Tensor:
+        """The values a shard holds of a matrix, R x C."""
+        return self._read_back(folder.shard(shard), matrix).values()
 
     def _weights(self, folder: OutputFolder, ids_ST: Tensor | None) -> Weights | None:
         """What each token counts for each matrix, where the recipe asks for it and anything is left to solve."""
@@ -196,7 +236,7 @@ class _Job:
         self, index: int, matrix: Matrix, solution: AnySolution, packed: dict[str, Tensor], seconds: float
     ) -> dict[str, Any]:
         """The journal's line of one matrix."""
-        grid, pattern = grid_of(self.rules[matrix.name]), pattern_of(self.rules[matrix.name])
+        grid, pattern = grid_of(self.rule_of(matrix)), pattern_of(self.rule_of(matrix))
         return {
             "block": index,
             "name": matrix.name,
@@ -206,7 +246,7 @@ class _Job:
             "symmetric": grid and grid.symmetric,
             "sparsity": pattern and str(pattern),
             "bytes": sum(tensor.nbytes for tensor in packed.values()),
-            "loss": None if self.recipe.method == "rtn" else solution.certificate,
+            "loss": None if self.recipe.method == "rtn" or index == OUTSIDE else solution.certificate,
             **solution.metrics,
             "damping": solution.damping,
             "block_seconds": round(seconds, 3),
@@ -226,7 +266,7 @@ class _Job:
         """A matrix's solution from the bytes of its shard."""
         from safetensors import safe_open
 
-        rule = self.rules[matrix.name]
+        rule = self.rule_of(matrix)
         with safe_open(shard, framework="pt") as file:
             tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
         return self.format.unpack(self._turned(tensors, matrix), rule, matrix.name)
@@ -234,14 +274,17 @@ class _Job:
     def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
         """Gives the block the weights its shard holds."""
         for matrix in block.matrices:
-            values_RC = self._read_back(folder.shard(index + 1), matrix).values()
+            values_RC = self._stored(folder, index + 1, matrix)
             weight = module.get_submodule(matrix.path).weight
             assert isinstance(weight, Tensor)
             weight.copy_(values_RC.T if matrix.transposed else values_RC)
 
     def finish(self, folder: OutputFolder) -> None:
         """The small files that make the folder a checkpoint."""
-        quantization = self.format.config(self.rules, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
+        rules = {**self.rules, **self.token_rules}
+        left = [path for path in trees.matrices_outside(self.tree) if path not in self.tokens]
+        targets = ("Linear", "Embedding") if self.tokens else ("Linear",)
+        quantization = self.format.config(rules, left, targets=targets, meta=self.recipe.as_dict())
         config = dict(self.tree.checkpoint.config)
         extra: dict[str, dict[str, Any]] = {}
         if quantization is not None:

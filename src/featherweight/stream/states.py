@@ -5,6 +5,7 @@ Shapes: S sequences, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,8 +25,20 @@ class States:
         dense: what the original ones make of them; None where nothing asks for it.
     """
 
-    def __init__(self, runner: BlockRunner, ids_ST: Tensor | None, out: Path, batch: int, original: bool) -> None:
-        """Embeds the windows. `out` is the folder for scratch files, `batch` the sequences of one forward pass."""
+    def __init__(
+        self,
+        runner: BlockRunner,
+        ids_ST: Tensor | None,
+        out: Path,
+        batch: int,
+        original: bool,
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Embeds the windows.
+
+        `out` is the folder for scratch files, `batch` the sequences of one forward pass; `stored` has values by name on
+        disk that the compressed model has in place of the original's.
+        """
         self.runner, self.batch = runner, batch
         self.hidden: HiddenStates | None = None
         self.dense: HiddenStates | None = None
@@ -39,6 +52,9 @@ class States:
             self.dense = HiddenStates(shape, runner.dtype, runner.device, out / "dense.scratch")
             self.dense.states_STD.copy_(self.hidden.states_STD)
         runner.release()
+        if stored:
+            with runner.instead(stored):
+                self.hidden.fill(batch, lambda at: runner.embed(ids[at]))
 
     def view(self, index: int, module: nn.Module, block: Block, weights: Weights | None) -> BlockView:
         """The block as the solver sees it (with round-to-nearest, without any hidden states)."""
