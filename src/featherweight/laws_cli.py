@@ -136,7 +136,7 @@ def sweep(
     sizes: Annotated[str, typer.Option(help="Width x blocks, widths multiples of 64.")] = "128x4,256x4,384x4,640x4",
     sparsities: Annotated[str, typer.Option(help="Shares of zeros, and N:M patterns.")] = "0,0.5,0.75,0.875,2:4",
     durations: Annotated[str, typer.Option(help="Bytes each run sees.")] = "16MB,32MB,64MB",
-    windows: Annotated[int, typer.Option(help="Windows in a step.")] = 32,
+    windows: Annotated[int, typer.Option(help="Windows in a step.")] = 16,
     window: Annotated[int, typer.Option(help="Bytes in a window.")] = 256,
     rate: Annotated[float, typer.Option(help="Learning rate at width 256; it falls as width^-1/2.")] = 2e-3,
     evaluation_bytes: Annotated[str, typer.Option(help="The most held-out bytes to predict.")] = "1MiB",

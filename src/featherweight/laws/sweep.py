@@ -40,7 +40,7 @@ class Sweep:
     sizes: tuple[tuple[int, int], ...] = ((128, 4), (256, 4), (384, 4), (640, 4))
     patterns: tuple[str, ...] = ("0", "0.5", "0.75", "0.875", "2:4")
     durations: tuple[float, ...] = (16e6, 32e6, 64e6)
-    windows: int = 32
+    windows: int = 16
     window: int = 256
     rate: float = 2e-3
     decay: float = 0.1

@@ -33,7 +33,7 @@ WARMUP = 0.05
 class Setting:
     """What a group is trained with; `rate` is the learning rate at width 256, it falls as width^-1/2."""
 
-    windows: int = 64
+    windows: int = 16
     window: int = 256
     rate: float = 2e-3
     decay: float = 0.1
