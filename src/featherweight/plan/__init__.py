@@ -1,6 +1,6 @@
 """Which matrix gets which rule: what each option costs on disk, what it is predicted to harm, and the best choice."""
 
-from featherweight.plan.allocate import Allocation, Layer, Offer, allocate, allocate_milp
+from featherweight.plan.allocate import Allocation, Layer, Offer, allocate, allocate_milp, check_budget
 from featherweight.plan.database import Database, predict
 from featherweight.plan.options import Option, fitting, menu, stored_bytes
 
@@ -12,6 +12,7 @@ __all__ = [
     "Option",
     "allocate",
     "allocate_milp",
+    "check_budget",
     "fitting",
     "menu",
     "predict",

@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 from featherweight.errors import RequestError
 from featherweight.plan.budget import Allocation, Layer, Offer, Table, Task, Unit
 
-__all__ = ["Allocation", "Layer", "Offer", "Unit", "allocate", "allocate_milp"]
+__all__ = ["Allocation", "Layer", "Offer", "Unit", "allocate", "allocate_milp", "check_budget"]
 
 
 CELLS = 1 << 17  # where costs are rounded
@@ -53,6 +54,20 @@ def allocate(layers: Sequence[Layer], budget: float, unit: Unit = "bytes", fixed
     if not exact:
         _spend(task, picks_L)
     return task.allocation(picks_L, _bound(task), exact)
+
+
+def check_budget(layers: Sequence[Layer], budget: float, unit: Unit = "bytes", fixed_bytes: int = 0) -> None:
+    """Raises RequestError for a budget out of the offers' reach, whatever harm they do: known before it is measured."""
+    unmeasured = [
+        replace(layer, offers=tuple(replace(offer, damage=1 / _size(offer, unit)) for offer in layer.offers))
+        for layer in layers
+    ]
+    Task.of(unmeasured, budget, unit, fixed_bytes)
+
+
+def _size(offer: Offer, unit: Unit) -> float:
+    """Something that grows with what an offer costs, so that no offer is beaten by a smaller one."""
+    return 1.0 + (offer.bytes if unit != "sparsity" or offer.kept is None else offer.kept)
 
 
 def allocate_milp(layers: Sequence[Layer], budget: float, unit: Unit = "bytes", fixed_bytes: int = 0) -> Allocation:

@@ -17,8 +17,8 @@ from featherweight.formats import Format
 from featherweight.models.load import load_tokenizer
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import ModelTree
-from featherweight.plan import Option, allocate, menu
-from featherweight.plan.options import stored_bytes
+from featherweight.plan import Layer, Offer, Option, allocate, check_budget, fitting, menu, stored_bytes
+from featherweight.plan.options import kept_weights
 from featherweight.recipe import Recipe
 from featherweight.stream.calibration import Tell
 from featherweight.stream.sensitivity import calibrate, measure, quick
@@ -41,6 +41,7 @@ def allocated_rules(
     assert recipe.budget is not None
     unit, amount = recipe.budget
     options = _options(recipe, format.scale_dtype(tree.dtype))
+    fixed = _fixed(tree, recipe, format, options)
     path = tree.checkpoint.path
     choices = replace(quick(recipe), mask="sparsegpt", resolve=0)  # of twenty sparsities, none needs its best mask
     database = measure(path, out / DATABASE, recipe, options, device, choices, tell)
@@ -55,8 +56,6 @@ def allocated_rules(
         data.bos_of(tokenizer),
     )
     database = calibrate(path, database, windows_ST, recipe, options, device, choices, tell)
-    tokens = recipe.embedding_rule(format.scale_dtype(tree.dtype))
-    fixed = fixed_bytes(tree, format.suffixes(_any_rule(options)), tokens) if unit == "bytes" else 0
     found = allocate(database.layers(), amount, unit, fixed)
     rules = {option.label: option.rule for option in options}
     chosen: dict[str, Rule] = {}
@@ -65,6 +64,32 @@ def allocated_rules(
         assert rule is not None, "leaving a matrix as it is is no option here"
         chosen[name] = rule
     return chosen
+
+
+def check_reach(tree: ModelTree, recipe: Recipe, format: Format) -> None:
+    """Raises RequestError for a budget that no choice can meet, from the shapes alone, before anything is measured."""
+    assert recipe.budget is not None
+    unit, amount = recipe.budget
+    options = _options(recipe, format.scale_dtype(tree.dtype))
+    layers = [
+        Layer(
+            m.name,
+            m.rows * m.columns,
+            tuple(
+                Offer(option.label, 0.0, option.bytes(m.rows, m.columns), kept_weights(option.rule, m.rows, m.columns))
+                for option in fitting(options, m.columns, m.name)
+            ),
+        )
+        for m in tree.matrices
+    ]
+    check_budget(layers, amount, unit, _fixed(tree, recipe, format, options))
+
+
+def _fixed(tree: ModelTree, recipe: Recipe, format: Format, options: tuple[Option, ...]) -> int:
+    """Bytes of a budget of bytes that no choice can change."""
+    if recipe.size_bytes is None:
+        return 0
+    return fixed_bytes(tree, format.suffixes(_any_rule(options)), recipe.embedding_rule(format.scale_dtype(tree.dtype)))
 
 
 def fixed_bytes(tree: ModelTree, suffixes: tuple[str, ...], tokens: Grid | None = None) -> int:

@@ -27,7 +27,7 @@ from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
-from featherweight.stream.allocation import allocated_rules
+from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
 from featherweight.stream.folder import OutputFolder
@@ -69,6 +69,8 @@ def compress(
     job = _Job(tree, recipe, torch_device, Path(out), tell or (lambda done, total, what: None))
     if recipe.budget is None:
         job.check()
+    else:
+        check_reach(tree, recipe, job.format)
     folder = OutputFolder(Path(out), len(tree.blocks))
     with folder.locked():
         ids_ST = calibration_ids(checkpoint.path, recipe)
