@@ -15,9 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from featherweight.core import scales
+from featherweight.core import fused, scales
 from featherweight.core.problem import LayerProblem
-from featherweight.core.rules import Grid
 from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution
 
@@ -116,15 +115,16 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
         pull_ENR = hessian_CC[:, at] @ delta_ECR
         group_N = torch.arange(at.start, at.stop, device=weight_RC.device) // width
         with one_thread(weight_RC.device):
-            moved_ENR, codes_ENR = _descend_slab(
+            slab = (
                 pull_ENR,
                 hessian_CC[:, at, at],
                 values_ECR[:, at],
                 scale_EGR[:, group_N],
                 zero_EGR[:, group_N],
                 None if free_ECR is None else free_ECR[:, at],
-                solution.grid,
+                (solution.grid.bottom, solution.grid.top),
             )
+            moved_ENR, codes_ENR = fused.descend_slab(*slab) or _descend_slab(*slab)
         delta_ECR[:, at] -= moved_ENR
         codes_ECR[:, at] = codes_ENR
     codes_RC = codes_ECR.transpose(1, 2).contiguous()
@@ -138,11 +138,11 @@ def _descend_slab(
     scale_ENR: Tensor,
     zero_ENR: Tensor,
     free_ENR: Tensor | None,
-    grid: Grid,
+    levels: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """How far each value of the slab moves, and its codes; `pull` is (D H) of the slab's columns as it begins."""
     moved_ENR, shifts_ENR = torch.empty_like(values_ENR), torch.empty_like(values_ENR)
-    low_ENR, high_ENR = grid.bottom - zero_ENR, grid.top - zero_ENR
+    low_ENR, high_ENR = levels[0] - zero_ENR, levels[1] - zero_ENR
     if free_ENR is not None:  # a pruned weight has one level left, zero
         low_ENR, high_ENR = low_ENR * free_ENR, high_ENR * free_ENR
     curve_EN1 = hessian_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)

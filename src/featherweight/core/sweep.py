@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from featherweight.core import scales
+from featherweight.core import fused, scales
 from featherweight.core.problem import Factor, LayerProblem, Order
 from featherweight.core.rules import Grid
 from featherweight.core.serial import one_thread
@@ -141,35 +141,12 @@ class _Pass:
         each_E1 = torch.arange(weight_ENR.shape[0], device=weight_ENR.device).unsqueeze(1)
         scale_ENR = self.scale_ERG.transpose(1, 2)[each_E1, group_EN].to(dtype)
         zero_ENR = self.zero_ERG.transpose(1, 2)[each_E1, group_EN].to(dtype)
-        low_ENR, high_ENR = self.grid.bottom - zero_ENR, self.grid.top - zero_ENR
-        if self.keep_ECR is not None:  # a pruned weight has one level left, zero
-            low_ENR, high_ENR = (bound * self.keep_ECR[:, start:stop] for bound in (low_ENR, high_ENR))
-        errors_ENR, steps_ENR = torch.empty_like(weight_ENR), torch.empty_like(weight_ENR)
-        columns = zip(
-            *(
-                tensor.split(1, 1)
-                for tensor in (
-                    weight_ENR,
-                    scale_ENR,
-                    scale_ENR.reciprocal(),
-                    low_ENR,
-                    high_ENR,
-                    upper_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1),
-                    errors_ENR,
-                    steps_ENR,
-                )
-            ),
-            strict=True,
-        )
-        for j, (now_E1R, scale_E1R, inverse_E1R, low_E1R, high_E1R, pivot_E11, error_E1R, step_E1R) in enumerate(
-            columns
-        ):
-            if j:  # what the columns before owe to this one: left-looking, so each weight is written once
-                now_E1R = torch.baddbmm(now_E1R, upper_ENN[:, :j, j].unsqueeze(1), errors_ENR[:, :j], alpha=-1)
-            torch.mul(now_E1R, inverse_E1R, out=step_E1R).round_()
-            torch.maximum(torch.minimum(step_E1R, high_E1R, out=step_E1R), low_E1R, out=step_E1R)
-            torch.addcmul(now_E1R, step_E1R, scale_E1R, value=-1, out=error_E1R).mul_(pivot_E11)
-        self.codes_ECR[:, start:stop] = (steps_ENR + zero_ENR).to(torch.uint8)
+        keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, start:stop]
+        levels = (self.grid.bottom, self.grid.top)
+        found = fused.sweep_slab(weight_ENR, upper_ENN, scale_ENR, zero_ENR, keep_ENR, levels)
+        if found is None:
+            found = _sweep_slab(weight_ENR, upper_ENN, scale_ENR, zero_ENR, keep_ENR, levels)
+        errors_ENR, self.codes_ECR[:, start:stop] = found
         self.loss_ER += errors_ENR.square().sum(1)
         return errors_ENR
 
@@ -181,3 +158,41 @@ class _Pass:
             scale, zero = scales.fit(self.grid, group_ERN, price_EN.unsqueeze(1), self.lowest_zero)
             at = begin // self.width
             self.scale_ERG[..., at : at + 1], self.zero_ERG[..., at : at + 1] = scale, zero
+
+
+def _sweep_slab(
+    weight_ENR: Tensor,
+    upper_ENN: Tensor,
+    scale_ENR: Tensor,
+    zero_ENR: Tensor,
+    keep_ENR: Tensor | None,
+    levels: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """What `fused.sweep_slab` does, column by column."""
+    low_ENR, high_ENR = levels[0] - zero_ENR, levels[1] - zero_ENR
+    if keep_ENR is not None:  # a pruned weight has one level left, zero
+        low_ENR, high_ENR = low_ENR * keep_ENR, high_ENR * keep_ENR
+    errors_ENR, steps_ENR = torch.empty_like(weight_ENR), torch.empty_like(weight_ENR)
+    columns = zip(
+        *(
+            tensor.split(1, 1)
+            for tensor in (
+                weight_ENR,
+                scale_ENR,
+                scale_ENR.reciprocal(),
+                low_ENR,
+                high_ENR,
+                upper_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1),
+                errors_ENR,
+                steps_ENR,
+            )
+        ),
+        strict=True,
+    )
+    for j, (now_E1R, scale_E1R, inverse_E1R, low_E1R, high_E1R, pivot_E11, error_E1R, step_E1R) in enumerate(columns):
+        if j:  # what the columns before owe to this one: left-looking, so each weight is written once
+            now_E1R = torch.baddbmm(now_E1R, upper_ENN[:, :j, j].unsqueeze(1), errors_ENR[:, :j], alpha=-1)
+        torch.mul(now_E1R, inverse_E1R, out=step_E1R).round_()
+        torch.maximum(torch.minimum(step_E1R, high_E1R, out=step_E1R), low_E1R, out=step_E1R)
+        torch.addcmul(now_E1R, step_E1R, scale_E1R, value=-1, out=error_E1R).mul_(pivot_E11)
+    return errors_ENR, (steps_ENR + zero_ENR).to(torch.uint8)

@@ -1,0 +1,118 @@
+"""The two column loops of the solvers as one Triton kernel each: a program holds a slab's columns of some rows.
+
+A column is taken out of the tile by a masked sum, decided, and what it owes to the columns after it is subtracted from
+the whole tile at once (right-looking, where `sweep` and `refine` look left): nothing of the slab is written back but
+results. Decided values are integers within bounds, so clamping first and rounding by adding and subtracting 1.5 * 2^23
+is rounding half to even, as torch does it.
+
+Imported by `fused` alone, and only where there is a GPU: Triton is no dependency of this room.
+Shapes: E layers, N columns of the slab (in a tile: the next power of two), R rows. All tensors are contiguous,
+E x N x R, and U and H of the slab E x N x N.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+MAGIC = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def nearest(value_R: Any, low_R: Any, high_R: Any) -> Any:
+    """The integer between low and high nearest to a value, of two equally near the even one."""
+    return (tl.minimum(tl.maximum(value_R, low_R), high_R) + MAGIC) - MAGIC
+
+
+@triton.jit
+def sweep_slab(
+    weight_ptr: Any,
+    upper_ptr: Any,
+    scale_ptr: Any,
+    zero_ptr: Any,
+    keep_ptr: Any,
+    error_ptr: Any,
+    code_ptr: Any,
+    rows: Any,
+    columns: Any,
+    bottom: Any,
+    top: Any,
+    HAS_KEEP: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    layer = tl.program_id(1).to(tl.int64)
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column_N = tl.arange(0, TILE)
+    inside_R = row_R < rows
+    base = layer * columns * rows
+    at_NR = base + column_N[:, None] * rows + row_R[None, :]
+    both_NR = (column_N < columns)[:, None] & inside_R[None, :]
+    tile_NR = tl.load(weight_ptr + at_NR, mask=both_NR, other=0.0)
+    for j in range(0, columns):
+        now_R = tl.sum(tl.where(column_N[:, None] == j, tile_NR, 0.0), axis=0)
+        at_R = base + j * rows + row_R
+        scale_R = tl.load(scale_ptr + at_R, mask=inside_R, other=1.0)
+        zero_R = tl.load(zero_ptr + at_R, mask=inside_R, other=0.0)
+        upper_N = tl.load(upper_ptr + (layer * columns + j) * columns + column_N, mask=column_N < columns, other=0.0)
+        pivot = tl.sum(tl.where(column_N == j, upper_N, 0.0), axis=0)
+        low_R, high_R = bottom - zero_R, top - zero_R
+        if HAS_KEEP:
+            keep_R = tl.load(keep_ptr + at_R, mask=inside_R, other=0.0)
+            low_R, high_R = low_R * keep_R, high_R * keep_R
+        step_R = nearest(now_R * (1.0 / scale_R), low_R, high_R)
+        error_R = (now_R - step_R * scale_R) * (1.0 / pivot)
+        tl.store(error_ptr + at_R, error_R, mask=inside_R)
+        tl.store(code_ptr + at_R, (step_R + zero_R).to(tl.uint8), mask=inside_R)
+        after_N = tl.where(column_N > j, upper_N, 0.0)
+        tile_NR -= after_N[:, None] * error_R[None, :]
+
+
+@triton.jit
+def descend_slab(
+    pull_ptr: Any,
+    hessian_ptr: Any,
+    value_ptr: Any,
+    scale_ptr: Any,
+    zero_ptr: Any,
+    free_ptr: Any,
+    moved_ptr: Any,
+    code_ptr: Any,
+    rows: Any,
+    columns: Any,
+    bottom: Any,
+    top: Any,
+    HAS_FREE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    layer = tl.program_id(1).to(tl.int64)
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column_N = tl.arange(0, TILE)
+    inside_R = row_R < rows
+    base = layer * columns * rows
+    at_NR = base + column_N[:, None] * rows + row_R[None, :]
+    both_NR = (column_N < columns)[:, None] & inside_R[None, :]
+    tile_NR = tl.load(pull_ptr + at_NR, mask=both_NR, other=0.0)
+    for j in range(0, columns):
+        pull_R = tl.sum(tl.where(column_N[:, None] == j, tile_NR, 0.0), axis=0)
+        at_R = base + j * rows + row_R
+        scale_R = tl.load(scale_ptr + at_R, mask=inside_R, other=1.0)
+        zero_R = tl.load(zero_ptr + at_R, mask=inside_R, other=0.0)
+        value_R = tl.load(value_ptr + at_R, mask=inside_R, other=0.0)
+        row_N = hessian_ptr + (layer * columns + j) * columns + column_N
+        hessian_N = tl.load(row_N, mask=column_N < columns, other=0.0)
+        curve = tl.sum(tl.where(column_N == j, hessian_N, 0.0), axis=0)
+        low_R, high_R = bottom - zero_R, top - zero_R
+        if HAS_FREE:
+            free_R = tl.load(free_ptr + at_R, mask=inside_R, other=0.0)
+            low_R, high_R = low_R * free_R, high_R * free_R
+        goal_R = value_R + pull_R * (1.0 / curve)
+        step_R = nearest(goal_R * (1.0 / scale_R), low_R, high_R)
+        moved_R = step_R * scale_R - value_R
+        tl.store(moved_ptr + at_R, moved_R, mask=inside_R)
+        tl.store(code_ptr + at_R, (step_R + zero_R).to(tl.uint8), mask=inside_R)
+        after_N = tl.where(column_N > j, hessian_N, 0.0)
+        tile_NR -= after_N[:, None] * moved_R[None, :]

@@ -1,0 +1,124 @@
+"""The Triton column loops against the torch ones, interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import featherweight.core
+from featherweight.core import fused
+from featherweight.core.problem import LayerProblem
+from featherweight.core.refine import refine
+from featherweight.core.rules import Grid
+from featherweight.core.solution import Solution
+from featherweight.core.sweep import sweep
+from featherweight.errors import FallbackWarning
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # in tests on a CPU Triton interprets (conftest)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tensors of this device go to the kernels; returns a word for each launch."""
+    ran: list[str] = []
+    launch = fused._launch
+
+    def counted(pick: Any, *args: Any, **constants: Any) -> bool:
+        done = launch(pick, *args, **constants)
+        ran.extend(["kernel"] if done else [])
+        return done
+
+    monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
+    monkeypatch.setattr(fused, "_launch", counted)
+    monkeypatch.setattr(fused, "_failed", [])
+    return ran
+
+
+def problem(rows: int, columns: int, layers: int | None = None, seed: int = 0) -> LayerProblem:
+    generator = torch.Generator().manual_seed(seed)
+    lead = () if layers is None else (layers,)
+    x_TC = torch.randn(*lead, 4 * columns, columns, generator=generator) * torch.linspace(0.2, 2, columns)
+    weight_RC = torch.randn(*lead, rows, columns, generator=generator).to(DEVICE)
+    return LayerProblem(weight_RC, (x_TC.mT @ x_TC / x_TC.shape[-2]).to(DEVICE), x_TC.shape[-2], 0.01, "layer")
+
+
+def same(one: Solution, other: Solution) -> None:
+    """Equal but for ties: sums are taken in another order, so a weight in the middle may go the other way."""
+    apart = (one.codes_RC.int() - other.codes_RC.int()).abs()
+    assert int(apart.max()) <= 1 and float(apart.float().mean()) < 0.01
+    assert torch.allclose(one.loss_R, other.loss_R, rtol=1e-3)
+
+
+GRIDS = [Grid(4, 32), Grid(3, 32, symmetric=False), Grid(2, None, symmetric=False), Grid(1.58, 32), Grid(8, 16)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_kernels_are_the_loops(grid: Grid, launched: list[str]) -> None:
+    given = problem(18, 32)  # rows are no multiple of a program's
+    fast = refine(given, sweep(given, grid), 1)
+    assert len(launched) == 2
+    fused._failed.append("on purpose")
+    same(fast, refine(given, sweep(given, grid), 1))
+    assert len(launched) == 2
+
+
+def test_slabs_and_layers(launched: list[str]) -> None:
+    given, grid = problem(3, 136, layers=2), Grid(3, 8, symmetric=False)  # a whole slab and a piece of one
+    fast = refine(given, sweep(given, grid), 1)
+    assert len(launched) == 4
+    fused._failed.append("on purpose")
+    same(fast, refine(given, sweep(given, grid), 1))
+    assert len(launched) == 4
+
+
+@pytest.mark.parametrize("order", ["natural", "pivot"])
+def test_masks_and_orders(order: Any, launched: list[str]) -> None:
+    given = problem(5, 32)
+    keep_RC = torch.rand(5, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
+    fast = refine(given, replace(sweep(given, Grid(4, 16), order, keep_RC=keep_RC), keep_RC=keep_RC), 1)
+    fused._failed.append("on purpose")
+    slow = refine(given, replace(sweep(given, Grid(4, 16), order, keep_RC=keep_RC), keep_RC=keep_RC), 1)
+    same(fast, slow)
+    assert launched and not bool(fast.values()[~keep_RC].any())
+
+
+def test_updated_scales(launched: list[str]) -> None:
+    given = problem(5, 32)
+    fast = sweep(given, Grid(4, 16), "natural", "updated")
+    fused._failed.append("on purpose")
+    same(fast, sweep(given, Grid(4, 16), "natural", "updated"))
+    assert launched
+
+
+def test_a_failure_is_told_once_and_the_loops_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, grid = problem(16, 160), Grid(4, 32)
+    plain = sweep(given, grid)
+    monkeypatch.setattr(fused, "_failed", [])
+    monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
+    monkeypatch.setitem(sys.modules, "featherweight.core.triton_slabs", None)
+    monkeypatch.delattr(featherweight.core, "triton_slabs", raising=False)
+    with pytest.warns(FallbackWarning, match="Triton cannot run here") as told:
+        same(sweep(given, grid), plain)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(sweep(given, grid), plain)
+
+
+def test_nothing_of_triton_is_imported_on_a_cpu() -> None:
+    code = (
+        "import sys, torch; from featherweight.core.sweep import sweep; from featherweight.core.problem import "
+        "LayerProblem; from featherweight.core.rules import Grid; "
+        "sweep(LayerProblem(torch.randn(4, 32), torch.eye(32), 1, 0.01), Grid(4, 32)); "
+        "assert 'featherweight.core.triton_slabs' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
