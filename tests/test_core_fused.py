@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import featherweight.core
-from featherweight.core import fused
+from featherweight.core import fused, scales
 from featherweight.core.problem import LayerProblem
 from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
@@ -30,15 +33,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # in tests on a CPU Tri
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tensors of this device go to the kernels; returns a word for each launch."""
     ran: list[str] = []
-    launch = fused._launch
+    tried = fused._tried
 
-    def counted(pick: Any, *args: Any, **constants: Any) -> bool:
-        done = launch(pick, *args, **constants)
+    def counted(launch: Callable[[], None]) -> bool:
+        done = tried(launch)
         ran.extend(["kernel"] if done else [])
         return done
 
     monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
-    monkeypatch.setattr(fused, "_launch", counted)
+    monkeypatch.setattr(fused, "_tried", counted)
     monkeypatch.setattr(fused, "_failed", [])
     return ran
 
@@ -65,19 +68,19 @@ GRIDS = [Grid(4, 32), Grid(3, 32, symmetric=False), Grid(2, None, symmetric=Fals
 def test_the_kernels_are_the_loops(grid: Grid, launched: list[str]) -> None:
     given = problem(18, 32)  # rows are no multiple of a program's
     fast = refine(given, sweep(given, grid), 1)
-    assert len(launched) == 2
+    assert len(launched) == 3
     fused._failed.append("on purpose")
     same(fast, refine(given, sweep(given, grid), 1))
-    assert len(launched) == 2
+    assert len(launched) == 3
 
 
 def test_slabs_and_layers(launched: list[str]) -> None:
     given, grid = problem(3, 136, layers=2), Grid(3, 8, symmetric=False)  # a whole slab and a piece of one
     fast = refine(given, sweep(given, grid), 1)
-    assert len(launched) == 4
+    assert len(launched) == 5
     fused._failed.append("on purpose")
     same(fast, refine(given, sweep(given, grid), 1))
-    assert len(launched) == 4
+    assert len(launched) == 5
 
 
 @pytest.mark.parametrize("order", ["natural", "pivot"])
@@ -104,8 +107,9 @@ def test_a_failure_is_told_once_and_the_loops_go_on(monkeypatch: pytest.MonkeyPa
     plain = sweep(given, grid)
     monkeypatch.setattr(fused, "_failed", [])
     monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
-    monkeypatch.setitem(sys.modules, "featherweight.core.triton_slabs", None)
-    monkeypatch.delattr(featherweight.core, "triton_slabs", raising=False)
+    for name in ("triton_slabs", "triton_scales"):
+        monkeypatch.setitem(sys.modules, f"featherweight.core.{name}", None)
+        monkeypatch.delattr(featherweight.core, name, raising=False)
     with pytest.warns(FallbackWarning, match="Triton cannot run here") as told:
         same(sweep(given, grid), plain)
     assert len(told) == 1
@@ -122,3 +126,46 @@ def test_nothing_of_triton_is_imported_on_a_cpu() -> None:
         "assert 'featherweight.core.triton_slabs' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+SEARCHES = [
+    Grid(4, 32), Grid(3, 16, symmetric=False, scale_dtype=torch.bfloat16), Grid(1.58, 32), Grid(2, 48, symmetric=False),
+    Grid(4, 32, mirror=False, scale_dtype=torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", SEARCHES, ids=str)
+def test_searches_find_scales_as_good(grid: Grid, launched: list[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    width = grid.width(96)
+    weight_RGN = torch.randn(3, 96 // width, width, generator=generator).to(DEVICE)
+    weight_RGN[0, 0] = 0.0  # nothing in a group
+    price_GN = torch.rand(96 // width, width, generator=generator).to(DEVICE)
+    fast = scales.fit(grid, weight_RGN, price_GN, 1)
+    assert launched == ["kernel"]
+    fused._failed.append("on purpose")
+    slow = scales.fit(grid, weight_RGN, price_GN, 1)
+    costs = [scales._weighted(grid, weight_RGN, price_GN.unsqueeze(0), *found) for found in (fast, slow)]
+    assert torch.allclose(*costs, rtol=1e-4, atol=1e-7)
+    assert fast[0].dtype == grid.scale_dtype and fast[1].dtype == torch.uint8
+    assert float((fast[0] == slow[0]).float().mean()) > 0.8
+
+
+def test_searches_of_layers_have_their_own_prices(launched: list[str]) -> None:
+    generator, grid = torch.Generator().manual_seed(0), Grid(3, 16)
+    weight_ERGN = torch.randn(2, 2, 2, 16, generator=generator).to(DEVICE)
+    price_EGN = torch.rand(2, 2, 16, generator=generator).square().to(DEVICE)
+    together = scales.fit(grid, weight_ERGN, price_EGN)[0]
+    assert launched
+    for layer in range(2):
+        assert torch.equal(together[layer], scales.fit(grid, weight_ERGN[layer], price_EGN[layer])[0])
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_kernels_compile_without_a_gpu(arch: int, tmp_path: Path) -> None:
+    """By Triton itself, in a process of its own: here it may be interpreting."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    code = (Path(__file__).parent / "compile_triton.py").read_text()
+    ran = subprocess.run([sys.executable, "-c", code, str(arch)], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.split() == ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search"]

@@ -1,6 +1,6 @@
-"""Whether, and how, a slab of columns is decided by one kernel; where not, the callers' own torch loops do it.
+"""Whether, and how, a slab of columns or a search for scales is one kernel; where not, the callers' own loops do it.
 
-Shapes: E layers of one shape, N columns of a slab, R rows.
+Shapes: E layers of one shape, N columns of a slab, R rows; of searches G groups of a row and N inputs of a group.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featherweight.core.rules import Grid
 from featherweight.errors import FallbackWarning
 
 ROWS = 16  # of a program: a warp holds a slab of them in registers
+WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
+KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
 
 
@@ -61,6 +64,58 @@ def usable(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype == torch.float32 and not _failed
 
 
+def bounds(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the most a scale of this dtype is allowed to be."""
+    info = torch.finfo(dtype)
+    return max(info.tiny, torch.finfo(torch.float32).tiny), info.max
+
+
+def search(
+    grid: Grid,
+    weight_RGN: Tensor,
+    importance: Tensor,
+    ladder: Sequence[float],
+    fine: Sequence[float],
+    lowest_zero: int,
+) -> tuple[Tensor, Tensor] | None:
+    """`scales`' search by least weighted error: scales and zeros, R x G; None where torch has to do it.
+
+    `importance` broadcasts over R: 1 x G x N, or E x 1 x G x N for layers.
+    """
+    width = weight_RGN.shape[-1]
+    if not usable(weight_RGN) or width > WIDEST or grid.scale_dtype not in KINDS:
+        return None
+    weight_RGN = weight_RGN.contiguous()
+    scale_RG = weight_RGN.new_empty(weight_RGN.shape[:-1])
+    zero_RG = torch.full_like(scale_RG, grid.middle, dtype=torch.uint8)
+    steps = torch.tensor([*ladder, *fine], device=weight_RGN.device)
+    price = importance.expand(*weight_RGN.shape[:-3], 1, *weight_RGN.shape[-2:]).contiguous()
+    tile = max(16, 1 << (width - 1).bit_length())
+    layout = (scale_RG.numel(), scale_RG.shape[-2] * scale_RG.shape[-1], scale_RG.shape[-1], width, len(ladder))
+    programs = (-(-scale_RG.numel() // (groups := max(1, TILE_WEIGHTS // tile))),)
+    constants = {"FINE": len(fine), "KIND": KINDS[grid.scale_dtype], "TILE": tile, "GROUPS": groups}
+
+    def launch() -> None:
+        from featherweight.core import triton_scales as kernels
+
+        least, most = bounds(grid.scale_dtype)
+        if grid.symmetric:
+            low, high = float(grid.bottom - grid.middle), float(grid.top - grid.middle)
+            levels = 1.0 if grid.ternary else float(grid.middle)
+            mirror = grid.mirror and not grid.ternary
+            kernels.symmetric_search[programs](
+                weight_RGN, price, steps, scale_RG, *layout, low, high, levels, least, most, MIRROR=mirror, **constants
+            )
+        else:
+            kernels.asymmetric_search[programs](
+                *(weight_RGN, price, steps, scale_RG, zero_RG, *layout),
+                *(float(grid.top), float(lowest_zero), least, most),
+                **constants,
+            )
+
+    return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
+
+
 def _outputs(like_ENR: Tensor) -> tuple[Tensor, Tensor]:
     """Room for one number and one code a weight."""
     number_ENR = torch.empty(like_ENR.shape, dtype=like_ENR.dtype, device=like_ENR.device)
@@ -81,18 +136,27 @@ def _launch(
     assert inputs[0] is not None
     layers, columns, rows = inputs[0].shape
     tensors = [inputs[0] if tensor is None else tensor.contiguous() for tensor in inputs]
-    try:
+
+    def launch() -> None:
         from featherweight.core import triton_slabs
 
         tile = max(16, 1 << (columns - 1).bit_length())
         grid = (-(-rows // ROWS), layers)
         kernel = pick(triton_slabs)[grid]
         kernel(*tensors, *outputs, rows, columns, *levels, TILE=tile, ROWS=ROWS, num_warps=1, **constants)
+
+    return _tried(launch)
+
+
+def _tried(launch: Callable[[], None]) -> bool:
+    """Whether a launch worked; where it did not, one warning, and no kernel is tried again."""
+    try:
+        launch()
     except Exception as error:  # a missing compiler, an old GPU, a driver: Triton raises a kind of its own for each
         _failed.append(f"{type(error).__name__}: {error}")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         warnings.warn(
-            f"Triton cannot run here ({reason}): columns are solved by torch, many times slower.",
+            f"Triton cannot run here ({reason}): layers are solved by torch, many times slower.",
             FallbackWarning,
             stacklevel=2,
         )

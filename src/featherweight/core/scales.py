@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from featherweight.core import fused
 from featherweight.core.rules import Grid
 from featherweight.core.serial import one_thread
 
 SHRINKS = 80  # candidates of the paper's search: the range times 1.00, 0.99, ... 0.21
 PAPER_POWER = 2.4  # and the power of the error it adds up
+FINE = (-0.025, -0.0125, 0.0125, 0.025)  # steps around the best of the ladder
 CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}  # weights searched at a time: a CPU does it in its cache
 
 
@@ -39,6 +41,8 @@ def _fit(grid: Grid, weight_RGN: Tensor, importance: Tensor, lowest_zero: int) -
         return _from_range(grid, *_range(weight_RGN, grid), lowest_zero)
     if grid.search == "mse":
         return _shrink_search(grid, weight_RGN, lowest_zero)
+    if found := fused.search(grid, weight_RGN, importance, ladder(grid), FINE, lowest_zero):
+        return found
     if grid.symmetric:
         return _symmetric_search(grid, weight_RGN, importance)
     return _asymmetric_search(grid, weight_RGN, importance, lowest_zero)
@@ -46,10 +50,8 @@ def _fit(grid: Grid, weight_RGN: Tensor, importance: Tensor, lowest_zero: int) -
 
 def store(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as a file of this dtype holds it: rounded, and never rounded to zero or infinity."""
-    info = torch.finfo(dtype)
-    floor = max(info.tiny, torch.finfo(torch.float32).tiny)
     sign = torch.where(scale < 0, -1.0, 1.0)
-    return (sign * scale.abs().clamp(floor, info.max)).to(dtype)
+    return (sign * scale.abs().clamp(*fused.bounds(dtype))).to(dtype)
 
 
 def _range(weight_RGN: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -129,14 +131,11 @@ def _symmetric_search(grid: Grid, weight_RGN: Tensor, importance: Tensor) -> tup
         scale = store(scale, grid.scale_dtype)
         best.offer(_weighted(grid, weight_RGN, importance, scale, zero), scale, zero)
 
-    for factor in (
-        1.0,
-        *(1.08 - 0.05 * step for step in range(_steps(grid))),
-    ):  # 1.0: weights on such a grid stay there
+    for factor in ladder(grid):
         for sign in signs:
             offer(sign * extreme * factor / levels)
     centre = best.scale.to(weight_RGN.dtype)
-    for fine in (-0.025, -0.0125, 0.0125, 0.025):
+    for fine in FINE:
         offer(centre + torch.copysign(fine * extreme / levels, fine * centre))
     return best.scale, best.zero
 
@@ -146,20 +145,19 @@ def _asymmetric_search(grid: Grid, weight_RGN: Tensor, importance: Tensor, lowes
     low, high = _range(weight_RGN, grid)
     full = (high - low) / grid.top
     best = _Best()
-    for factor in (
-        1.0,
-        *(1.04 - 0.05 * step for step in range(_steps(grid))),
-    ):  # 1.0: weights on such a grid stay there
+    for factor in ladder(grid):
         _offer_zeros(best, grid, weight_RGN, importance, full * factor, low, high, lowest_zero)
     centre = best.scale.to(weight_RGN.dtype)
-    for fine in (-0.025, -0.0125, 0.0125, 0.025):
+    for fine in FINE:
         _offer_zeros(best, grid, weight_RGN, importance, centre + fine * full, low, high, lowest_zero)
     return best.scale, best.zero
 
 
-def _steps(grid: Grid) -> int:
-    """How far down the ladder goes; at more bits the steps left out change no loss (docs/log.md)."""
-    return {2: 16, 3: 13}.get(grid.stored_bits, 10)
+def ladder(grid: Grid) -> list[float]:
+    """Shares of the extreme, or of the range, to try; at more bits the steps left out change no loss (docs/log.md)."""
+    highest = 1.08 if grid.symmetric else 1.04
+    steps = {2: 16, 3: 13}.get(grid.stored_bits, 10)
+    return [1.0, *(highest - 0.05 * step for step in range(steps))]  # 1.0: weights on such a grid stay there
 
 
 def _offer_zeros(

@@ -10,10 +10,6 @@ Shapes: E layers, N columns of the slab (in a tile: the next power of two), R ro
 E x N x R, and U and H of the slab E x N x N.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -21,28 +17,28 @@ MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def nearest(value_R: Any, low_R: Any, high_R: Any) -> Any:
+def nearest(value_R, low_R, high_R):
     """The integer between low and high nearest to a value, of two equally near the even one."""
     return (tl.minimum(tl.maximum(value_R, low_R), high_R) + MAGIC) - MAGIC
 
 
 @triton.jit
 def sweep_slab(
-    weight_ptr: Any,
-    upper_ptr: Any,
-    scale_ptr: Any,
-    zero_ptr: Any,
-    keep_ptr: Any,
-    error_ptr: Any,
-    code_ptr: Any,
-    rows: Any,
-    columns: Any,
-    bottom: Any,
-    top: Any,
+    weight_ptr,
+    upper_ptr,
+    scale_ptr,
+    zero_ptr,
+    keep_ptr,
+    error_ptr,
+    code_ptr,
+    rows,
+    columns,
+    bottom,
+    top,
     HAS_KEEP: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-) -> None:
+):
     layer = tl.program_id(1).to(tl.int64)
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column_N = tl.arange(0, TILE)
@@ -72,22 +68,22 @@ def sweep_slab(
 
 @triton.jit
 def descend_slab(
-    pull_ptr: Any,
-    hessian_ptr: Any,
-    value_ptr: Any,
-    scale_ptr: Any,
-    zero_ptr: Any,
-    free_ptr: Any,
-    moved_ptr: Any,
-    code_ptr: Any,
-    rows: Any,
-    columns: Any,
-    bottom: Any,
-    top: Any,
+    pull_ptr,
+    hessian_ptr,
+    value_ptr,
+    scale_ptr,
+    zero_ptr,
+    free_ptr,
+    moved_ptr,
+    code_ptr,
+    rows,
+    columns,
+    bottom,
+    top,
     HAS_FREE: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-) -> None:
+):
     layer = tl.program_id(1).to(tl.int64)
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column_N = tl.arange(0, TILE)
