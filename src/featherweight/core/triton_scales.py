@@ -19,9 +19,7 @@ def stored(scale_M, least, most, KIND: tl.constexpr):
     if KIND == 16:
         scale_M = scale_M.to(tl.float16).to(tl.float32)
     if KIND == 17:
-        bits_M = scale_M.to(
-            tl.uint32, bitcast=True
-        )  # half to even: the interpreter's own cast cuts off
+        bits_M = scale_M.to(tl.uint32, bitcast=True)  # half to even: the interpreter's own cast cuts off
         bits_M = (bits_M + 0x7FFF + ((bits_M >> 16) & 1)) & 0xFFFF0000
         scale_M = bits_M.to(tl.float32, bitcast=True)
     return scale_M
