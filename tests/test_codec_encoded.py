@@ -81,6 +81,17 @@ def test_reaches_the_rates_asked_for_with_all_that_a_row_needs(zeros: float, goa
     assert entropy < encoded.bits_per_weight + two_bfloat16_a_row <= goal * entropy
 
 
+def test_rows_of_more_than_255_words_have_longer_lengths() -> None:
+    codes = draw_codes(33, 8300, 0.1)
+    wide = encode(codes, ("bitmap",)).tensors()
+    assert wide["row_words"].dtype == torch.uint16
+    assert torch.equal(decode(Encoded.from_tensors(wide, "w"), "w"), codes)
+    with pytest.raises(
+        RequestError, match=r"w's tensor 'row_words' is torch.int16 of shape \[33\], where torch.uint16"
+    ):
+        Encoded.from_tensors(wide | {"row_words": wide["row_words"].view(torch.int16)}, "w")
+
+
 def test_bitmaps_take_over_where_half_of_the_weights_are_zero() -> None:
     encoded = encode(draw_codes(512, 2048, 0.5))
     assert encoded.header.kind == "bitmap" and encoded.bits_per_weight < 1.02 * 1.5
@@ -98,6 +109,8 @@ def test_entropy_and_zero_share_of_known_matrices() -> None:
     assert entropy_bits(torch.full((3, 3), 2, dtype=torch.uint8)) == 0
     with pytest.raises(AssertionError, match="up to 4"):
         encode(torch.tensor([[0, 4]], dtype=torch.uint8))
+    with pytest.raises(AssertionError, match="none of bitmap holds 4 levels"):
+        encode(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), ("bitmap",))
 
 
 def test_a_file_holds_it(tmp_path: Path) -> None:
@@ -141,6 +154,7 @@ def test_any_byte_that_changed_is_noticed(kind: Kind) -> None:
 def test_damage_names_the_tile_and_both_checksums_and_leaves_the_others_readable() -> None:
     codes = draw_codes(100, 200, 0.885)
     tensors = encode(codes).tensors()
+    assert tensors["row_words"].dtype == torch.uint8
     words = tensors["row_words"].to(torch.int64)[:32].sum()
     bad = Encoded.from_tensors(damaged(tensors, "stream", 4 * int(words), 4), "layers.3.up_proj")
     with pytest.raises(RequestError) as caught:
@@ -175,6 +189,11 @@ def test_what_is_cut_off_left_over_or_swapped_is_noticed(kind: Kind) -> None:
     other = encode(draw_codes(70, 60, 0.8, seed=1), (kind,)).tensors()
     with pytest.raises(RequestError, match="tile 0"):
         decode(Encoded.from_tensors(tensors | {"checksums": other["checksums"]}, "up"), "up")
+    if "row_words" in tensors:
+        moved = tensors["row_words"].clone()
+        moved[3], moved[4] = moved[3] + 1, moved[4] - 1
+        with pytest.raises(RequestError, match="tile 0"):
+            decode(Encoded.from_tensors(tensors | {"row_words": moved}, "up"), "up")
     twice = encode(codes[:32].repeat(2, 1), (kind,)).tensors()
     with pytest.raises(RequestError, match="tile 0"):
         decode(Encoded.from_tensors(twice | {"checksums": twice["checksums"].flip(0)}, "up"), "up")

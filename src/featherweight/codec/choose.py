@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from featherweight.codec import dictionary, plain, runs
-from featherweight.codec.bits import WORD_BITS, pack_dense, words_for
-from featherweight.codec.encoded import SHARES, Kind
+from featherweight.codec.bits import pack_dense, words_for
+from featherweight.codec.encoded import SHARES, Kind, lengths_dtype
 
 # A dictionary is tried on a sample of so many runs of so many columns, and in earnest where that says so.
 SAMPLE_ROWS, SAMPLE_COLUMNS, SAMPLE_MARGIN = 512, 256, 1.01
@@ -34,21 +34,26 @@ class Candidate:
 
 def candidates(chunks: Sequence[Tensor], levels: int, share: float, kinds: Sequence[Kind]) -> list[Candidate]:
     """What can hold so many levels, of chunks of a matrix (uint8, (R, C) each) whose share of zeros is `share`."""
-    rows, columns = sum(map(len, chunks)), chunks[0].shape[1]
+    columns = chunks[0].shape[1]
     values = max(1, levels - 1)  # of one level alone too, for symbols have to stand for something
     found: list[Candidate] = []
     if "plain" in kinds:
         found.append(plain_candidate(chunks, values))
     nonzero = [runs.find_runs(chunk, values) for chunk in chunks] if {"bitmap", "runs"} & set(kinds) else []
     if "bitmap" in kinds and values <= 2:
-        words = sum(int(plain.row_words(part.counts_R, columns).sum()) for part in nonzero)
-        found.append(Candidate(4 * words + 2 * rows, "bitmap", 1, lambda: [plain.encode(chunk) for chunk in chunks]))
+        lengths_R = torch.cat([plain.row_words(part.counts_R, columns) for part in nonzero])
+        found.append(Candidate(nbytes_of(lengths_R), "bitmap", 1, lambda: [plain.encode(chunk) for chunk in chunks]))
     if "runs" in kinds:
-        found.append(runs_candidate(nonzero, rows, columns))
+        found.append(runs_candidate(nonzero, columns))
     if "dictionary" in kinds and values <= 2:
         smallest = min((other.nbytes for other in found), default=None)
         found += dictionary_candidates(chunks, share, smallest)
     return found
+
+
+def nbytes_of(lengths_R: Tensor) -> int:
+    """Bytes of rows of so many words, and of their lengths."""
+    return 4 * int(lengths_R.sum()) + lengths_dtype(lengths_R).itemsize * len(lengths_R)
 
 
 def plain_candidate(chunks: Sequence[Tensor], values: int) -> Candidate:
@@ -62,24 +67,24 @@ def plain_candidate(chunks: Sequence[Tensor], values: int) -> Candidate:
     return Candidate(4 * words * rows, "plain", bits, write)
 
 
-def runs_candidate(found: Sequence[runs.Runs], rows: int, columns: int) -> Candidate:
+def runs_candidate(found: Sequence[runs.Runs], columns: int) -> Candidate:
     """Run lengths, of the width that takes the fewest words.
 
-    A histogram of the gaps gives the bits of every width; only the words that rows are rounded up to need the rows, and
-    only those widths are counted out whose bits alone would not make them larger than the best so far.
+    A histogram of the gaps gives the bits of every width. Words need the rows, and are counted for those widths alone
+    whose bits do not already take more than the best.
     """
     values = found[0].values
     gaps = torch.stack([torch.bincount(part.gaps_N, minlength=columns) for part in found]).sum(0)
     ladder = torch.arange(columns, device=gaps.device)
     widths = [bits for bits in runs.WIDTHS if values < 1 << bits]
     symbols = torch.stack([(gaps * runs.Alphabet(bits, values).symbols_for(ladder)).sum() for bits in widths]).tolist()
-    at_least = sorted((-(-count * bits // WORD_BITS), bits) for count, bits in zip(symbols, widths, strict=True))
-    best, best_bits = sum(int(runs.row_words(part, at_least[0][1]).sum()) for part in found), at_least[0][1]
-    for bound, bits in at_least[1:]:
-        if bound < best:
-            words = sum(int(runs.row_words(part, bits).sum()) for part in found)
-            best, best_bits = min((best, best_bits), (words, bits))
-    return Candidate(4 * best + 2 * rows, "runs", best_bits, lambda: [runs.encode(part, best_bits) for part in found])
+    at_least = sorted((count * bits / 8, bits) for count, bits in zip(symbols, widths, strict=True))
+    choices: list[tuple[int, int]] = []
+    for bound, bits in at_least:
+        if not choices or bound < min(choices)[0]:
+            choices.append((nbytes_of(torch.cat([runs.row_words(part, bits) for part in found])), bits))
+    nbytes, best = min(choices)
+    return Candidate(nbytes, "runs", best, lambda: [runs.encode(part, best) for part in found])
 
 
 def dictionary_candidates(chunks: Sequence[Tensor], share: float, smallest: int | None) -> list[Candidate]:
@@ -97,7 +102,7 @@ def dictionary_candidates(chunks: Sequence[Tensor], share: float, smallest: int 
 def dictionary_candidate(chunks: Sequence[Tensor], table: dictionary.Dictionary, of_64: int) -> Candidate:
     """The codewords of one dictionary; to know their bytes is to have them."""
     written = [dictionary.encode(chunk, table) for chunk in chunks]
-    nbytes = sum(4 * int(lengths_R.sum()) + 2 * len(lengths_R) for _, lengths_R in written)
+    nbytes = nbytes_of(torch.cat([lengths_R for _, lengths_R in written]))
     return Candidate(nbytes, "dictionary", table.bits, lambda: written, of_64)
 
 

@@ -114,7 +114,8 @@ class Encoded:
     Attributes:
         header: kind and shape.
         stream_N: int32, the words of row after row.
-        row_words_R: uint16, the words of each row; None where `header.fixed_words` says it.
+        row_words_R: the words of each row, uint8 where all are below 256 and else uint16; None where
+            `header.fixed_words` says it.
         checksums_K: int32, the CRC-32 of each tile.
     """
 
@@ -145,13 +146,12 @@ class Encoded:
         if ("row_words" in tensors) != (header.fixed_words is None):
             has = "has" if "row_words" in tensors else "has no"
             raise RequestError(f"{name} {has} tensor 'row_words', unlike what {header.kind} is: get the file again.")
+        lengths = tensors.get("row_words")
+        if lengths is not None:
+            dtype = torch.uint8 if lengths.dtype == torch.uint8 else torch.uint16
+            lengths = expect(lengths, dtype, header.rows, "row_words", name)
         stream = expect(tensors["stream"], torch.int32, tensors["stream"].numel(), "stream", name)
-        checksums = expect(tensors["checksums"], torch.int32, header.tiles, "checksums", name)
-        if header.fixed_words is not None:
-            return cls(header, stream, None, checksums)
-        return cls(
-            header, stream, expect(tensors["row_words"], torch.uint16, header.rows, "row_words", name), checksums
-        )
+        return cls(header, stream, lengths, expect(tensors["checksums"], torch.int32, header.tiles, "checksums", name))
 
     @cached_property
     def row_offsets(self) -> Tensor:
@@ -171,6 +171,11 @@ class Encoded:
         return 8 * self.nbytes / (self.header.rows * self.header.columns)
 
 
+def lengths_dtype(lengths_R: Tensor) -> torch.dtype:
+    """What `row_words` is stored as."""
+    return torch.uint8 if int(lengths_R.max()) < 256 else torch.uint16
+
+
 def expect(tensor: Tensor, dtype: torch.dtype, count: int, part: str, name: str) -> Tensor:
     """`tensor`, one-dimensional of `count` elements; RequestError where it is not."""
     if tensor.dtype != dtype or tensor.shape != (count,):
@@ -182,7 +187,7 @@ def expect(tensor: Tensor, dtype: torch.dtype, count: int, part: str, name: str)
 
 
 def tile_checksums(encoded: Encoded, tiles: range) -> list[int]:
-    """CRC-32 of each tile: of the header, the tile's number (4 bytes), the lengths of its rows and their words.
+    """CRC-32 of each tile: of the header, the tile's number (4 bytes), its rows' lengths (2 each) and their words.
 
     With the header and the number in it, neither a tile of another matrix nor another tile of this one can pass.
     """
@@ -190,15 +195,14 @@ def tile_checksums(encoded: Encoded, tiles: range) -> list[int]:
     offsets = encoded.row_offsets[first : last + 1].cpu()
     # Slices of a stream that was cut short are short themselves, and do not pass.
     stream = encoded.stream_N[offsets[0] : offsets[-1]].cpu().numpy().tobytes()
-    lengths = b"" if encoded.row_words_R is None else encoded.row_words_R[first:last].cpu().numpy().tobytes()
-    starts = [int(offset) for offset in (offsets - offsets[0])[::TILE_ROWS].tolist()]
-    start = zlib.crc32(encoded.header.to_bytes())
+    lengths = offsets.diff().to(torch.uint16).numpy().tobytes()
+    edges = (4 * (torch.cat((offsets[:-1:TILE_ROWS], offsets[-1:])) - offsets[0])).tolist()
+    of_header = zlib.crc32(encoded.header.to_bytes())
     found = []
     for place, tile in enumerate(tiles):
-        sum_ = zlib.crc32(tile.to_bytes(4, "little"), start)
-        sum_ = zlib.crc32(lengths[2 * TILE_ROWS * place : 2 * TILE_ROWS * (place + 1)], sum_)
-        end = starts[place + 1] if place + 1 < len(starts) else int(offsets[-1] - offsets[0])
-        found.append(zlib.crc32(stream[4 * starts[place] : 4 * end], sum_))
+        crc = zlib.crc32(tile.to_bytes(4, "little"), of_header)
+        crc = zlib.crc32(lengths[2 * TILE_ROWS * place : 2 * TILE_ROWS * (place + 1)], crc)
+        found.append(zlib.crc32(stream[edges[place] : edges[place + 1]], crc))
     return found
 
 

@@ -23,6 +23,7 @@ from featherweight.codec.encoded import (
     Header,
     Kind,
     check,
+    lengths_dtype,
     tile_checksums,
 )
 from featherweight.codec.entropy import MOST_LEVELS, level_counts
@@ -46,12 +47,14 @@ def encode(codes_RC: Tensor, kinds: Sequence[Kind] = KINDS) -> Encoded:
     levels = [commonest, *(code for code in range(MOST_LEVELS) if counts[code] and code != commonest)]
     chunks = relabel(codes_RC, {code: place for place, code in enumerate(levels)}).split(chunk_rows(codes_RC))
     share = counts[commonest] / codes_RC.numel()
-    best = min(candidates(chunks, len(levels), share, kinds), key=lambda candidate: candidate.nbytes)
+    found = candidates(chunks, len(levels), share, kinds)
+    assert found, f"none of {', '.join(kinds)} holds {len(levels)} levels"
+    best = min(found, key=lambda candidate: candidate.nbytes)
     header = Header(best.kind, best.bits, tuple(levels), rows, columns, best.zero_share_64ths)
     written = best.write()
     stream_N = torch.cat([end_to_end(*rows) for rows in written]).cpu()
     lengths_R = torch.cat([lengths for _, lengths in written]).cpu()
-    row_words_R = lengths_R.to(torch.uint16) if header.fixed_words is None else None
+    row_words_R = lengths_R.to(lengths_dtype(lengths_R)) if header.fixed_words is None else None
     blank = Encoded(header, stream_N, row_words_R, torch.zeros(header.tiles, dtype=torch.int32))
     checksums = np.array(tile_checksums(blank, range(header.tiles)), dtype=np.uint32)
     return Encoded(header, stream_N, row_words_R, torch.from_numpy(checksums.view(np.int32)))
