@@ -17,7 +17,11 @@ def oracle(row: list[int], bits: int) -> list[int]:
     return [word - (1 << 32) if word >> 31 else word for word in words]
 
 
-rows_of_codes = st.integers(1, 8).flatmap(
+def packable(row: list[int], bits: int) -> torch.Tensor:
+    return torch.tensor([row], dtype=torch.uint8 if bits <= 8 else torch.int32)
+
+
+rows_of_codes = st.integers(1, 16).flatmap(
     lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), max_size=100))
 )
 
@@ -26,10 +30,12 @@ rows_of_codes = st.integers(1, 8).flatmap(
 @given(rows_of_codes)
 def test_packs_like_the_oracle_and_back(case: tuple[int, list[int]]) -> None:
     bits, row = case
-    words = pack_dense(torch.tensor([row], dtype=torch.uint8), bits)
+    words = pack_dense(packable(row, bits), bits)
     assert words.dtype == torch.int32 and words.is_contiguous()
     assert words.tolist() == [oracle(row, bits)]
-    assert unpack_dense(words, bits, len(row)).tolist() == [row]
+    back = unpack_dense(words, bits, len(row))
+    assert back.tolist() == [row] and back.dtype == (torch.uint8 if bits <= 8 else torch.int32)
+    assert torch.equal(pack_dense(packable(row, bits).to(torch.int32), bits), words)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -45,6 +51,10 @@ def test_leading_axes_and_strides(bits: int) -> None:
 def test_refuses_codes_that_would_spill_into_their_neighbours() -> None:
     with pytest.raises(AssertionError, match="3 bits"):
         pack_dense(torch.tensor([1, 8], dtype=torch.uint8), 3)
+    with pytest.raises(AssertionError, match="10 bits"):
+        pack_dense(torch.tensor([1, 1024], dtype=torch.int32), 10)
+    with pytest.raises(AssertionError, match="10"):
+        pack_dense(torch.tensor([1, 8], dtype=torch.uint8), 10)
 
 
 def test_refuses_a_width_that_cannot_be_the_count() -> None:

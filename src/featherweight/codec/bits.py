@@ -15,6 +15,8 @@ from torch import Tensor
 
 WORD_BITS = 32
 BYTE_BITS = 8
+# What may be packed: (dtype, bits).
+DTYPES = {(torch.uint8, bits) for bits in range(1, 9)} | {(torch.int32, bits) for bits in range(1, 17)}
 
 
 def words_for(count: int, bits: int) -> int:
@@ -23,11 +25,11 @@ def words_for(count: int, bits: int) -> int:
 
 
 def pack_dense(codes_N: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes below 2**bits (1 .. 8 bits) along the last axis.
+    """Pack codes below 2**bits along the last axis: uint8 of 1 .. 8 bits, or int32 of 1 .. 16 bits.
 
     Returns int32 of shape (..., W), W = words_for(N, bits), contiguous; the last word of a row is filled up with zeros.
     """
-    assert 1 <= bits <= 8 and codes_N.dtype == torch.uint8, (bits, codes_N.dtype)
+    assert (codes_N.dtype, bits) in DTYPES, (codes_N.dtype, bits)
     # A code too wide would spill into its neighbour: one pass over the codes is a small price for never doing that.
     assert codes_N.numel() == 0 or int(codes_N.max()) < 1 << bits, f"a code does not fit in {bits} bits"
     count = codes_N.shape[-1]
@@ -45,16 +47,18 @@ def pack_dense(codes_N: Tensor, bits: int) -> Tensor:
 
 
 def unpack_dense(words_W: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_dense`: the first `count` codes of each row, uint8 of shape (..., count).
+    """The inverse of `pack_dense`: the first `count` codes of each row, of shape (..., count).
 
-    `words_W` is int32 with exactly words_for(count, bits) words along the last axis.
+    `words_W` is int32 with exactly words_for(count, bits) words along the last axis. Codes of 8 bits or fewer come as
+    uint8, those of 9 to 16 as int32.
     """
-    assert 1 <= bits <= 8 and words_W.dtype == torch.int32, (bits, words_W.dtype)
+    assert 1 <= bits <= 16 and words_W.dtype == torch.int32, (bits, words_W.dtype)
     assert words_W.shape[-1] == words_for(count, bits), (words_W.shape, bits, count)
     blocks = -(-count // WORD_BITS)
     padded = torch.nn.functional.pad(words_W, (0, blocks * bits - words_W.shape[-1]))
     words_Bb = padded.reshape(*padded.shape[:-1], blocks, bits)
-    codes_B32 = torch.empty(*words_Bb.shape[:-1], WORD_BITS, dtype=torch.uint8, device=words_W.device)
+    dtype = torch.uint8 if bits <= BYTE_BITS else torch.int32
+    codes_B32 = torch.empty(*words_Bb.shape[:-1], WORD_BITS, dtype=dtype, device=words_W.device)
     mask = (1 << bits) - 1
     for i in range(WORD_BITS):
         word, shift = divmod(i * bits, WORD_BITS)
@@ -63,7 +67,7 @@ def unpack_dense(words_W: Tensor, bits: int, count: int) -> Tensor:
             # The shift above copies the sign into the high bits; they make room for the part in the next word.
             low = WORD_BITS - shift
             code = (code & ((1 << low) - 1)) | (words_Bb[..., word + 1] << low)
-        codes_B32[..., i] = (code & mask).to(torch.uint8)
+        codes_B32[..., i] = code & mask
     return codes_B32.flatten(-2)[..., :count].contiguous()
 
 
