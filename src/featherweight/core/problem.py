@@ -16,6 +16,7 @@ from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
 DAMPING_TRIES = 5
+WHOLE = 512  # columns of a triangle that is inverted at once
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,27 @@ def _inverse_factor(damped_CC: Tensor) -> Tensor | None:
     for dtype in (damped_CC.dtype, torch.float64):
         lower_CC, info = torch.linalg.cholesky_ex(damped_CC.to(dtype).flip(-2, -1))
         if bool((info == 0).all()):
-            reversed_CC = lower_CC.flip(-2, -1)
-            identity_CC = torch.eye(damped_CC.shape[-1], dtype=dtype, device=damped_CC.device)
-            upper_CC = torch.linalg.solve_triangular(reversed_CC, identity_CC.expand_as(reversed_CC), upper=True)
-            result_CC: Tensor = upper_CC.to(damped_CC.dtype)
+            result_CC = _triangular_inverse(lower_CC.flip(-2, -1)).to(damped_CC.dtype)
             if bool(torch.isfinite(result_CC).all()):
                 return result_CC
     return None
+
+
+def _triangular_inverse(upper_CC: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves: nearly all of the work is in large products.
+
+    inv [[A, B], [0, D]] = [[inv A, -inv A B inv D], [0, inv D]].
+    """
+    columns = upper_CC.shape[-1]
+    if columns <= WHOLE:
+        identity_CC = torch.eye(columns, dtype=upper_CC.dtype, device=upper_CC.device)
+        whole_CC: Tensor = torch.linalg.solve_triangular(upper_CC, identity_CC.expand_as(upper_CC), upper=True)
+        return whole_CC
+    half = -(-columns // 2 // WHOLE) * WHOLE
+    inverse_CC = torch.zeros_like(upper_CC, memory_format=torch.contiguous_format)
+    first, last = slice(0, half), slice(half, columns)
+    inverse_CC[..., first, first] = _triangular_inverse(upper_CC[..., first, first])
+    inverse_CC[..., last, last] = _triangular_inverse(upper_CC[..., last, last])
+    left_CC = inverse_CC[..., first, first] @ upper_CC[..., first, last]
+    inverse_CC[..., first, last] = -(left_CC @ inverse_CC[..., last, last])
+    return inverse_CC

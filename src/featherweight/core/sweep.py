@@ -117,6 +117,7 @@ class _Pass:
         self.grid, self.width, self.lowest_zero = grid, width, lowest_zero
         self.weight_ECR, self.upper_ECC, self.group_EC = weight_ECR, upper_ECC, order_EC // width
         self.scale_ERG, self.zero_ERG = scale_ERG, zero_ERG
+        self._transpose_scales()
         self.codes_ECR = torch.empty_like(weight_ECR, dtype=torch.uint8)
         self.loss_ER = torch.zeros_like(weight_ECR[:, 0])
 
@@ -137,10 +138,9 @@ class _Pass:
     def _slab(self, start: int, stop: int) -> Tensor:
         """Rounds the columns start .. stop-1 and returns their scaled errors E, with W - V = E U."""
         weight_ENR, upper_ENN = self.weight_ECR[:, start:stop], self.upper_ECC[:, start:stop, start:stop]
-        dtype, group_EN = weight_ENR.dtype, self.group_EC[:, start:stop]
         each_E1 = torch.arange(weight_ENR.shape[0], device=weight_ENR.device).unsqueeze(1)
-        scale_ENR = self.scale_ERG.transpose(1, 2)[each_E1, group_EN].to(dtype)
-        zero_ENR = self.zero_ERG.transpose(1, 2)[each_E1, group_EN].to(dtype)
+        group_EN = self.group_EC[:, start:stop]
+        scale_ENR, zero_ENR = self.scale_EGR[each_E1, group_EN], self.zero_EGR[each_E1, group_EN]
         keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, start:stop]
         levels = (self.grid.bottom, self.grid.top)
         found = fused.sweep_slab(weight_ENR, upper_ENN, scale_ENR, zero_ENR, keep_ENR, levels)
@@ -158,6 +158,14 @@ class _Pass:
             scale, zero = scales.fit(self.grid, group_ERN, price_EN.unsqueeze(1), self.lowest_zero)
             at = begin // self.width
             self.scale_ERG[..., at : at + 1], self.zero_ERG[..., at : at + 1] = scale, zero
+        self._transpose_scales()
+
+    def _transpose_scales(self) -> None:
+        """Scales and zeros in the arithmetic's dtype, with the rows of a group in one piece."""
+        self.scale_EGR, self.zero_EGR = (
+            tensor.transpose(1, 2).to(self.weight_ECR.dtype, memory_format=torch.contiguous_format)
+            for tensor in (self.scale_ERG, self.zero_ERG)
+        )
 
 
 def _sweep_slab(

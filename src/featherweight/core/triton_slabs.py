@@ -47,12 +47,20 @@ def sweep_slab(
     at_NR = base + column_N[:, None] * rows + row_R[None, :]
     both_NR = (column_N < columns)[:, None] & inside_R[None, :]
     tile_NR = tl.load(weight_ptr + at_NR, mask=both_NR, other=0.0)
+    upper_row = upper_ptr + layer * columns * columns + column_N
+    # What a column needs is asked for a column ahead, or every step would wait for memory.
+    scale_next_R = tl.load(scale_ptr + base + row_R, mask=inside_R, other=1.0)
+    zero_next_R = tl.load(zero_ptr + base + row_R, mask=inside_R, other=0.0)
+    upper_next_N = tl.load(upper_row, mask=column_N < columns, other=0.0)
     for j in range(0, columns):
-        now_R = tl.sum(tl.where(column_N[:, None] == j, tile_NR, 0.0), axis=0)
+        scale_R, zero_R, upper_N = scale_next_R, zero_next_R, upper_next_N
         at_R = base + j * rows + row_R
-        scale_R = tl.load(scale_ptr + at_R, mask=inside_R, other=1.0)
-        zero_R = tl.load(zero_ptr + at_R, mask=inside_R, other=0.0)
-        upper_N = tl.load(upper_ptr + (layer * columns + j) * columns + column_N, mask=column_N < columns, other=0.0)
+        ahead = tl.minimum(j + 1, columns - 1)
+        next_R = base + ahead * rows + row_R
+        scale_next_R = tl.load(scale_ptr + next_R, mask=inside_R, other=1.0)
+        zero_next_R = tl.load(zero_ptr + next_R, mask=inside_R, other=0.0)
+        upper_next_N = tl.load(upper_row + ahead * columns, mask=column_N < columns, other=0.0)
+        now_R = tl.sum(tl.where(column_N[:, None] == j, tile_NR, 0.0), axis=0)
         pivot = tl.sum(tl.where(column_N == j, upper_N, 0.0), axis=0)
         low_R, high_R = bottom - zero_R, top - zero_R
         if HAS_KEEP:
@@ -92,14 +100,21 @@ def descend_slab(
     at_NR = base + column_N[:, None] * rows + row_R[None, :]
     both_NR = (column_N < columns)[:, None] & inside_R[None, :]
     tile_NR = tl.load(pull_ptr + at_NR, mask=both_NR, other=0.0)
+    hessian_row = hessian_ptr + layer * columns * columns + column_N
+    scale_next_R = tl.load(scale_ptr + base + row_R, mask=inside_R, other=1.0)
+    zero_next_R = tl.load(zero_ptr + base + row_R, mask=inside_R, other=0.0)
+    value_next_R = tl.load(value_ptr + base + row_R, mask=inside_R, other=0.0)
+    hessian_next_N = tl.load(hessian_row, mask=column_N < columns, other=0.0)
     for j in range(0, columns):
-        pull_R = tl.sum(tl.where(column_N[:, None] == j, tile_NR, 0.0), axis=0)
+        scale_R, zero_R, value_R, hessian_N = scale_next_R, zero_next_R, value_next_R, hessian_next_N
         at_R = base + j * rows + row_R
-        scale_R = tl.load(scale_ptr + at_R, mask=inside_R, other=1.0)
-        zero_R = tl.load(zero_ptr + at_R, mask=inside_R, other=0.0)
-        value_R = tl.load(value_ptr + at_R, mask=inside_R, other=0.0)
-        row_N = hessian_ptr + (layer * columns + j) * columns + column_N
-        hessian_N = tl.load(row_N, mask=column_N < columns, other=0.0)
+        ahead = tl.minimum(j + 1, columns - 1)
+        next_R = base + ahead * rows + row_R
+        scale_next_R = tl.load(scale_ptr + next_R, mask=inside_R, other=1.0)
+        zero_next_R = tl.load(zero_ptr + next_R, mask=inside_R, other=0.0)
+        value_next_R = tl.load(value_ptr + next_R, mask=inside_R, other=0.0)
+        hessian_next_N = tl.load(hessian_row + ahead * columns, mask=column_N < columns, other=0.0)
+        pull_R = tl.sum(tl.where(column_N[:, None] == j, tile_NR, 0.0), axis=0)
         curve = tl.sum(tl.where(column_N == j, hessian_N, 0.0), axis=0)
         low_R, high_R = bottom - zero_R, top - zero_R
         if HAS_FREE:
