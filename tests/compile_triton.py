@@ -25,6 +25,8 @@ def kind(name: str, kernel: str) -> str:
     if name in CONSTANTS:
         return "constexpr"
     if name.endswith("_ptr"):
+        if name == "group_ptr":
+            return "*i64"
         return "*u8" if name == "code_ptr" or (name, kernel) == ("zero_ptr", "asymmetric_search") else "*fp32"
     return "fp32" if name in FLOATS and kernel.endswith("search") else "i32"
 

@@ -22,41 +22,54 @@ _failed: list[str] = []  # why, once it has
 
 
 def sweep_slab(
-    weight_ENR: Tensor,
-    upper_ENN: Tensor,
-    scale_ENR: Tensor,
-    zero_ENR: Tensor,
-    keep_ENR: Tensor | None,
+    weight_ECR: Tensor,
+    upper_ECC: Tensor,
+    scale_EGR: Tensor,
+    zero_EGR: Tensor,
+    group_EC: Tensor,
+    keep_ECR: Tensor | None,
+    code_ECR: Tensor,
+    loss_ER: Tensor,
+    at: slice,
     levels: tuple[int, int],
-) -> tuple[Tensor, Tensor] | None:
-    """Scaled errors (E x N x R) and codes (uint8) of `sweep`'s columns; None where the loop has to do it.
+) -> Tensor | None:
+    """Rounds `sweep`'s columns `at`: writes their codes (uint8), adds to the losses and returns the scaled errors,
+    E x N x R; None, and nothing written, where the loop has to do it.
 
-    `levels` are the lowest and the highest code; `keep_ENR` 1 where a weight may differ from zero.
+    `levels` are the lowest and the highest code; `keep_ECR` is 1 where a weight may differ from zero.
     """
-    if not usable(weight_ENR):
+    if not usable(weight_ECR):
         return None
-    inputs = (weight_ENR, upper_ENN, scale_ENR, zero_ENR, keep_ENR)
-    found = _outputs(weight_ENR)
-    done = _launch(lambda kernels: kernels.sweep_slab, inputs, found, levels, HAS_KEEP=keep_ENR is not None)
-    return found if done else None
+    layers, columns, rows = weight_ECR.shape
+    error_ENR = weight_ECR.new_empty(layers, at.stop - at.start, rows)
+    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, error_ENR, code_ECR, loss_ER)
+    sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
+    done = _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
+    return error_ENR if done else None
 
 
 def descend_slab(
     pull_ENR: Tensor,
-    hessian_ENN: Tensor,
-    value_ENR: Tensor,
-    scale_ENR: Tensor,
-    zero_ENR: Tensor,
-    free_ENR: Tensor | None,
+    hessian_ECC: Tensor,
+    value_ECR: Tensor,
+    scale_EGR: Tensor,
+    zero_EGR: Tensor,
+    free_ECR: Tensor | None,
+    delta_ECR: Tensor,
+    code_ECR: Tensor,
+    at: slice,
     levels: tuple[int, int],
-) -> tuple[Tensor, Tensor] | None:
-    """How far `refine.descend`'s values move (E x N x R) and their codes; None where the loop has to do it."""
-    if not usable(pull_ENR):
-        return None
-    inputs = (pull_ENR, hessian_ENN, value_ENR, scale_ENR, zero_ENR, free_ENR)
-    found = _outputs(pull_ENR)
-    done = _launch(lambda kernels: kernels.descend_slab, inputs, found, levels, HAS_FREE=free_ENR is not None)
-    return found if done else None
+) -> bool:
+    """Decides `refine.descend`'s columns `at` again: brings what is left of them, and their codes, up to date.
+
+    False, and nothing written, where the loop has to do it.
+    """
+    if not usable(value_ECR):
+        return False
+    _, columns, rows = value_ECR.shape
+    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, code_ECR)
+    sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
+    return _launch(lambda kernels: kernels.descend_slab, tensors, sizes, HAS_FREE=free_ECR is not None)
 
 
 def usable(tensor: Tensor) -> bool:
@@ -116,34 +129,23 @@ def search(
     return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
 
 
-def _outputs(like_ENR: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for one number and one code a weight."""
-    number_ENR = torch.empty(like_ENR.shape, dtype=like_ENR.dtype, device=like_ENR.device)
-    return number_ENR, torch.empty_like(number_ENR, dtype=torch.uint8)
-
-
 def _launch(
-    pick: Callable[[Any], Any],
-    inputs: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
-    levels: tuple[int, int],
-    **constants: bool,
+    pick: Callable[[Any], Any], tensors: Sequence[Tensor | None], sizes: tuple[int, ...], **constants: bool
 ) -> bool:
     """Runs a kernel over all rows and layers; False, with one warning, where Triton cannot.
 
-    The first input says how many there are; one that is None is not read.
+    `sizes` begins with the rows, its fifth is the slab's columns; a tensor that is None is not read.
     """
-    assert inputs[0] is not None
-    layers, columns, rows = inputs[0].shape
-    tensors = [inputs[0] if tensor is None else tensor.contiguous() for tensor in inputs]
+    first = tensors[0]
+    assert first is not None and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
 
     def launch() -> None:
         from featherweight.core import triton_slabs
 
-        tile = max(16, 1 << (columns - 1).bit_length())
-        grid = (-(-rows // ROWS), layers)
-        kernel = pick(triton_slabs)[grid]
-        kernel(*tensors, *outputs, rows, columns, *levels, TILE=tile, ROWS=ROWS, num_warps=1, **constants)
+        tile = max(16, 1 << (sizes[4] - 1).bit_length())
+        kernel = pick(triton_slabs)[(-(-sizes[0] // ROWS), first.shape[0])]
+        arguments = (first if tensor is None else tensor for tensor in tensors)
+        kernel(*arguments, *sizes, TILE=tile, ROWS=ROWS, num_warps=1, **constants)
 
     return _tried(launch)
 

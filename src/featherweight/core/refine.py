@@ -106,25 +106,30 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
         t.to(weight_RC.dtype).transpose(1, 2).contiguous() for t in (solution.scales_RG, solution.zeros_RG)
     )
     values_ECR = solution.values(weight_RC.dtype).transpose(1, 2).contiguous()
-    delta_ECR = weight_ECR - values_ECR
+    delta_ECR = weight_ECR.contiguous() - values_ECR
     codes_ECR = solution.codes_RC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     width = weight_ECR.shape[1] // scale_EGR.shape[1]
-    free_ECR = None if solution.keep_RC is None else solution.keep_RC.transpose(1, 2).to(weight_RC.dtype)
+    free_ECR, hessian_CC = None, hessian_CC.contiguous()
+    if solution.keep_RC is not None:
+        free_ECR = solution.keep_RC.transpose(1, 2).to(weight_RC.dtype, memory_format=torch.contiguous_format)
     for start in range(0, weight_ECR.shape[1], SLAB):
         at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
         pull_ENR = hessian_CC[:, at] @ delta_ECR
+        levels = (solution.grid.bottom, solution.grid.top)
+        state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR)
+        if fused.descend_slab(pull_ENR, *state, at, levels):
+            continue
         group_N = torch.arange(at.start, at.stop, device=weight_RC.device) // width
         with one_thread(weight_RC.device):
-            slab = (
+            moved_ENR, codes_ENR = _descend_slab(
                 pull_ENR,
                 hessian_CC[:, at, at],
                 values_ECR[:, at],
                 scale_EGR[:, group_N],
                 zero_EGR[:, group_N],
                 None if free_ECR is None else free_ECR[:, at],
-                (solution.grid.bottom, solution.grid.top),
+                levels,
             )
-            moved_ENR, codes_ENR = fused.descend_slab(*slab) or _descend_slab(*slab)
         delta_ECR[:, at] -= moved_ENR
         codes_ECR[:, at] = codes_ENR
     codes_RC = codes_ECR.transpose(1, 2).contiguous()

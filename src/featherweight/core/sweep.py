@@ -115,7 +115,7 @@ class _Pass:
     ) -> None:
         self.keep_ECR = keep_ECR
         self.grid, self.width, self.lowest_zero = grid, width, lowest_zero
-        self.weight_ECR, self.upper_ECC, self.group_EC = weight_ECR, upper_ECC, order_EC // width
+        self.weight_ECR, self.upper_ECC, self.group_EC = weight_ECR, upper_ECC.contiguous(), order_EC // width
         self.scale_ERG, self.zero_ERG = scale_ERG, zero_ERG
         self._transpose_scales()
         self.codes_ECR = torch.empty_like(weight_ECR, dtype=torch.uint8)
@@ -129,25 +129,27 @@ class _Pass:
             stop = min(start + slab, columns)
             if refit:
                 self._refit(start, stop)
-            with one_thread(self.weight_ECR.device):
-                errors_ENR = self._slab(start, stop)
+            errors_ENR = self._slab(slice(start, stop))
             if stop < columns:
                 rest = self.upper_ECC[:, start:stop, stop:].transpose(1, 2)
                 self.weight_ECR[:, stop:].baddbmm_(rest, errors_ENR, alpha=-1)
 
-    def _slab(self, start: int, stop: int) -> Tensor:
-        """Rounds the columns start .. stop-1 and returns their scaled errors E, with W - V = E U."""
-        weight_ENR, upper_ENN = self.weight_ECR[:, start:stop], self.upper_ECC[:, start:stop, start:stop]
-        each_E1 = torch.arange(weight_ENR.shape[0], device=weight_ENR.device).unsqueeze(1)
-        group_EN = self.group_EC[:, start:stop]
-        scale_ENR, zero_ENR = self.scale_EGR[each_E1, group_EN], self.zero_EGR[each_E1, group_EN]
-        keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, start:stop]
+    def _slab(self, at: slice) -> Tensor:
+        """Rounds the columns `at` and returns their scaled errors E, with W - V = E U."""
         levels = (self.grid.bottom, self.grid.top)
-        found = fused.sweep_slab(weight_ENR, upper_ENN, scale_ENR, zero_ENR, keep_ENR, levels)
-        if found is None:
-            found = _sweep_slab(weight_ENR, upper_ENN, scale_ENR, zero_ENR, keep_ENR, levels)
-        errors_ENR, self.codes_ECR[:, start:stop] = found
-        self.loss_ER += errors_ENR.square().sum(1)
+        tensors = (self.weight_ECR, self.upper_ECC, self.scale_EGR, self.zero_EGR, self.group_EC, self.keep_ECR)
+        errors_ENR = fused.sweep_slab(*tensors, self.codes_ECR, self.loss_ER, at, levels)
+        if errors_ENR is not None:
+            return errors_ENR
+        each_E1 = torch.arange(len(self.weight_ECR), device=self.weight_ECR.device).unsqueeze(1)
+        group_EN = self.group_EC[:, at]
+        keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, at]
+        scale_ENR, zero_ENR = self.scale_EGR[each_E1, group_EN], self.zero_EGR[each_E1, group_EN]
+        with one_thread(self.weight_ECR.device):
+            errors_ENR, self.codes_ECR[:, at] = _sweep_slab(
+                self.weight_ECR[:, at], self.upper_ECC[:, at, at], scale_ENR, zero_ENR, keep_ENR, levels
+            )
+            self.loss_ER += errors_ENR.square().sum(1)
         return errors_ENR
 
     def _refit(self, start: int, stop: int) -> None:
@@ -176,7 +178,7 @@ def _sweep_slab(
     keep_ENR: Tensor | None,
     levels: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """What `fused.sweep_slab` does, column by column."""
+    """Scaled errors and codes of a slab, column by column."""
     low_ENR, high_ENR = levels[0] - zero_ENR, levels[1] - zero_ENR
     if keep_ENR is not None:  # a pruned weight has one level left, zero
         low_ENR, high_ENR = low_ENR * keep_ENR, high_ENR * keep_ENR
