@@ -85,6 +85,7 @@ def main() -> None:
                 "kl_nats": round(found.kl_nats or 0.0, 5),
                 "top1_agreement": round(found.top1_agreement or 0.0, 4),
                 "bits_per_weight": round(result.bits_per_weight, 4),
+                "bytes": result.bytes,
                 "compress_s": round(result.seconds, 1),
                 "eval_s": round(found.seconds, 1),
                 "peak_memory_bytes": result.peak_memory_bytes,
