@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from featherweight.errors import RequestError
 from featherweight.models.checkpoint import Checkpoint, resolve
-from featherweight.models.tree import checkpoint_dtype, disk_names, is_matrix, skeleton
+from featherweight.models.names import Source, disk_names, lookup, renamed
+from featherweight.models.tree import checkpoint_dtype, is_matrix, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,10 +86,13 @@ def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: R
     for name in checkpoint.names:
         parent, _, suffix = name.rpartition(".")
         stored.setdefault(parent, []).append(suffix)
+    # under transformers' own names too: of these only the matrix is looked up, whatever tensors it has become
+    known = renamed([f"{owner}.weight" for owner in stored], model)
     prefix = model.base_model_prefix
     for path, module in [(path, module) for path, module in model.named_modules() if is_matrix(module)]:
-        choices = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
-        owner = next((choice for choice in choices if choice in stored), None)
+        owner = lookup(path, prefix, stored)
+        if owner is None and (found := lookup(f"{path}.weight", prefix, known)):
+            owner = known[found].name.removesuffix(".weight")
         if owner is None or "weight" in stored[owner] or stored[owner] == ["bias"]:
             continue
         tensors = checkpoint.read(f"{owner}.{suffix}" for suffix in stored[owner])
@@ -97,20 +101,20 @@ def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: R
         model.all_tied_weights_keys.pop(f"{path}.weight", None)
 
 
-def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, str], device: torch.device) -> None:
+def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Source], device: torch.device) -> None:
     """Every tensor that is still on meta and on disk, a few at a time; tied twins get one tensor between them."""
-    users: dict[str, list[str]] = {}
+    users: dict[str, dict[Source, list[str]]] = {}
     for name, _ in meta_tensors(model):
         if name in disk:
-            users.setdefault(disk[name], []).append(name)
+            users.setdefault(disk[name].name, {}).setdefault(disk[name], []).append(name)
     for batch in _batches(checkpoint, list(users)):
         tensors = checkpoint.read(batch)
         for on_disk in batch:
             tensor = tensors.pop(on_disk)
-            first, *others = users[on_disk]
-            placed = place(model, first, tensor, device)
-            for name in others:
-                share(model, name, placed)
+            for source, (first, *others) in users[on_disk].items():
+                placed = place(model, first, source.of(tensor), device)
+                for name in others:
+                    share(model, name, placed)
 
 
 def _batches(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:

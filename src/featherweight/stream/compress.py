@@ -241,7 +241,7 @@ class _Job:
 
     def finish(self, folder: OutputFolder) -> None:
         """The small files that make the folder a checkpoint."""
-        quantization = self.format.config(self.rules, trees.matrices_outside(self.tree), meta=self.recipe.as_dict())
+        quantization = self.format.config(self.rules, trees.matrices_left(self.tree), meta=self.recipe.as_dict())
         config = dict(self.tree.checkpoint.config)
         extra: dict[str, dict[str, Any]] = {}
         if quantization is not None:

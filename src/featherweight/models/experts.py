@@ -1,0 +1,228 @@
+"""Mixtures of experts taken apart: what transformers keeps in 3-D parameters becomes one Linear a matrix.
+
+Everything that walks Linears (the tree, hooks, compressed layers) then sees experts like any other matrix. How a family
+acts and gates is its own code still: the module's `_apply_gate`, as transformers' experts interface defines it.
+
+Shapes: E experts, T tokens, K experts a token goes to, D width, I inner width, N tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Activate = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module keeps the matrices of its experts.
+
+    Attributes:
+        gated: `gate_up_proj` holds gate and up, else `up_proj` holds up alone; `down_proj` is always there.
+        transposed: E x inputs x outputs, else E x outputs x inputs.
+        interleaved: gate and up take turns, row by row; else up comes after gate.
+        bias: every parameter has one beside it, NAME_bias, E x outputs.
+        by_rows: the module is called with E x T inputs, zero where a token does not go, and no routing.
+    """
+
+    gated: bool = True
+    transposed: bool = False
+    interleaved: bool = False
+    bias: bool = False
+    by_rows: bool = False
+
+    @property
+    def up(self) -> str:
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    def leaves(self, parameter: str) -> tuple[str, ...]:
+        """The matrices in a parameter, in the order they lie in it."""
+        return ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+
+    def rows(self, number: int, rows: int, leaves: tuple[str, ...]) -> tuple[int, int | None, int]:
+        """Start, stop and step of one matrix's `rows` outputs among those of all `leaves` of a parameter."""
+        if self.interleaved:
+            return number, None, len(leaves)
+        return number * rows, (number + 1) * rows, 1
+
+    def parameters(self) -> set[str]:
+        """Names of all parameters such a module has."""
+        weights = {self.up, "down_proj"}
+        return weights | {f"{name}_bias" for name in weights} if self.bias else weights
+
+
+# Modules that transformers' experts interface does not describe, by class.
+UNDESCRIBED = {"Llama4TextExperts": Layout(transposed=True, by_rows=True)}
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout of a module with fused experts; None for any other module, and for one with more in it than we know."""
+    found = UNDESCRIBED.get(type(module).__name__)
+    if found is None and hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        found = Layout(module.has_gate, module.is_transposed, not module.is_concatenated, module.has_bias)
+    held = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    return found if found is not None and held == found.parameters() else None
+
+
+class Expert(nn.Module):
+    """y = down(act(up x)), or down(act(gate x, up x))."""
+
+    def __init__(self, layout: Layout, width: int, inner: int, dtype: torch.dtype, activate: Activate) -> None:
+        super().__init__()
+        if layout.gated:
+            self.gate_proj = nn.Linear(width, inner, layout.bias, "meta", dtype)
+        self.up_proj = nn.Linear(width, inner, layout.bias, "meta", dtype)
+        self.down_proj = nn.Linear(inner, width, layout.bias, "meta", dtype)
+        self.layout, self.activate = layout, activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.layout.gated:
+            inner: Tensor = self.down_proj(self.activate(self.up_proj(x)))
+            return inner
+        both = (self.gate_proj(x), self.up_proj(x))
+        joined = torch.stack(both, -1).flatten(-2) if self.layout.interleaved else torch.cat(both, -1)
+        output: Tensor = self.down_proj(self.activate(joined))
+        return output
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A batch on its way through the experts.
+
+    Attributes:
+        inputs_TD: what the experts see.
+        expert_TK: int64, where each token goes; E or more is nowhere.
+        share_TK: what the outputs are multiplied by; None where they are taken as they are.
+        scale_TK: what the inputs are multiplied by; None for 1.
+    """
+
+    inputs_TD: Tensor
+    expert_TK: Tensor
+    share_TK: Tensor | None = None
+    scale_TK: Tensor | None = None
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The tokens that go to an expert, and which of their K choices it is."""
+        return torch.where(self.expert_TK == expert)  # type: ignore[return-value]
+
+    def inputs(self, token_N: Tensor, choice_N: Tensor) -> Tensor:
+        """What the expert is given for these tokens, N x D."""
+        inputs_ND = self.inputs_TD[token_N]
+        return inputs_ND if self.scale_TK is None else inputs_ND * self.scale_TK[token_N, choice_N].unsqueeze(-1)
+
+
+class Experts(nn.Module):
+    """Experts by name ("0", "1", ... where they were fused), called as the module in whose place they are.
+
+    Attributes:
+        names: the experts' in order.
+        layout: what they were taken apart from; None where the family has a module for each.
+    """
+
+    def __init__(self, experts: dict[str, nn.Module], layout: Layout | None) -> None:
+        super().__init__()
+        self.names, self.layout = tuple(experts), layout
+        for name, expert in experts.items():
+            self.add_module(name, expert)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def expert(self, index: int) -> nn.Module:
+        return self.get_submodule(self.names[index])
+
+    def routed(self, hidden: Tensor, expert: Tensor | None = None, share: Tensor | None = None) -> Routed:
+        """What the module was called with, whichever way its family calls it."""
+        if self.layout is not None and self.layout.by_rows:
+            return _by_rows(hidden.view(len(self), -1, hidden.shape[-1]))
+        assert expert is not None
+        if expert.dim() == 3:  # a mask, T x 1 x E; tokens beyond an expert's capacity have no one in it
+            chosen_TK = expert.argmax(-1)
+            expert = torch.where(expert.sum(-1) > 0, chosen_TK, len(self))
+        return Routed(hidden, expert, share)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden, *routing = (*args, *kwargs.values())
+        routed = self.routed(hidden, *routing)
+        by_rows = self.layout is not None and self.layout.by_rows
+        outputs = torch.zeros_like(hidden)
+        for index in routed.expert_TK.unique().tolist():
+            if index >= len(self):
+                continue
+            token_N, choice_N = routed.of(index)
+            output_ND = self.expert(index)(routed.inputs(token_N, choice_N))
+            if routed.share_TK is not None:
+                output_ND = output_ND * routed.share_TK[token_N, choice_N].unsqueeze(-1)
+            row_N = token_N + index * len(routed.inputs_TD) if by_rows else token_N
+            outputs.index_add_(0, row_N, output_ND.to(outputs.dtype))
+        return outputs
+
+
+def _by_rows(rows_ETD: Tensor) -> Routed:
+    """Inputs that were multiplied by the router's scores, zero for most, as tokens and where they go."""
+    goes_TE = rows_ETD.any(-1).T
+    experts, choices = len(rows_ETD), max(int(goes_TE.sum(-1).max()), 1)
+    expert_TK = goes_TE.to(torch.int8).topk(choices, -1, sorted=True).indices
+    expert_TK = torch.where(goes_TE.gather(-1, expert_TK), expert_TK, experts)
+    inputs_TD = rows_ETD.sum(0)
+    if choices == 1:
+        return Routed(inputs_TD, expert_TK)
+    # all rows of a token are multiples of one another, and so of their sum
+    norm_TE = (rows_ETD * inputs_TD).sum(-1).T / inputs_TD.square().sum(-1, keepdim=True)
+    return Routed(inputs_TD, expert_TK, scale_TK=norm_TE.gather(-1, expert_TK.clamp(max=experts - 1)))
+
+
+def take_apart(model: nn.Module) -> None:
+    """Puts `Experts` in the place of every module of a model (on meta) that holds experts in a way we know."""
+    for path, module in list(model.named_modules()):
+        if (layout := layout_of(module)) is not None:
+            model.set_submodule(path, _from_fused(module, layout))
+        elif isinstance(module, nn.ModuleDict) and type(module).forward is not nn.Module.forward:
+            model.set_submodule(path, Experts(dict(module.items()), None))
+
+
+def _from_fused(module: nn.Module, layout: Layout) -> Experts:
+    down = module.get_parameter("down_proj")
+    width, inner = down.shape[-2:] if not layout.transposed else (down.shape[-1], down.shape[-2])
+    gate = getattr(module, "_apply_gate", None) or _default_gate(module)
+    for name in list(module._parameters):
+        module._parameters[name] = None  # the experts call the module's functions, and hold its weights from now on
+    activate = gate if layout.gated else module.act_fn
+    made = {str(index): Expert(layout, width, inner, down.dtype, activate) for index in range(len(down))}
+    return Experts(made, layout)
+
+
+def _default_gate(module: nn.Module) -> Activate:
+    def activate(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        activated: Tensor = module.act_fn(gate) * up
+        return activated
+
+    return activate
+
+
+def find_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """Every `Experts` of a model with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            yield path, module
+
+
+def router_paths(model: nn.Module) -> set[str]:
+    """Paths of the modules that decide where tokens go and how much of it counts; they stay as they are.
+
+    They are found beside the experts: a module with one weight in all, of one output or one for each expert.
+    """
+    found = set()
+    for path, experts in find_experts(model):
+        parent = path.rpartition(".")[0]
+        for name, child in model.get_submodule(parent).named_children():
+            inside = [(inner, weight) for inner, weight in child.named_parameters() if weight.dim() == 2]
+            if child is not experts and len(inside) == 1 and inside[0][1].shape[0] in (1, len(experts)):
+                found.add(f"{parent}.{name}.{inside[0][0]}".rpartition(".")[0])
+    return found
