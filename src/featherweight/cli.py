@@ -69,6 +69,12 @@ def compress(
     true_sequential: Annotated[
         bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
     ] = None,
+    starved: Annotated[
+        str | None, typer.Option(help="Experts with too few tokens: shared (calibrate on all), round or error.")
+    ] = None,
+    route_all: Annotated[
+        bool | None, typer.Option("--route-all", help="Calibrate every expert on every token.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -101,6 +107,8 @@ def compress(
         sink_share=sink_share,
         guide=guide,
         true_sequential=true_sequential,
+        starved=starved,
+        route_all=route_all,
         seed=seed,
     )
     chosen = _with_group_size(chosen, group_size)

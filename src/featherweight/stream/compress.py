@@ -33,6 +33,7 @@ from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
+from featherweight.stream.shard import block_tensors, plain_weight
 from featherweight.stream.states import States
 
 
@@ -182,10 +183,7 @@ class _Job:
         )
         seconds = time.perf_counter() - began
         packed = {m.path: self._packed(solutions[m.path], m) for m in block.matrices}
-        weights = {matrix.weight for matrix in block.matrices}
-        tensors = self.tree.checkpoint.read([name for name in block.tensors if name not in weights])
-        for matrix in block.matrices:
-            tensors |= {f"{matrix.name}.{suffix}": tensor.cpu() for suffix, tensor in packed[matrix.path].items()}
+        tensors = block_tensors(self.tree.checkpoint, block, packed, self.format.plain)
         with folder.staged(index + 1, tensors) as part:
             for matrix in block.matrices:
                 stored = self._read_back(part, matrix)
@@ -228,7 +226,10 @@ class _Job:
 
         rule = self.rules[matrix.name]
         with safe_open(shard, framework="pt") as file:
-            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
+            if self.format.plain:
+                tensors = {"weight": plain_weight(file, matrix)}
+            else:
+                tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
         return self.format.unpack(self._turned(tensors, matrix), rule, matrix.name)
 
     def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
