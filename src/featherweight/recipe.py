@@ -51,8 +51,8 @@ class Recipe:
         guide: from 0 to 1: the power of each token's weight in H, which one backward pass of the whole model measures
             (`stream.guide`; it must fit on the device); 0 counts every token alike and needs no such pass.
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
-        starved: what to do for an expert that too few tokens are routed to (`stream.experts.ENOUGH`): calibrate it on all
-            tokens of its layer ("shared"), round it to nearest ("round"), or stop ("error").
+        starved: what to do for an expert that too few tokens are routed to (`stream.routing.ENOUGH`): calibrate it on
+            all tokens of its layer ("shared"), round it to nearest ("round"), or stop ("error").
         route_all: calibrate every expert on every token; where tokens go in the model stays as it is.
         size_bytes: a size for all shards; average_bits: bits per weight of the matrices, from bytes on disk;
             non_uniform: with sparsity, the share of zeros of the whole. With one of these each matrix gets a rule of

@@ -8,7 +8,7 @@ Shapes: E experts, T tokens, K experts a token goes to, D width, I inner width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,11 @@ UNDESCRIBED = {"Llama4TextExperts": Layout(transposed=True, by_rows=True)}
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a module with fused experts; None for any other module, and for one with more in it than we know."""
+    """The layout of a module with fused experts; None for others, and for one that holds more."""
     found = UNDESCRIBED.get(type(module).__name__)
-    if found is None and hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
-        found = Layout(module.has_gate, module.is_transposed, not module.is_concatenated, module.has_bias)
+    if found is None and {"has_gate", "is_transposed", "is_concatenated", "has_bias"} <= vars(module).keys():
+        says = vars(module)
+        found = Layout(says["has_gate"], says["is_transposed"], not says["is_concatenated"], says["has_bias"])
     held = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     return found if found is not None and held == found.parameters() else None
 
@@ -124,7 +125,7 @@ class Experts(nn.Module):
         layout: what they were taken apart from; None where the family has a module for each.
     """
 
-    def __init__(self, experts: dict[str, nn.Module], layout: Layout | None) -> None:
+    def __init__(self, experts: Mapping[str, nn.Module], layout: Layout | None) -> None:
         super().__init__()
         self.names, self.layout = tuple(experts), layout
         for name, expert in experts.items():
@@ -189,21 +190,26 @@ def take_apart(model: nn.Module) -> None:
 def _from_fused(module: nn.Module, layout: Layout) -> Experts:
     down = module.get_parameter("down_proj")
     width, inner = down.shape[-2:] if not layout.transposed else (down.shape[-1], down.shape[-2])
-    gate = getattr(module, "_apply_gate", None) or _default_gate(module)
     for name in list(module._parameters):
         module._parameters[name] = None  # the experts call the module's functions, and hold its weights from now on
-    activate = gate if layout.gated else module.act_fn
+    activate = _activation(module, layout)
     made = {str(index): Expert(layout, width, inner, down.dtype, activate) for index in range(len(down))}
     return Experts(made, layout)
 
 
-def _default_gate(module: nn.Module) -> Activate:
+def _activation(module: Any, layout: Layout) -> Activate:
+    """What the family does between up and down: its own function, or the usual one where it has none."""
+    if not layout.gated:
+        act: Activate = module.act_fn
+        return act
+    own: Activate | None = getattr(module, "_apply_gate", None)
+
     def activate(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         activated: Tensor = module.act_fn(gate) * up
         return activated
 
-    return activate
+    return own or activate
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:

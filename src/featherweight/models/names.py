@@ -170,7 +170,9 @@ def _parts(checkpoint: Checkpoint, name: str, home: str, path: str, experts: Exp
         )
     transposed = kind == "weight" and layout.transposed == (shape == as_module)
     return {
-        f"{path}.{expert}.{leaf}.{kind}": Source(name, Part(expert, *layout.rows(number, first.shape[0], leaves), transposed))
+        f"{path}.{expert}.{leaf}.{kind}": Source(
+            name, Part(expert, *layout.rows(number, first.shape[0], leaves), transposed)
+        )
         for expert in range(len(experts))
         for number, leaf in enumerate(leaves)
     }
@@ -186,8 +188,8 @@ def _require_experts(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[
             fused.setdefault(source.part is not None, source.name)
         if len(fused) > 1:
             raise RequestError(
-                f"{fused[True]} holds all experts and {fused[False]} is one expert's, where a checkpoint has one of the "
-                "two kinds: save it again with transformers."
+                f"{fused[True]} holds all experts and {fused[False]} is one expert's, where a checkpoint has one kind "
+                "of the two: save it again with transformers."
             )
         found = _expert_numbers(checkpoint, [source.name for source in sources if source.part is None])
         if found and found != set(experts.names):
@@ -200,4 +202,6 @@ def _require_experts(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[
 def _expert_numbers(checkpoint: Checkpoint, names: list[str]) -> set[str]:
     """The experts that are on disk beside these tensors, by what stands in their names between `experts.` and a dot."""
     homes = {name[: name.rindex("experts.") + len("experts.")] for name in names if "experts." in name}
-    return {name.removeprefix(home).split(".")[0] for home in homes for name in checkpoint.names if name.startswith(home)}
+    return {
+        name.removeprefix(home).split(".")[0] for home in homes for name in checkpoint.names if name.startswith(home)
+    }

@@ -54,7 +54,7 @@ class Block:
         module: module path in the model, such as 'model.layers.0'.
         matrices: every Linear and Conv1D but routers, in the order of the modules.
         tensors: every tensor name on disk in the block, used by the model or not, sorted.
-        routers: module paths in the model of what sends tokens to experts: weights that are left as they are.
+        routers: names on disk, like those of matrices, of what sends tokens to experts: left as they are.
     """
 
     index: int
@@ -106,9 +106,7 @@ def build(checkpoint: Checkpoint) -> ModelTree:
     _refuse_unsupported(path, modules, routers)
     disk = disk_names(checkpoint, model)
     _require_all(checkpoint, model, disk)
-    blocks = tuple(
-        _block(checkpoint, model, disk, index, f"{path}.{index}", routers) for index in range(len(modules))
-    )
+    blocks = tuple(_block(checkpoint, model, disk, index, f"{path}.{index}", routers) for index in range(len(modules)))
     taken = _require_disjoint(blocks)
     rest = tuple(name for name in checkpoint.names if name not in taken)
     return ModelTree(checkpoint, model, blocks, rest, dtype, disk, path)
@@ -205,7 +203,7 @@ def _require_all(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str,
 
 
 def matrices_left(tree: ModelTree) -> list[str]:
-    """Module paths of what is left as it is: every Linear and Conv1D outside the blocks (the head), and routers."""
+    """What is left as it is, by name: every Linear and Conv1D outside the blocks (the head), and routers."""
     inside = f"{tree.blocks_path}."
     outside = [path for path, module in tree.model.named_modules() if is_matrix(module) and not path.startswith(inside)]
     return outside + [router for block in tree.blocks for router in block.routers]
@@ -235,8 +233,8 @@ def _refuse_unsupported(path: str, blocks: nn.Module, routers: set[str]) -> None
             "with 3-D tensors of this kind are not supported by this version."
         )
     raise RequestError(
-        f"{name} has shape {list(shape)} in a {kind}, which is neither Linear, Conv1D, Embedding, a norm nor the router "
-        "beside experts: this architecture is not supported by this version."
+        f"{name} has shape {list(shape)} in a {kind}, which is neither Linear, Conv1D, Embedding, a norm nor a "
+        "router beside experts: this architecture is not supported by this version."
     )
 
 
@@ -251,13 +249,14 @@ def _block(
          if (found := disk[f"{path}.{name}"].name).endswith(f".{name}")}
     )  # fmt: skip
     unused = (name for name in checkpoint.names if prefixes and name.startswith(prefixes))
-    inside = tuple(name for name in sorted(routers) if name.startswith(f"{path}."))
+    inside = [name for name in sorted(routers) if name.startswith(f"{path}.")]
     matrices = (
         _matrix(disk, model.base_model_prefix, path, inner, module)
         for inner, module in block.named_modules()
         if is_matrix(module) and f"{path}.{inner}" not in inside
     )
-    return Block(index, path, tuple(matrices), tuple(sorted(used.union(unused))), inside)
+    left = tuple(disk[f"{router}.weight"].name.removesuffix(".weight") for router in inside)
+    return Block(index, path, tuple(matrices), tuple(sorted(used.union(unused))), left)
 
 
 def _matrix(disk: dict[str, Source], prefix: str, path: str, inner: str, module: nn.Module) -> Matrix:
@@ -273,12 +272,12 @@ def _matrix(disk: dict[str, Source], prefix: str, path: str, inner: str, module:
         name,
         inner,
         weight.name,
-        bias and bias.name,
+        None if bias is None else bias.name,
         rows,
         columns,
         transposed,
         weight.part,
-        bias and bias.part,
+        None if bias is None else bias.part,
     )
 
 

@@ -13,12 +13,10 @@ Shapes: T tokens, D width, K choices, E experts (in a chunk), N tokens of one ex
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,36 +26,30 @@ from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
-from featherweight.errors import FallbackWarning, RequestError
 from featherweight.models.experts import Experts, Routed, find_experts
-from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.feed import Enough
 from featherweight.stream.groups import BlockView
-from featherweight.stream.hidden import HiddenStates
+from featherweight.stream.routing import Gathered, Served, gather, served_by
 from featherweight.stream.solving import solve_stack, split
 
-MOST = 4  # times the mean: the tokens an expert is calibrated on are that many at most
-ENOUGH = 0.25  # tokens an input: an expert with fewer is starved
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the sums of experts that are solved together
 PIECE_TOKENS = 1 << 14  # of one expert, run at a time
 Tick = Callable[[float], None]
-Tokens = tuple[Tensor, Tensor]  # which tokens, and which of each one's choices
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """All that comes to the experts from one stream, and the states in which its inputs are kept."""
-
-    routed: Routed
-    states: HiddenStates
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of one module of a block, and what the original model brings to them (None where nothing asks)."""
+    """The experts of one module of a block.
+
+    Attributes:
+        path: of the module in the block.
+        name: what it is called in messages.
+        original: what the original model brings to them; None where nothing asks for it.
+    """
 
     path: str
+    name: str
     experts: Experts
     original: Gathered | None
 
@@ -67,51 +59,18 @@ class Mixture:
 
 def mixtures_of(view: BlockView) -> list[Mixture]:
     """The mixtures of a block that still has its original weights; empty for a dense block."""
-    return [
-        Mixture(path, experts, None if view.dense is None else gather(view, path, view.dense, "original"))
-        for path, experts in find_experts(view.module)
-    ]
+    found = []
+    for path, experts in find_experts(view.module):
+        name = next(m.name for m in view.matrices if m.path.startswith(f"{path}.")).rsplit(".", 2)[0]
+        original = None if view.dense is None else gather(view, path, view.dense, "original")
+        found.append(Mixture(path, name, experts, original))
+    return found
 
 
 def without_experts(view: BlockView, mixtures: Sequence[Mixture]) -> BlockView:
     """The view of everything else."""
     inside = tuple(f"{mixture.path}." for mixture in mixtures)
     return replace(view, matrices=tuple(m for m in view.matrices if not m.path.startswith(inside))) if inside else view
-
-
-@torch.no_grad()
-def gather(view: BlockView, path: str, states: HiddenStates, name: str) -> Gathered:
-    """What comes to the experts at `path` from all hidden states, in their order, kept where those are kept."""
-    experts = view.module.get_submodule(path)
-    assert isinstance(experts, Experts)
-    heard: list[Routed] = []
-
-    def hear(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        heard.append(experts.routed(*args, *kwargs.values()))
-        raise Enough
-
-    kept: HiddenStates | None = None
-    routing: list[Tensor] = []
-    scales: list[Tensor] = []
-    handle = experts.register_forward_pre_hook(hear, with_kwargs=True)
-    try:
-        for at, hidden_STD in states.batches(view.batch):
-            with suppress(Enough):
-                view.run(hidden_STD)
-            routed = heard.pop()
-            if kept is None:
-                kept = states.another(name, routed.inputs_TD.shape[-1])
-            place = kept.states_STD[at]
-            place.copy_(routed.inputs_TD.view(place.shape))
-            routing.append(routed.expert_TK.to(place.device))
-            scales += [] if routed.scale_TK is None else [routed.scale_TK.to(place.device)]
-    finally:
-        handle.remove()
-    assert kept is not None
-    most = max(part.shape[-1] for part in routing)
-    expert_TK = torch.cat([nn.functional.pad(part, (0, most - part.shape[-1]), value=len(experts)) for part in routing])
-    scale_TK = torch.cat([nn.functional.pad(part, (0, most - part.shape[-1])) for part in scales]) if scales else None
-    return Gathered(Routed(kept.states_STD.flatten(0, 1), expert_TK, scale_TK=scale_TK), kept)
 
 
 def solve_mixture(
@@ -127,7 +86,7 @@ def solve_mixture(
     matrices = {matrix.path: matrix for matrix in view.matrices}
     steps = _steps(mixture, [m.path for m in view.matrices], now.inputs_TD[:2].to(view.inputs.device))
     columns = [matrices[mixture.matrix_path(0, leaves[0])].columns for leaves in steps]
-    served = _served(mixture, now, recipe, columns[0])
+    served = served_by(mixture.name, mixture.experts, now, recipe, columns[0])
     each_bytes = 4 * max(columns) ** 2 * (1 if mixture.original is None else 2)
     size = max(1, CHUNK_BYTES[view.inputs.device.type] // each_bytes)
     solutions: dict[str, AnySolution] = {}
@@ -144,7 +103,7 @@ def _solve_chunk(
     view: BlockView,
     mixture: Mixture,
     now: Routed,
-    chunk: Sequence[_Served],
+    chunk: Sequence[Served],
     steps: Sequence[tuple[str, ...]],
     rules: Mapping[str, Rule],
     recipe: Recipe,
@@ -183,50 +142,6 @@ def _solve_chunk(
     return solutions
 
 
-@dataclass(frozen=True)
-class _Served:
-    """One expert: how many tokens are routed to it, which ones it is calibrated on, and whether it has too few."""
-
-    expert: int
-    routed: int
-    tokens: Tokens
-    starved: bool
-
-
-def _served(mixture: Mixture, now: Routed, recipe: Recipe, columns: int) -> list[_Served]:
-    """Which tokens each expert is calibrated on: its own, evenly thinned out beyond `MOST` times the mean; all, where
-    it is starved or the recipe routes all."""
-    count, tokens = len(mixture.experts), now.expert_TK.shape[0]
-    most = max(1, MOST * int((now.expert_TK < count).sum()) // count)
-    everything = (torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
-    enough, served = ENOUGH * columns, []
-    for expert in range(count):
-        token_N, choice_N = now.of(expert)
-        routed = len(token_N)
-        if routed > most:
-            thin = torch.arange(most, device=token_N.device) * routed // most
-            token_N, choice_N = token_N[thin], choice_N[thin]
-        starved = routed < enough and not recipe.route_all
-        own = everything if starved or recipe.route_all else (token_N, choice_N)
-        served.append(_Served(expert, routed, own, starved))
-    _tell_starved(mixture, [s for s in served if s.starved], enough, tokens, recipe)
-    return served
-
-
-def _tell_starved(mixture: Mixture, starved: list[_Served], enough: float, tokens: int, recipe: Recipe) -> None:
-    if not starved:
-        return
-    names = ", ".join(f"{mixture.experts.names[s.expert]} ({s.routed})" for s in starved)
-    said = (
-        f"{mixture.path}: of {len(mixture.experts)} experts, {len(starved)} were sent fewer than {enough:g} of {tokens} "
-        f"tokens: {names}"
-    )
-    if recipe.starved == "error":
-        raise RequestError(f"{said}; calibrate on more text, or use --starved shared, --starved round or --route-all.")
-    done = "rounded to nearest" if recipe.starved == "round" else "calibrated on all tokens"
-    warnings.warn(f"{said}; these are {done}", FallbackWarning, stacklevel=2)
-
-
 def _steps(mixture: Mixture, paths: Sequence[str], probe_TD: Tensor) -> list[tuple[str, ...]]:
     """The matrices of an expert, those that are given the same tensor together, in the order they run."""
     expert, prefix = mixture.experts.expert(0), mixture.matrix_path(0, "")
@@ -251,7 +166,7 @@ def _steps(mixture: Mixture, paths: Sequence[str], probe_TD: Tensor) -> list[tup
 
 
 def _sums(
-    mixture: Mixture, now: Routed, served: _Served, original: Mapping[str, Tensor], leaf: str, device: torch.device
+    mixture: Mixture, now: Routed, served: Served, original: Mapping[str, Tensor], leaf: str, device: torch.device
 ) -> tuple[HessianSum, CrossSum | None]:
     """H of what a matrix of one expert is given and, with a dense stream, the drift in common with it."""
     expert = mixture.experts.expert(served.expert)
@@ -298,7 +213,7 @@ class _Alike:
 
 
 def _alike(
-    mixture: Mixture, chunk: Sequence[_Served], leaves: tuple[str, ...], rules: Mapping[str, Rule], recipe: Recipe
+    mixture: Mixture, chunk: Sequence[Served], leaves: tuple[str, ...], rules: Mapping[str, Rule], recipe: Recipe
 ) -> dict[_Alike, list[int]]:
     """The experts of a chunk, by number in it, that can be solved together."""
     found: dict[_Alike, list[int]] = {}

@@ -98,7 +98,7 @@ class Group:
 
 
 def input_groups(view: BlockView) -> list[Group]:
-    """The groups of a block's matrices, in the order they run; where they write is found only if there is a dense stream.
+    """The groups of a block's matrices in the order they run; where they write is found if there is a dense stream.
 
     Matrices of experts are not among them: not all are run by every batch (`stream.experts`).
     """

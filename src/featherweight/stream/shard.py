@@ -21,14 +21,18 @@ def block_tensors(
     Experts that had one tensor between them get tensors of their own, under the names of their matrices, and so do
     their biases; in a `plain` format they go back where they were.
     """
-    shared = {matrix.bias: None for matrix in block.matrices if matrix.bias is not None and matrix.bias_part is not None}
+    shared = {
+        matrix.bias: None for matrix in block.matrices if matrix.bias is not None and matrix.bias_part is not None
+    }
     gone = {matrix.weight for matrix in block.matrices} | (set() if plain else set(shared))
     tensors = checkpoint.read([name for name in block.tensors if name not in gone])
     biases = {} if plain else checkpoint.read(shared)
     for matrix in block.matrices:
         if plain and matrix.part is not None:
             if matrix.weight not in tensors:
-                tensors[matrix.weight] = torch.empty(checkpoint.shape(matrix.weight), dtype=checkpoint.dtype(matrix.weight))
+                tensors[matrix.weight] = torch.empty(
+                    checkpoint.shape(matrix.weight), dtype=checkpoint.dtype(matrix.weight)
+                )
             matrix.part.of(tensors[matrix.weight]).copy_(packed[matrix.path]["weight"])
             continue
         tensors |= {f"{matrix.name}.{suffix}": tensor.cpu() for suffix, tensor in packed[matrix.path].items()}

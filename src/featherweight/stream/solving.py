@@ -31,7 +31,7 @@ def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
 
 
 def split(problem: LayerProblem, solution: AnySolution, matrices: Iterable[Matrix]) -> dict[str, AnySolution]:
-    """The solutions, by `Matrix.path`, of matrices that were solved as rows of one problem, with their relative loss."""
+    """The solutions, by `Matrix.path`, of the matrices whose rows made up one problem, with their relative loss."""
     solutions: dict[str, AnySolution] = {}
     start = 0
     for matrix in matrices:
