@@ -13,7 +13,7 @@ import copy
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from featherweight import formats
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedLinear
+from featherweight.models.experts import take_apart
 from featherweight.models.headers import DTYPES, Entry, read_entries
+from featherweight.models.names import lookup, renamed
 
 METHOD = "featherweight"
 
@@ -51,6 +53,7 @@ class FeatherweightQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.layout, self.rules = formats.from_config(quantization_config.to_dict())
+        self.leaves: dict[str, str] = {}  # what an expert's matrix is called on disk -> here
 
     @property
     def is_trainable(self) -> bool:
@@ -70,8 +73,13 @@ class FeatherweightQuantizer(HfQuantizer):
         entries = {name: entry for path in checkpoint_files for name, entry in _entries(Path(path)).items()}
         mark = self.layout.suffixes(self.rules.distinct[0])[0]
         stored = {name.removesuffix(f".{mark}") for name in entries if name.endswith(f".{mark}")}
+        take_apart(model)
+        known = renamed([f"{name}.weight" for name in stored], cast(Any, model))
         for path, module in [(path, module) for path, module in model.named_modules() if _is_matrix(module)]:
-            name = _on_disk(path, str(model.base_model_prefix), stored)
+            name = lookup(path, str(model.base_model_prefix), stored)
+            if name is None and (found := lookup(f"{path}.weight", str(model.base_model_prefix), known)):
+                name = known[found].name.removesuffix(".weight")
+                self.leaves[name.rpartition(".")[2]] = path.rpartition(".")[2]
             if name is not None:
                 model.set_submodule(path, self._empty(name, module, entries))
                 stored.remove(name)
@@ -80,6 +88,14 @@ class FeatherweightQuantizer(HfQuantizer):
                 f"{min(stored)} is compressed and no Linear of {type(model).__name__} ({len(stored)} such matrices): "
                 "the checkpoint is of another architecture."
             )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """transformers' own table and, since experts are not fused here, what their matrices are called."""
+        from transformers.core_model_loading import WeightRenaming
+
+        table: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        names = [(disk, ours) for disk, ours in self.leaves.items() if disk != ours]
+        return table + [WeightRenaming(rf"\.experts\.(\d+)\.{disk}\.", rf".experts.\1.{ours}.") for disk, ours in names]
 
     def _empty(self, name: str, module: nn.Module, entries: dict[str, tuple[Path, Entry]]) -> CompressedLinear:
         """A layer on meta; only its `weight_shape` is read, since the shapes of others are checked against it."""
@@ -116,9 +132,3 @@ def _is_matrix(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))
-
-
-def _on_disk(path: str, prefix: str, stored: set[str]) -> str | None:
-    """The name on disk of a module, with or without the base model's prefix, if it is compressed."""
-    choices = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
-    return next((choice for choice in choices if choice in stored), None)

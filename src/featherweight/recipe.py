@@ -49,7 +49,8 @@ class Recipe:
         sink_share: the least share of H's trace that the windows' first tokens hold in what attention reads: every
             token attends to them, so an error there is an error everywhere; 0 counts them like any other.
         guide: from 0 to 1: the power of each token's weight in H, which one backward pass of the whole model measures
-            (`stream.guide`; it must fit on the device); 0 counts every token alike and needs no such pass.
+            (`stream.guide`; it must fit on the device); 0 counts every token alike and needs no such pass. An
+            expert's tokens count alike.
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
         starved: what to do for an expert that too few tokens are routed to (`stream.routing.ENOUGH`): calibrate it on
             all tokens of its layer ("shared"), round it to nearest ("round"), or stop ("error").

@@ -38,6 +38,17 @@ def load_dense(
     return result
 
 
+def load_apart(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The same model with its experts taken apart, so that every matrix of the tree is a module."""
+
+    def replace(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        raise RequestError(f"{name} is compressed: give the original checkpoint.")
+
+    return load_with(path, replace, device, dtype)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; RequestError if it has none that transformers can load without remote code."""
     from transformers import AutoTokenizer

@@ -33,7 +33,7 @@ from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
-from featherweight.stream.shard import block_tensors, plain_weight
+from featherweight.stream.shard import block_tensors, plain_weight, require_all
 from featherweight.stream.states import States
 
 
@@ -241,7 +241,9 @@ class _Job:
             weight.copy_(values_RC.T if matrix.transposed else values_RC)
 
     def finish(self, folder: OutputFolder) -> None:
-        """The small files that make the folder a checkpoint."""
+        """The small files that make the folder a checkpoint, once every matrix is accounted for."""
+        shards = [folder.shard(index + 1) for index in range(len(self.tree.blocks))]
+        require_all(self.tree, folder.rows, shards, self.format.plain)
         quantization = self.format.config(self.rules, trees.matrices_left(self.tree), meta=self.recipe.as_dict())
         config = dict(self.tree.checkpoint.config)
         extra: dict[str, dict[str, Any]] = {}

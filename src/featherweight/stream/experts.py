@@ -13,7 +13,7 @@ Shapes: T tokens, D width, K choices, E experts (in a chunk), N tokens of one ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
 from featherweight.models.experts import Experts, Routed, find_experts
+from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.feed import Enough
 from featherweight.stream.groups import BlockView
@@ -81,22 +82,45 @@ def solve_mixture(
     RequestError where an expert is starved and the recipe says that this is an error.
     """
     assert view.inputs is not None
-    gathered = gather(view, mixture.path, view.inputs, "experts")
-    now = gathered.routed
+    gathered, served, steps = _prepared(view, mixture, recipe)
     matrices = {matrix.path: matrix for matrix in view.matrices}
-    steps = _steps(mixture, [m.path for m in view.matrices], now.inputs_TD[:2].to(view.inputs.device))
     columns = [matrices[mixture.matrix_path(0, leaves[0])].columns for leaves in steps]
-    served = served_by(mixture.name, mixture.experts, now, recipe, columns[0])
     each_bytes = 4 * max(columns) ** 2 * (1 if mixture.original is None else 2)
     size = max(1, CHUNK_BYTES[view.inputs.device.type] // each_bytes)
     solutions: dict[str, AnySolution] = {}
     for start in range(0, len(served), size):
-        solutions |= _solve_chunk(view, mixture, now, served[start : start + size], steps, rules, recipe, choices)
+        chunk = served[start : start + size]
+        solutions |= _solve_chunk(view, mixture, gathered.routed, chunk, steps, rules, recipe, choices)
         tick(min(start + size, len(served)) / len(served))
     for each in (gathered, mixture.original):
         if each is not None:
             each.states.close()
     return solutions
+
+
+def expert_sums(view: BlockView, mixture: Mixture, recipe: Recipe) -> Iterator[tuple[tuple[Matrix, ...], HessianSum]]:
+    """Expert by expert, the matrices that are given the same tensor and its H, with all weights as they are."""
+    assert view.inputs is not None
+    gathered, served, steps = _prepared(view, mixture, recipe)
+    matrices = {matrix.path: matrix for matrix in view.matrices}
+    for each in served:
+        for leaves in steps:
+            hessian, _ = _sums(mixture, gathered.routed, each, {}, leaves[0], view.inputs.device)
+            yield tuple(matrices[mixture.matrix_path(each.expert, leaf)] for leaf in leaves), hessian
+    gathered.states.close()
+
+
+def _prepared(
+    view: BlockView, mixture: Mixture, recipe: Recipe
+) -> tuple[Gathered, list[Served], list[tuple[str, ...]]]:
+    """What comes to the experts now, which tokens each is calibrated on, and the order of an expert's matrices."""
+    assert view.inputs is not None
+    gathered = gather(view, mixture.path, view.inputs, "experts")
+    now = gathered.routed
+    steps = _steps(mixture, [m.path for m in view.matrices], now.inputs_TD[:2].to(view.inputs.device))
+    first = mixture.matrix_path(0, steps[0][0])
+    columns = next(matrix.columns for matrix in view.matrices if matrix.path == first)
+    return gathered, served_by(mixture.name, mixture.experts, now, recipe, columns), steps
 
 
 def _solve_chunk(

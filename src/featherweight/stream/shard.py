@@ -1,16 +1,19 @@
-"""What the shard of a block holds, matrix by matrix and for what experts share."""
+"""What the shard of a block holds, matrix by matrix and for what experts share; and whether all of it is there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from featherweight.errors import FeatherweightError
 from featherweight.models.checkpoint import Checkpoint
-from featherweight.models.tree import Block, Matrix
+from featherweight.models.headers import read_entries
+from featherweight.models.tree import Block, Matrix, ModelTree
 
 
 def block_tensors(
@@ -49,3 +52,34 @@ def plain_weight(file: Any, matrix: Matrix) -> Tensor:
     expert = matrix.part.expert
     of_expert: Tensor = file.get_slice(matrix.weight)[expert : expert + 1]
     return replace(matrix.part, expert=0).of(of_expert)
+
+
+def require_all(tree: ModelTree, rows: Sequence[Mapping[str, Any]], shards: Iterable[Path], plain: bool) -> None:
+    """Every matrix of the model has one line in the journal, and its tensors in the shards are as large as it says.
+
+    In a `plain` format experts may share a tensor. Raises FeatherweightError naming the first
+    matrix that is missing, or whose bytes differ.
+    """
+    wanted = {matrix.name: matrix for matrix in tree.matrices}
+    told = {row["name"]: row["bytes"] for row in rows}
+    if len(rows) != len(wanted) or told.keys() != wanted.keys():
+        odd = min(told.keys() ^ wanted.keys(), default="a matrix twice")
+        raise FeatherweightError(
+            f"the journal has {len(rows)} matrices and the model {len(wanted)}, {odd} is not in both: please report this."
+        )
+    expected: dict[str, int] = {}
+    for name, matrix in wanted.items():
+        home = name if matrix.part is None or not plain else matrix.weight
+        expected[home] = expected.get(home, 0) + told[name]
+    stored = dict.fromkeys(expected, 0)
+    for shard in shards:
+        for name, entry in read_entries(shard.parent, shard.name).items():
+            owner = name if name in stored else name.rpartition(".")[0]
+            if owner in stored and name != f"{owner}.bias":
+                stored[owner] += entry.nbytes
+    wrong = [name for name, nbytes in expected.items() if stored[name] != nbytes]
+    if wrong:
+        raise FeatherweightError(
+            f"{wrong[0]} takes {stored[wrong[0]]} bytes in the shards and {expected[wrong[0]]} in the journal "
+            f"({len(wrong)} such matrices): please report this."
+        )
