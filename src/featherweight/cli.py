@@ -70,7 +70,8 @@ def compress(
         bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
     ] = None,
     starved: Annotated[
-        str | None, typer.Option(help="Experts with too few tokens: shared (calibrate on all), round or error.")
+        str | None,
+        typer.Option(help="Experts with fewer tokens than inputs: shared (others' count too), round or error."),
     ] = None,
     route_all: Annotated[
         bool | None, typer.Option("--route-all", help="Calibrate every expert on every token.")

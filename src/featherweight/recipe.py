@@ -52,8 +52,8 @@ class Recipe:
             (`stream.guide`; it must fit on the device); 0 counts every token alike and needs no such pass. An
             expert's tokens count alike.
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
-        starved: what to do for an expert that too few tokens are routed to (`stream.routing.ENOUGH`): calibrate it on
-            all tokens of its layer ("shared"), round it to nearest ("round"), or stop ("error").
+        starved: what to do for an expert that is sent fewer tokens than it has inputs: let the layer's other tokens
+            count too ("shared"), round it to nearest ("round"), or stop ("error").
         route_all: calibrate every expert on every token; where tokens go in the model stays as it is.
         size_bytes: a size for all shards; average_bits: bits per weight of the matrices, from bytes on disk;
             non_uniform: with sparsity, the share of zeros of the whole. With one of these each matrix gets a rule of

@@ -31,7 +31,7 @@ from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.feed import Enough
 from featherweight.stream.groups import BlockView
-from featherweight.stream.routing import Gathered, Served, gather, served_by
+from featherweight.stream.routing import Gathered, Served, Tokens, gather, served_by
 from featherweight.stream.solving import solve_stack, split
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the sums of experts that are solved together
@@ -98,15 +98,15 @@ def solve_mixture(
     return solutions
 
 
-def expert_sums(view: BlockView, mixture: Mixture, recipe: Recipe) -> Iterator[tuple[tuple[Matrix, ...], HessianSum]]:
-    """Expert by expert, the matrices that are given the same tensor and its H, with all weights as they are."""
+def expert_sums(view: BlockView, mixture: Mixture, recipe: Recipe) -> Iterator[tuple[tuple[Matrix, ...], Sums]]:
+    """Expert by expert, the matrices that are given the same tensor and its sums, with all weights as they are."""
     assert view.inputs is not None
     gathered, served, steps = _prepared(view, mixture, recipe)
     matrices = {matrix.path: matrix for matrix in view.matrices}
     for each in served:
         for leaves in steps:
-            hessian, _ = _sums(mixture, gathered.routed, each, {}, leaves[0], view.inputs.device)
-            yield tuple(matrices[mixture.matrix_path(each.expert, leaf)] for leaf in leaves), hessian
+            sums = _sums(mixture, gathered.routed, each, {}, leaves[0], view.inputs.device)
+            yield tuple(matrices[mixture.matrix_path(each.expert, leaf)] for leaf in leaves), sums
     gathered.states.close()
 
 
@@ -147,12 +147,12 @@ def _solve_chunk(
         for alike, numbers in _alike(mixture, chunk, leaves, rules, recipe).items():
             which = [[matrices[mixture.matrix_path(chunk[n].expert, leaf)] for leaf in alike.leaves] for n in numbers]
             weight_ERC = torch.stack([torch.cat([view.weight(matrix) for matrix in each]) for each in which])
-            hessian_ECC = torch.stack([sums[n][0].mean() for n in numbers])
-            gaps = [gap.mean() for n in numbers if (gap := sums[n][1]) is not None and not alike.rounded]
+            hessian_ECC = torch.stack([sums[n].hessian_CC for n in numbers])
+            gaps = [gap for n in numbers if (gap := sums[n].gap_CC) is not None and not alike.rounded]
             problem = LayerProblem(
                 weight_ERC,
                 hessian_ECC,
-                min(sums[n][0].tokens for n in numbers),
+                min(sums[n].tokens for n in numbers),
                 recipe.relative_damping,
                 f"{' + '.join(matrix.name for matrix in which[0])} of {len(which)} experts",
             )
@@ -189,24 +189,50 @@ def _steps(mixture: Mixture, paths: Sequence[str], probe_TD: Tensor) -> list[tup
     return [tuple(found) for _, found in heard]
 
 
+@dataclass(frozen=True)
+class Sums:
+    """H of what a matrix of one expert is given and, with a dense stream, the drift in common with it; as means."""
+
+    hessian_CC: Tensor
+    gap_CC: Tensor | None
+    tokens: int
+
+
 def _sums(
     mixture: Mixture, now: Routed, served: Served, original: Mapping[str, Tensor], leaf: str, device: torch.device
-) -> tuple[HessianSum, CrossSum | None]:
-    """H of what a matrix of one expert is given and, with a dense stream, the drift in common with it."""
-    expert = mixture.experts.expert(served.expert)
-    hessian: HessianSum | None = None
-    gap: CrossSum | None = None
-    for tokens in zip(*(part.split(PIECE_TOKENS) for part in served.tokens), strict=True):
-        inputs_NC = _heard(expert, leaf, now.inputs(*tokens).to(device))
-        hessian = hessian or HessianSum(inputs_NC.shape[-1], device)
+) -> Sums:
+    """The sums of an expert's own tokens and, where those are few, of all that help it out."""
+    own = _sums_over(mixture, now, served.expert, served.own, original, leaf, device)
+    if served.help is None:
+        return own
+    help = _sums_over(mixture, now, served.expert, served.help, original, leaf, device)
+    share = own.tokens / (own.tokens + served.weight)
+    gap_CC = None
+    if own.gap_CC is not None and help.gap_CC is not None:
+        gap_CC = torch.lerp(help.gap_CC, own.gap_CC, share)
+    return Sums(torch.lerp(help.hessian_CC, own.hessian_CC, share), gap_CC, own.tokens)
+
+
+def _sums_over(
+    mixture: Mixture,
+    now: Routed,
+    number: int,
+    tokens: Tokens,
+    original: Mapping[str, Tensor],
+    leaf: str,
+    device: torch.device,
+) -> Sums:
+    expert = mixture.experts.expert(number)
+    columns = expert.get_submodule(leaf).get_parameter("weight").shape[-1]
+    hessian, gap = HessianSum(columns, device), CrossSum(columns, columns, device)
+    for piece in zip(*(part.split(PIECE_TOKENS) for part in tokens), strict=True):
+        inputs_NC = _heard(expert, leaf, now.inputs(*piece).to(device))
         hessian.add(inputs_NC)
         if mixture.original is not None:
             before = replace(mixture.original.routed, scale_TK=now.scale_TK)
-            before_NC = _heard(expert, leaf, before.inputs(*tokens).to(device), original)
-            gap = gap or CrossSum(inputs_NC.shape[-1], inputs_NC.shape[-1], device)
+            before_NC = _heard(expert, leaf, before.inputs(*piece).to(device), original)
             gap.add(before_NC - inputs_NC, inputs_NC)
-    assert hessian is not None, "an expert without tokens is given all"
-    return hessian, gap
+    return Sums(hessian.mean(), None if mixture.original is None else gap.mean(), hessian.tokens)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from featherweight.stream.groups import BlockView
 from featherweight.stream.hidden import HiddenStates
 
 MOST = 4  # times the mean: the tokens an expert is calibrated on are that many at most
-ENOUGH = 0.25  # tokens an input: an expert with fewer is starved
+HELP = 0.5  # tokens an input: what the layer's tokens weigh for an expert that is sent fewer than it has inputs
 Tokens = tuple[Tensor, Tensor]  # which tokens, and which of each one's choices
 
 
@@ -70,45 +70,66 @@ def gather(view: BlockView, path: str, states: HiddenStates, name: str) -> Gathe
 
 @dataclass(frozen=True)
 class Served:
-    """One expert: how many tokens are routed to it, which ones it is calibrated on, and whether it has too few."""
+    """One expert and the tokens it is calibrated on.
+
+    Attributes:
+        routed: how many tokens are sent to it.
+        own: those of them that count.
+        help: tokens of the whole layer that count too, as it is sent fewer than it has inputs; None where it is not.
+        weight: how many of its own tokens the help weighs as much as.
+    """
 
     expert: int
     routed: int
-    tokens: Tokens
-    starved: bool
+    own: Tokens
+    help: Tokens | None
+    weight: float
+
+    @property
+    def starved(self) -> bool:
+        return self.help is not None
 
 
 def served_by(name: str, experts: Experts, now: Routed, recipe: Recipe, columns: int) -> list[Served]:
-    """Which tokens each expert is calibrated on: its own, evenly thinned out beyond `MOST` times the mean; all, where
-    it is starved or the recipe routes all."""
+    """Which tokens each expert is calibrated on: its own, or all where the recipe says so; help where they are few.
+
+    No more than `MOST` times the mean are taken of either, one in so many. RequestError for a starved expert where the
+    recipe calls that an error; a FallbackWarning with the numbers of tokens otherwise.
+    """
     count, tokens = len(experts), now.expert_TK.shape[0]
     most = max(1, MOST * int((now.expert_TK < count).sum()) // count)
     everything = (torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
-    enough, served = ENOUGH * columns, []
+    served = []
     for expert in range(count):
-        token_N, choice_N = now.of(expert)
-        routed = len(token_N)
-        if routed > most:
-            thin = torch.arange(most, device=token_N.device) * routed // most
-            token_N, choice_N = token_N[thin], choice_N[thin]
-        starved = routed < enough and not recipe.route_all
-        own = everything if starved or recipe.route_all else (token_N, choice_N)
-        served.append(Served(expert, routed, own, starved))
-    _tell_starved(name, experts, [s for s in served if s.starved], enough, tokens, recipe)
+        routed = now.of(expert)
+        number, help = len(routed[0]), None
+        if recipe.route_all:
+            own = everything
+        else:
+            own, help = _thinned(routed, most), _thinned(everything, most) if number < columns else None
+        served.append(Served(expert, number, own, help, HELP * columns))
+    _tell_starved(name, experts, [s for s in served if s.starved], columns, tokens, recipe)
     return served
 
 
-def _tell_starved(
-    name: str, experts: Experts, starved: list[Served], enough: float, tokens: int, recipe: Recipe
-) -> None:
+def _thinned(tokens: Tokens, most: int) -> Tokens:
+    """At most so many of the tokens, evenly taken."""
+    token_N, choice_N = tokens
+    if len(token_N) <= most:
+        return tokens
+    at_N = torch.arange(most, device=token_N.device) * len(token_N) // most
+    return token_N[at_N], choice_N[at_N]
+
+
+def _tell_starved(name: str, experts: Experts, starved: list[Served], enough: int, tokens: int, recipe: Recipe) -> None:
     if not starved:
         return
     each = ", ".join(f"{experts.names[s.expert]} ({s.routed})" for s in starved)
     said = (
-        f"{name}: {len(starved)} of {len(experts)} experts were sent fewer than {enough:g} of {tokens} tokens: expert "
-        f"{each}"
+        f"{name}: {len(starved)} of {len(experts)} experts were sent fewer tokens (of {tokens}) than they have inputs "
+        f"({enough}): expert {each}"
     )
     if recipe.starved == "error":
         raise RequestError(f"{said}: calibrate on more text, or use --starved shared, --starved round or --route-all.")
-    done = "rounded to nearest" if recipe.starved == "round" else "calibrated on all tokens"
+    done = "rounded to nearest" if recipe.starved == "round" else "calibrated on others' tokens too"
     warnings.warn(f"{said}: these are {done}", FallbackWarning, stacklevel=2)

@@ -65,7 +65,8 @@ def require_all(tree: ModelTree, rows: Sequence[Mapping[str, Any]], shards: Iter
     if len(rows) != len(wanted) or told.keys() != wanted.keys():
         odd = min(told.keys() ^ wanted.keys(), default="a matrix twice")
         raise FeatherweightError(
-            f"the journal has {len(rows)} matrices and the model {len(wanted)}, {odd} is not in both: please report this."
+            f"the journal has {len(rows)} matrices and the model {len(wanted)}, {odd} is not in both: please "
+            "report this."
         )
     expected: dict[str, int] = {}
     for name, matrix in wanted.items():

@@ -122,8 +122,8 @@ class Walk:
             for group, each in zip(groups, sums, strict=True)
         ]
         for mixture in mixtures:
-            for matrices, hessian in expert_sums(view, mixture, self.recipe):
-                inputs.append(Inputs(view, matrices, hessian.mean(), hessian.tokens))
+            for matrices, each in expert_sums(view, mixture, self.recipe):
+                inputs.append(Inputs(view, matrices, each.hessian_CC, each.tokens))
         return Solver(inputs, self.options, self.recipe, self.choices)
 
 
