@@ -598,6 +598,34 @@ def test_no_more_than_four_times_the_mean(folders: Any, tmp_path: Path, text: Pa
     assert stacks[0].problem.tokens <= 192
 
 
+# --- experts that are modules of their own, in an encoder-decoder
+
+
+def test_switch_transformers_by_its_own_batches() -> None:
+    """The stream takes decoders only; any module with batches of the user's goes through `compress_module`."""
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(
+        vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=2, num_experts=4,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    batches = [
+        {"input_ids": token_ids(8, 32, seed=seed), "decoder_input_ids": token_ids(8, 16, seed=seed + 9)}
+        for seed in range(4)
+    ]
+    result = api.compress_module(model, batches, Grid(4, 32), skip=[".*router.*"])
+    rows = {row.name: row for row in result.report}
+    experts = [name for name in rows if ".experts.expert_" in name]
+    assert len(experts) == 2 * 4 * 2  # two matrices each, in one layer of the encoder and one of the decoder
+    tokens = [rows[f"encoder.block.1.layer.1.mlp.experts.expert_{expert}.wi"].tokens for expert in range(4)]
+    assert sum(tokens) == 4 * 8 * 32 and min(tokens) > 0
+    assert any("router.classifier" in name for name in result.left)
+    before, after = (m(**batches[0]).logits.flatten(0, 1) for m in (model, result.module))
+    assert 0.9 < torch.cosine_similarity(before, after).mean() < 0.9999
+
+
 # --- budgets
 
 

@@ -58,8 +58,8 @@ MOE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "head_dim": 16}),
     "olmoe": ("OlmoeConfig", {**MOE, "num_experts": 4}),
     "deepseek-v3": ("DeepseekV3Config", {**MOE, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
-                    "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8,
-                    "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4}),
+                    "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4}),
     "gpt-oss": ("GptOssConfig", {**MOE, "num_local_experts": 4, "head_dim": 16, "sliding_window": SLIDING_WINDOW,
                                  "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {
                                      "rope_type": "default", "rope_theta": 10000.0}}),

@@ -8,7 +8,7 @@ Shapes: E experts, T tokens, K experts a token goes to, D width, I inner width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,39 +118,30 @@ class Routed:
 
 
 class Experts(nn.Module):
-    """Experts by name ("0", "1", ... where they were fused), called as the module in whose place they are.
+    """Experts "0", "1", ..., called as the module in whose place they are."""
 
-    Attributes:
-        names: the experts' in order.
-        layout: what they were taken apart from; None where the family has a module for each.
-    """
-
-    def __init__(self, experts: Mapping[str, nn.Module], layout: Layout | None) -> None:
+    def __init__(self, experts: Sequence[nn.Module], layout: Layout) -> None:
         super().__init__()
-        self.names, self.layout = tuple(experts), layout
-        for name, expert in experts.items():
-            self.add_module(name, expert)
+        self.layout, self.count = layout, len(experts)
+        for index, expert in enumerate(experts):
+            self.add_module(str(index), expert)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.count
 
     def expert(self, index: int) -> nn.Module:
-        return self.get_submodule(self.names[index])
+        return self.get_submodule(str(index))
 
-    def routed(self, hidden: Tensor, expert: Tensor | None = None, share: Tensor | None = None) -> Routed:
+    def routed(self, hidden: Tensor, expert_TK: Tensor | None = None, share_TK: Tensor | None = None) -> Routed:
         """What the module was called with, whichever way its family calls it."""
-        if self.layout is not None and self.layout.by_rows:
+        if self.layout.by_rows:
             return _by_rows(hidden.view(len(self), -1, hidden.shape[-1]))
-        assert expert is not None
-        if expert.dim() == 3:  # a mask, T x 1 x E; tokens beyond an expert's capacity have no one in it
-            chosen_TK = expert.argmax(-1)
-            expert = torch.where(expert.sum(-1) > 0, chosen_TK, len(self))
-        return Routed(hidden, expert, share)
+        assert expert_TK is not None
+        return Routed(hidden, expert_TK, share_TK)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden, *routing = (*args, *kwargs.values())
         routed = self.routed(hidden, *routing)
-        by_rows = self.layout is not None and self.layout.by_rows
         outputs = torch.zeros_like(hidden)
         for index in routed.expert_TK.unique().tolist():
             if index >= len(self):
@@ -159,7 +150,7 @@ class Experts(nn.Module):
             output_ND = self.expert(index)(routed.inputs(token_N, choice_N))
             if routed.share_TK is not None:
                 output_ND = output_ND * routed.share_TK[token_N, choice_N].unsqueeze(-1)
-            row_N = token_N + index * len(routed.inputs_TD) if by_rows else token_N
+            row_N = token_N + index * len(routed.inputs_TD) if self.layout.by_rows else token_N
             outputs.index_add_(0, row_N, output_ND.to(outputs.dtype))
         return outputs
 
@@ -183,8 +174,6 @@ def take_apart(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if (layout := layout_of(module)) is not None:
             model.set_submodule(path, _from_fused(module, layout))
-        elif isinstance(module, nn.ModuleDict) and type(module).forward is not nn.Module.forward:
-            model.set_submodule(path, Experts(dict(module.items()), None))
 
 
 def _from_fused(module: nn.Module, layout: Layout) -> Experts:
@@ -193,8 +182,7 @@ def _from_fused(module: nn.Module, layout: Layout) -> Experts:
     for name in list(module._parameters):
         module._parameters[name] = None  # the experts call the module's functions, and hold its weights from now on
     activate = _activation(module, layout)
-    made = {str(index): Expert(layout, width, inner, down.dtype, activate) for index in range(len(down))}
-    return Experts(made, layout)
+    return Experts([Expert(layout, width, inner, down.dtype, activate) for _ in range(len(down))], layout)
 
 
 def _activation(module: Any, layout: Layout) -> Activate:

@@ -113,7 +113,8 @@ def renamed(names: Iterable[str], model: PreTrainedModel, checkpoint: Checkpoint
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
-    fused = {f"{path}.{name}": (path, experts) for path, experts in find_experts(model) for name in _held(experts)}
+    mixtures = list(find_experts(model))
+    fused = {f"{path}.{name}": (path, experts) for path, experts in mixtures for name in experts.layout.parameters()}
     found: dict[str, Source] = {}
     for name in names:
         new, piece = name, None
@@ -134,13 +135,8 @@ def renamed(names: Iterable[str], model: PreTrainedModel, checkpoint: Checkpoint
     return found
 
 
-def _held(experts: Experts) -> set[str]:
-    return set() if experts.layout is None else experts.layout.parameters()
-
-
 def _unfused(home: str, path: str, experts: Experts, patterns: list[str], pattern: str, name: str) -> str:
     """The module's name of a tensor that transformers would fuse with others into the parameter `home`."""
-    assert experts.layout is not None
     number = re.search(r"\.(\d+)\.", name[name.rindex("experts") :])
     parameter, kind = _kind(home.removeprefix(f"{path}."))
     leaf = experts.layout.leaves(parameter)[patterns.index(pattern)]
@@ -155,7 +151,6 @@ def _kind(parameter: str) -> tuple[str, str]:
 def _parts(checkpoint: Checkpoint, name: str, home: str, path: str, experts: Experts) -> dict[str, Source]:
     """The pieces of a tensor on disk that holds all experts."""
     layout = experts.layout
-    assert layout is not None
     parameter, kind = _kind(home.removeprefix(f"{path}."))
     leaves = layout.leaves(parameter)
     first = experts.expert(0).get_parameter(f"{leaves[0]}.{kind}")
@@ -192,7 +187,7 @@ def _require_experts(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[
                 "of the two: save it again with transformers."
             )
         found = _expert_numbers(checkpoint, [source.name for source in sources if source.part is None])
-        if found and found != set(experts.names):
+        if found and found != {str(index) for index in range(len(experts))}:
             raise RequestError(
                 f"{path} has {len(found)} experts on disk and config.json says {len(experts)}: config.json and weights "
                 "do not belong together."

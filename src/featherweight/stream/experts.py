@@ -55,7 +55,7 @@ class Mixture:
     original: Gathered | None
 
     def matrix_path(self, expert: int, leaf: str) -> str:
-        return f"{self.path}.{self.experts.names[expert]}.{leaf}"
+        return f"{self.path}.{expert}.{leaf}"
 
 
 def mixtures_of(view: BlockView) -> list[Mixture]:

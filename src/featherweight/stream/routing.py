@@ -124,7 +124,7 @@ def _thinned(tokens: Tokens, most: int) -> Tokens:
 def _tell_starved(name: str, experts: Experts, starved: list[Served], enough: int, tokens: int, recipe: Recipe) -> None:
     if not starved:
         return
-    each = ", ".join(f"{experts.names[s.expert]} ({s.routed})" for s in starved)
+    each = ", ".join(f"{s.expert} ({s.routed})" for s in starved)
     said = (
         f"{name}: {len(starved)} of {len(experts)} experts were sent fewer tokens (of {tokens}) than they have inputs "
         f"({enough}): expert {each}"
