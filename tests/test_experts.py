@@ -27,6 +27,7 @@ from featherweight.core.solve import Choices, solve
 from featherweight.core.sweep import round_to_nearest
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.linear import CompressedLinear
+from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.experts import Experts, Layout, find_experts, take_apart
 from featherweight.models.load import load_apart, load_dense
@@ -34,7 +35,9 @@ from featherweight.models.tree import build
 from featherweight.stream import compress as pipeline
 from featherweight.stream import experts as solver
 from featherweight.stream import shard as shards_of
+from featherweight.stream.layerwise import layerwise
 from featherweight.stream.solving import solve_stack
+from featherweight.stream.states import States
 from runs import featherweight, journal, logits, model_files, recipe, same_bytes, tensors_of
 from tiny import MOE_CONFIGS, MOE_FAMILIES, add_tokenizer, make, token_ids
 
@@ -484,6 +487,26 @@ def test_one_bad_layer_of_a_stack_is_the_only_one_damped_more() -> None:
     expected = solve_stack(problem, None, Grid(4, 32), Choices(refine=0))
     for number in (0, 1, 3, 4, 5):
         assert torch.equal(solutions[number].codes_RC, expected[number][1].codes_RC)
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_block_of_experts_alone(true_sequential: bool, folders: Any, tmp_path: Path, text: Path) -> None:
+    """Nothing else to compress in it, and the original's stream goes on all the same."""
+    chosen = calm(text, true_sequential=true_sequential)
+    tree = build(Checkpoint.open(folders("nemotron-h")))
+    ids_ST = pipeline.calibration_ids(folders("nemotron-h"), chosen)
+    assert ids_ST is not None
+    runner, block = BlockRunner(tree, CPU, torch.float32), tree.blocks[1]
+    states = States(runner, ids_ST, tmp_path, 4, original=True)
+    alone = replace(block, matrices=tuple(m for m in block.matrices if ".experts." in m.path))
+    module = runner.load(1)
+    with torch.no_grad():
+        view = states.view(1, module, alone, None)
+        expected = runner.run(1, module, view.dense.states_STD[:4]).clone()
+        rules = {matrix.path: Grid(4, 16) for matrix in alone.matrices}
+        solutions = layerwise(view, rules, chosen, Choices(), lambda share: None)
+    assert solutions.keys() == rules.keys() and len(rules) == 4 * 2
+    torch.testing.assert_close(view.dense.states_STD[:4], expected)
 
 
 # --- experts with few tokens, or many

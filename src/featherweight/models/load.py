@@ -100,16 +100,21 @@ def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: R
     # under transformers' own names too: of these only the matrix is looked up, whatever tensors it has become
     known = renamed([f"{owner}.weight" for owner in stored], model)
     prefix = model.base_model_prefix
+    found: dict[str, tuple[str, nn.Module]] = {}
     for path, module in [(path, module) for path, module in model.named_modules() if is_matrix(module)]:
         owner = lookup(path, prefix, stored)
-        if owner is None and (found := lookup(f"{path}.weight", prefix, known)):
-            owner = known[found].name.removesuffix(".weight")
-        if owner is None or "weight" in stored[owner] or stored[owner] == ["bias"]:
-            continue
-        tensors = checkpoint.read(f"{owner}.{suffix}" for suffix in stored[owner])
-        by_suffix = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
-        model.set_submodule(path, replace(owner, module, by_suffix).to(device))
-        model.all_tied_weights_keys.pop(f"{path}.weight", None)
+        if owner is None and (full := lookup(f"{path}.weight", prefix, known)):
+            owner = known[full].name.removesuffix(".weight")
+        if owner is not None and "weight" not in stored[owner] and stored[owner] != ["bias"]:
+            found[owner] = (path, module)
+    sizes = {owner: sum(checkpoint.nbytes(f"{owner}.{suffix}") for suffix in stored[owner]) for owner in found}
+    for batch in _batches(sizes):
+        tensors = checkpoint.read(f"{name}.{suffix}" for name in batch for suffix in stored[name])
+        for name in batch:
+            path, module = found[name]
+            by_suffix = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in stored[name]}
+            model.set_submodule(path, replace(name, module, by_suffix).to(device))
+            model.all_tied_weights_keys.pop(f"{path}.weight", None)
 
 
 def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Source], device: torch.device) -> None:
@@ -118,7 +123,7 @@ def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Sour
     for name, _ in meta_tensors(model):
         if name in disk:
             users.setdefault(disk[name].name, {}).setdefault(disk[name], []).append(name)
-    for batch in _batches(checkpoint, list(users)):
+    for batch in _batches({name: checkpoint.nbytes(name) for name in users}):
         tensors = checkpoint.read(batch)
         for on_disk in batch:
             tensor = tensors.pop(on_disk)
@@ -128,12 +133,13 @@ def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Sour
                     share(model, name, placed)
 
 
-def _batches(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:
+def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names, with their bytes, in runs of about READ_BYTES: a shard is opened once for each."""
     batch: list[str] = []
     filled = 0
-    for name in names:
+    for name, nbytes in sizes.items():
         batch.append(name)
-        filled += checkpoint.nbytes(name)
+        filled += nbytes
         if filled >= READ_BYTES:
             yield batch
             batch, filled = [], 0

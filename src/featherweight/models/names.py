@@ -52,8 +52,10 @@ class Source:
     part: Part | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What of the tensor is meant."""
-        return tensor if self.part is None else self.part.of(tensor)
+        """What of the tensor is meant; a copy where every other row of it is, which no product takes as it lies."""
+        if self.part is None:
+            return tensor
+        return self.part.of(tensor) if self.part.step == 1 else self.part.of(tensor).contiguous()
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

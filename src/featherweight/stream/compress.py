@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from featherweight import data
@@ -184,9 +185,9 @@ class _Job:
         seconds = time.perf_counter() - began
         packed = {m.path: self._packed(solutions[m.path], m) for m in block.matrices}
         tensors = block_tensors(self.tree.checkpoint, block, packed, self.format.plain)
-        with folder.staged(index + 1, tensors) as part:
+        with folder.staged(index + 1, tensors) as part, safe_open(part, framework="pt") as file:
             for matrix in block.matrices:
-                stored = self._read_back(part, matrix)
+                stored = self._read_back(file, matrix)
                 _require_same(matrix, solutions[matrix.path], stored)
                 folder.rows.append(self._row(index, matrix, solutions[matrix.path], packed[matrix.path], seconds))
 
@@ -220,25 +221,23 @@ class _Job:
             return tensors
         return {suffix: tensor.T.contiguous() for suffix, tensor in tensors.items()}
 
-    def _read_back(self, shard: Path, matrix: Matrix) -> AnySolution:
-        """A matrix's solution from the bytes of its shard."""
-        from safetensors import safe_open
-
+    def _read_back(self, file: Any, matrix: Matrix) -> AnySolution:
+        """A matrix's solution from the bytes of its open shard."""
         rule = self.rules[matrix.name]
-        with safe_open(shard, framework="pt") as file:
-            if self.format.plain:
-                tensors = {"weight": plain_weight(file, matrix)}
-            else:
-                tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
+        if self.format.plain:
+            tensors = {"weight": plain_weight(file, matrix)}
+        else:
+            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
         return self.format.unpack(self._turned(tensors, matrix), rule, matrix.name)
 
     def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
         """Gives the block the weights its shard holds."""
-        for matrix in block.matrices:
-            values_RC = self._read_back(folder.shard(index + 1), matrix).values()
-            weight = module.get_submodule(matrix.path).weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(values_RC.T if matrix.transposed else values_RC)
+        with safe_open(folder.shard(index + 1), framework="pt") as file:
+            for matrix in block.matrices:
+                values_RC = self._read_back(file, matrix).values()
+                weight = module.get_submodule(matrix.path).weight
+                assert isinstance(weight, Tensor)
+                weight.copy_(values_RC.T if matrix.transposed else values_RC)
 
     def finish(self, folder: OutputFolder) -> None:
         """The small files that make the folder a checkpoint, once every matrix is accounted for."""

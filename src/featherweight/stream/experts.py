@@ -13,7 +13,7 @@ Shapes: T tokens, D width, K choices, E experts (in a chunk), N tokens of one ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +36,6 @@ from featherweight.stream.solving import solve_stack, split
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the sums of experts that are solved together
 PIECE_TOKENS = 1 << 14  # of one expert, run at a time
-Tick = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,22 @@ def without_experts(view: BlockView, mixtures: Sequence[Mixture]) -> BlockView:
     return replace(view, matrices=tuple(m for m in view.matrices if not m.path.startswith(inside))) if inside else view
 
 
-def solve_mixture(
-    view: BlockView, mixture: Mixture, rules: Mapping[str, Rule], recipe: Recipe, choices: Choices, tick: Tick
+def solve_mixtures(
+    view: BlockView, mixtures: Sequence[Mixture], rules: Mapping[str, Rule], recipe: Recipe, choices: Choices
 ) -> dict[str, AnySolution]:
     """Solves every matrix of every expert, puts its values in its place, and returns the solutions by `Matrix.path`.
 
     RequestError where an expert is starved and the recipe says that this is an error.
     """
+    solutions: dict[str, AnySolution] = {}
+    for mixture in mixtures:
+        solutions |= _solve_mixture(view, mixture, rules, recipe, choices)
+    return solutions
+
+
+def _solve_mixture(
+    view: BlockView, mixture: Mixture, rules: Mapping[str, Rule], recipe: Recipe, choices: Choices
+) -> dict[str, AnySolution]:
     assert view.inputs is not None
     gathered, served, steps = _prepared(view, mixture, recipe)
     matrices = {matrix.path: matrix for matrix in view.matrices}
@@ -91,7 +99,6 @@ def solve_mixture(
     for start in range(0, len(served), size):
         chunk = served[start : start + size]
         solutions |= _solve_chunk(view, mixture, gathered.routed, chunk, steps, rules, recipe, choices)
-        tick(min(start + size, len(served)) / len(served))
     for each in (gathered, mixture.original):
         if each is not None:
             each.states.close()

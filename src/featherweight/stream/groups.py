@@ -122,7 +122,7 @@ def input_groups(view: BlockView) -> list[Group]:
             f"{min(missed)} was never run by its block: it cannot be calibrated; ignore it or use --method rtn."
         )
     groups = [Group(tuple(matrices), first=not number) for number, (_, matrices) in enumerate(seen)]
-    return groups if view.dense is None else _find_writers(view, groups, hidden_STD)
+    return groups if view.dense is None or not groups else _find_writers(view, groups, hidden_STD)
 
 
 @torch.no_grad()

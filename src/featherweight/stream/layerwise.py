@@ -17,7 +17,7 @@ from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices, solve
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
-from featherweight.stream.experts import mixtures_of, solve_mixture, without_experts
+from featherweight.stream.experts import mixtures_of, solve_mixtures, without_experts
 from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, collect, input_groups
 from featherweight.stream.solving import check_certificate, split
 
@@ -36,30 +36,30 @@ def layerwise(
     solutions: dict[str, AnySolution] = {}
     stages = _stages(input_groups(rest), recipe)
     # Experts come last, but before a matrix that writes the block's output and so makes up for them too.
-    turn = len(stages) - 1 if stages and all(group.writes == "end" for group in stages[-1]) else len(stages)
-    steps = len(stages) + bool(mixtures)
-    for number, stage in enumerate([*stages, []]):
+    ends = bool(stages) and all(group.writes == "end" for group in stages[-1])
+    turn = len(stages) - 1 if ends else len(stages)
+    steps = [*stages, *mixtures]
+
+    def collected(share: float) -> None:
+        tick((number + 0.6 * share) / len(steps))
+
+    for number, stage in enumerate(stages):
         if number == turn:
-            for mixture in mixtures:
-                solutions |= solve_mixture(view, mixture, rules, recipe, choices, lambda share: None)
-        if number == len(stages):
-            break
-        span, last = 1 / steps, number + 1 == len(stages) and number + 1 != turn * bool(mixtures)
-
-        def collected(share: float, number: int = number, span: float = span) -> None:
-            tick((number + 0.6 * share) * span)
-
+            solutions |= solve_mixtures(view, mixtures, rules, recipe, choices)
         for group, sums in zip(stage, collect(rest, stages, number, recipe, collected), strict=True):
             solutions |= solve_group(rest, group, sums, rules, recipe, choices)
-        for matrix in () if last else (m for group in stage for m in group.matrices):
+        more = number + 1 < len(stages) or (mixtures and number < turn)
+        for matrix in (m for group in stage for m in group.matrices) if more else ():
             rest.put(matrix, solutions[matrix.path].values())
-        tick((number + 1) * span)
+        tick((number + 1) / len(steps))
+    if turn == len(stages):
+        solutions |= solve_mixtures(view, mixtures, rules, recipe, choices)
     return solutions
 
 
 def _stages(groups: list[Group], recipe: Recipe) -> list[list[Group]]:
     """The groups that are collected and solved together; each stage sees the block with those before it compressed."""
-    if recipe.true_sequential:
+    if recipe.true_sequential and groups:
         return [[group] for group in groups]
     if recipe.target == "original" and len(groups) > 1:  # the last one makes up for what the others did
         return [groups[:-1], groups[-1:]]
