@@ -303,7 +303,7 @@ def test_rounding_is_that_of_every_matrix_by_itself(family: str, folders: Any, t
             assert same_bytes(getattr(stored, field), getattr(expected, field)), (path, field)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "llama4"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_our_own_format_in_transformers(family: str, folders: Any, tmp_path: Path, text: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -507,6 +507,19 @@ def test_a_block_of_experts_alone(true_sequential: bool, folders: Any, tmp_path:
         solutions = layerwise(view, rules, chosen, Choices(), lambda share: None)
     assert solutions.keys() == rules.keys() and len(rules) == 4 * 2
     torch.testing.assert_close(view.dense.states_STD[:4], expected)
+
+
+def test_experts_solved_one_at_a_time_come_out_the_same(
+    folders: Any, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with noting() as together:
+        api.compress(folders("qwen3-moe"), tmp_path / "together", calm(text))
+    monkeypatch.setitem(solver.CHUNK_BYTES, "cpu", 1)
+    with noting() as apart:
+        api.compress(folders("qwen3-moe"), tmp_path / "apart", calm(text))
+    assert [len(stack.found) for stack in together] == [4] * 4 and [len(stack.found) for stack in apart] == [1] * 16
+    found = zip(journal(tmp_path / "together"), journal(tmp_path / "apart"), strict=True)
+    assert all(one["loss"] == pytest.approx(other["loss"], rel=0.02) for one, other in found)
 
 
 # --- experts with few tokens, or many
