@@ -39,7 +39,7 @@ from featherweight.stream.layerwise import layerwise
 from featherweight.stream.solving import solve_stack
 from featherweight.stream.states import States
 from runs import featherweight, journal, logits, model_files, recipe, same_bytes, tensors_of
-from tiny import MOE_CONFIGS, MOE_FAMILIES, add_tokenizer, make, token_ids
+from tiny import MOE_CONFIGS, MOE_FAMILIES, MORE_MOE_FAMILIES, add_tokenizer, make, token_ids
 
 CPU = torch.device("cpu")
 # per family: experts in a block, and matrices of a model: those outside experts (routers do not count) and theirs
@@ -179,6 +179,15 @@ def test_taken_apart_it_computes_the_same(made: Made) -> None:
     experts = dict(find_experts(apart))
     assert experts and all(len(found) == EXPERTS[made.family] for found in experts.values())
     torch.testing.assert_close(logits(apart, ids_ST), logits(dense, ids_ST), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MORE_MOE_FAMILIES)
+def test_families_nobody_thought_of_come_apart_too(family: str, tmp_path: Path) -> None:
+    ids_ST, source = token_ids(2, 16), make(family, tmp_path)
+    dense, apart = load_dense(source, CPU, torch.float32), load_apart(source, CPU, torch.float32)
+    torch.testing.assert_close(logits(apart, ids_ST), logits(dense, ids_ST), rtol=1e-5, atol=1e-5)
+    matrices = [matrix for block in build(Checkpoint.open(source)).blocks for matrix in block.matrices]
+    assert sum(".experts." in matrix.path for matrix in matrices) in (4 * 3, 2 * 4 * 3)
 
 
 def test_experts_called_with_several_scaled_rows() -> None:

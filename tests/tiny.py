@@ -70,9 +70,17 @@ MOE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron-h": ("NemotronHConfig", {**MOE, "layers_block_type": ["full_attention", "moe"], "n_routed_experts": 4,
                                        "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 64,
                                        "head_dim": 16}),
+    "phimoe": ("PhimoeConfig", {**MOE, "num_local_experts": 4}),
+    "glm4-moe": ("Glm4MoeConfig", {**MOE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+                                   "head_dim": 16, "n_group": 1, "topk_group": 1}),
+    "ernie4.5-moe": ("Ernie4_5_MoeConfig", {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1,
+                                            "moe_layer_start_index": 0}),
+    "aria": ("AriaTextConfig", {**MOE, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
     "jetmoe": ("JetMoeConfig", {**LLAMA, "num_local_experts": 4, "kv_channels": 16}),
 }  # fmt: skip
-MOE_FAMILIES = sorted(MOE_CONFIGS.keys() - {"jetmoe"})  # whose experts are of a kind we do not know
+MORE_MOE_FAMILIES = ["aria", "ernie4.5-moe", "glm4-moe", "phimoe"]
+# all but those that are only looked at, and one whose experts are of a kind we do not know
+MOE_FAMILIES = sorted(MOE_CONFIGS.keys() - {*MORE_MOE_FAMILIES, "jetmoe"})
 
 
 def make(

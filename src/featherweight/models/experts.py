@@ -210,13 +210,13 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 def router_paths(model: nn.Module) -> set[str]:
     """Paths of the modules that decide where tokens go and how much of it counts; they stay as they are.
 
-    They are found beside the experts: a module with one weight in all, of one output or one for each expert.
+    They are found beside the experts: modules whose matrices all have one output, or one for each expert.
     """
     found = set()
     for path, experts in find_experts(model):
         parent = path.rpartition(".")[0]
         for name, child in model.get_submodule(parent).named_children():
-            inside = [(inner, weight) for inner, weight in child.named_parameters() if weight.dim() == 2]
-            if child is not experts and len(inside) == 1 and inside[0][1].shape[0] in (1, len(experts)):
-                found.add(f"{parent}.{name}.{inside[0][0]}".rpartition(".")[0])
+            inside = {inner: weight.shape[0] for inner, weight in child.named_parameters() if weight.dim() == 2}
+            if child is not experts and set(inside.values()) <= {1, len(experts)}:
+                found |= {f"{parent}.{name}.{inner}".rpartition(".")[0] for inner in inside}
     return found

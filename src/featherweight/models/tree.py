@@ -255,8 +255,8 @@ def _block(
         for inner, module in block.named_modules()
         if is_matrix(module) and f"{path}.{inner}" not in inside
     )
-    left = tuple(disk[f"{router}.weight"].name.removesuffix(".weight") for router in inside)
-    return Block(index, path, tuple(matrices), tuple(sorted(used.union(unused))), left)
+    left = (disk[f"{router}.weight"].name.removesuffix(".weight") for router in inside if f"{router}.weight" in disk)
+    return Block(index, path, tuple(matrices), tuple(sorted(used.union(unused))), tuple(left))
 
 
 def _matrix(disk: dict[str, Source], prefix: str, path: str, inner: str, module: nn.Module) -> Matrix:
