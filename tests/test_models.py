@@ -20,7 +20,7 @@ from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import ModelTree, build
-from tiny import FAMILIES, MOE_FAMILIES, make, token_ids
+from tiny import FAMILIES, make, token_ids
 
 CPU = torch.device("cpu")
 
@@ -244,12 +244,6 @@ def test_names_that_transformers_renames(tmp_path: Path, monkeypatch: pytest.Mon
     assert tree.blocks[1].matrices[0].path == "self_attn.q_proj"
     runner = BlockRunner(tree, CPU, torch.float32)
     assert torch.equal(runner.load(0).self_attn.q_proj.weight, tensors["model.layers.0.attn.wq.weight"])
-
-
-@pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_fused_experts_are_refused(family: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"layers\.0\.mlp\.experts.*3-D tensors are not supported"):
-        build(Checkpoint.open(make(family, tmp_path)))
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:

@@ -22,7 +22,6 @@ FALCON: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 128,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-MOE = {**LLAMA, "num_experts_per_tok": 2}
 # family -> (configuration class, its arguments)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**LLAMA, "tie_word_embeddings": True}),
@@ -51,12 +50,37 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "one-block": ("BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 1, "n_head": 4}),
 }  # fmt: skip
 FAMILIES = sorted(CONFIGS)
-# families with fused 3-D experts, which are refused
+MOE = {**LLAMA, "num_experts_per_tok": 2, "intermediate_size": 32, "moe_intermediate_size": 32}
+# mixtures of experts: on disk one by one (under two sets of names), or fused (both ways round)
 MOE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**MOE, "num_local_experts": 4}),
-    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}),
-}
-MOE_FAMILIES = sorted(MOE_CONFIGS)
+    "qwen2-moe": ("Qwen2MoeConfig", {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 64}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "head_dim": 16}),
+    "olmoe": ("OlmoeConfig", {**MOE, "num_experts": 4}),
+    "deepseek-v3": ("DeepseekV3Config", {**MOE, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
+                    "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4}),
+    "gpt-oss": ("GptOssConfig", {**MOE, "num_local_experts": 4, "head_dim": 16, "sliding_window": SLIDING_WINDOW,
+                                 "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {
+                                     "rope_type": "default", "rope_theta": 10000.0}}),
+    "granite-moe": ("GraniteMoeConfig", {**MOE, "num_local_experts": 4, "attention_multiplier": 0.25}),
+    "llama4": ("Llama4TextConfig", {**MOE, "num_experts_per_tok": 1, "num_local_experts": 4, "head_dim": 16,
+                                    "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1,
+                                    "attention_chunk_size": 64}),
+    "nemotron-h": ("NemotronHConfig", {**MOE, "layers_block_type": ["full_attention", "moe"], "n_routed_experts": 4,
+                                       "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 64,
+                                       "head_dim": 16}),
+    "phimoe": ("PhimoeConfig", {**MOE, "num_local_experts": 4}),
+    "glm4-moe": ("Glm4MoeConfig", {**MOE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+                                   "head_dim": 16, "n_group": 1, "topk_group": 1}),
+    "ernie4.5-moe": ("Ernie4_5_MoeConfig", {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1,
+                                            "moe_layer_start_index": 0}),
+    "aria": ("AriaTextConfig", {**MOE, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "jetmoe": ("JetMoeConfig", {**LLAMA, "num_local_experts": 4, "kv_channels": 16}),
+}  # fmt: skip
+MORE_MOE_FAMILIES = ["aria", "ernie4.5-moe", "glm4-moe", "phimoe"]
+# all but those that are only looked at, and one whose experts are of a kind we do not know
+MOE_FAMILIES = sorted(MOE_CONFIGS.keys() - {*MORE_MOE_FAMILIES, "jetmoe"})
 
 
 def make(

@@ -163,7 +163,7 @@ def _dense_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             "shape": [m.rows, m.columns],
             "bits": 8 * checkpoint.dtype(m.weight).itemsize,
             **common,
-            "bytes": checkpoint.nbytes(m.weight),
+            "bytes": m.rows * m.columns * checkpoint.dtype(m.weight).itemsize,
         }
         for m in matrices
     ]

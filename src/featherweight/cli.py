@@ -70,6 +70,13 @@ def compress(
     true_sequential: Annotated[
         bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
     ] = None,
+    starved: Annotated[
+        str | None,
+        typer.Option(help="Experts with fewer tokens than inputs: shared (others' count too), round or error."),
+    ] = None,
+    route_all: Annotated[
+        bool | None, typer.Option("--route-all", help="Calibrate every expert on every token.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -103,6 +110,8 @@ def compress(
         guide=guide,
         true_sequential=true_sequential,
         embedding_bits=_whole(embedding_bits),
+        starved=starved,
+        route_all=route_all,
         seed=seed,
     )
     chosen = _with_group_size(chosen, group_size)

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from featherweight import formats
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedEmbedding, CompressedLinear
+from featherweight.models.experts import take_apart
 from featherweight.models.headers import DTYPES, Entry, read_entries
 from featherweight.models.load import fill_buffers
+from featherweight.models.names import lookup, renamed
 
 METHOD = "featherweight"
 
@@ -53,6 +55,7 @@ class FeatherweightQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.layout, self.rules = formats.from_config(quantization_config.to_dict())
         self.heads: dict[str, str] = {}
+        self.leaves: dict[str, str] = {}  # what an expert's matrix is called on disk -> here
 
     @property
     def is_trainable(self) -> bool:
@@ -73,8 +76,13 @@ class FeatherweightQuantizer(HfQuantizer):
         mark = self.layout.suffixes(self.rules.distinct[0])[0]
         stored = {name.removesuffix(f".{mark}") for name in entries if name.endswith(f".{mark}")}
         self.heads = _tied_to(model, stored)
+        take_apart(model)
+        known = renamed([f"{name}.weight" for name in stored], cast(Any, model))
         for path, module in [(path, module) for path, module in model.named_modules() if _is_matrix(module)]:
-            name = _on_disk(path, str(model.base_model_prefix), stored)
+            name = lookup(path, str(model.base_model_prefix), stored)
+            if name is None and (found := lookup(f"{path}.weight", str(model.base_model_prefix), known)):
+                name = known[found].name.removesuffix(".weight")
+                self.leaves[name.rpartition(".")[2]] = path.rpartition(".")[2]
             if name is not None:
                 model.set_submodule(path, self._empty(name, module, entries))
                 stored.remove(name)
@@ -98,6 +106,14 @@ class FeatherweightQuantizer(HfQuantizer):
             head = CompressedLinear.from_tensors(self.layout, table.rule, tensors, dtype=table.dtype)
             head._non_persistent_buffers_set.update(self.layout.suffixes(table.rule))  # they are saved once
             model.set_submodule(path, head)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """transformers' own table and, since experts are not fused here, what their matrices are called."""
+        from transformers.core_model_loading import WeightRenaming
+
+        table: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        names = [(disk, ours) for disk, ours in self.leaves.items() if disk != ours]
+        return table + [WeightRenaming(rf"\.experts\.(\d+)\.{disk}\.", rf".experts.\1.{ours}.") for disk, ours in names]
 
     def _empty(
         self, name: str, module: nn.Module, entries: dict[str, tuple[Path, Entry]]
@@ -145,10 +161,4 @@ def _tied_to(model: nn.Module, stored: set[str]) -> dict[str, str]:
     ties: Any = model.all_tied_weights_keys
     pairs = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in ties.items()}
     prefix = str(model.base_model_prefix)
-    return {target: source for target, source in pairs.items() if _on_disk(source, prefix, stored) is not None}
-
-
-def _on_disk(path: str, prefix: str, stored: set[str]) -> str | None:
-    """The name on disk of a module, with or without the base model's prefix, if it is compressed."""
-    choices = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
-    return next((choice for choice in choices if choice in stored), None)
+    return {target: source for target, source in pairs.items() if lookup(source, prefix, stored) is not None}

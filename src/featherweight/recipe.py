@@ -24,6 +24,7 @@ CHOICES = {
     "order": get_args(Order),
     "scales_from": get_args(ScalesFrom),
     "target": ("drifted", "original"),
+    "starved": ("shared", "round", "error"),
 }
 
 
@@ -48,8 +49,12 @@ class Recipe:
         sink_share: the least share of H's trace that the windows' first tokens hold in what attention reads: every
             token attends to them, so an error there is an error everywhere; 0 counts them like any other.
         guide: from 0 to 1: the power of each token's weight in H, which one backward pass of the whole model measures
-            (`stream.guide`; it must fit on the device); 0 counts every token alike and needs no such pass.
+            (`stream.guide`; it must fit on the device); 0 counts every token alike and needs no such pass. An
+            expert's tokens count alike.
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
+        starved: what to do for an expert that is sent fewer tokens than it has inputs: let the layer's other tokens
+            count too ("shared"), round it to nearest ("round"), or stop ("error").
+        route_all: calibrate every expert on every token; where tokens go in the model stays as it is.
         size_bytes: a size for all shards; average_bits: bits per weight of the matrices, from bytes on disk;
             non_uniform: with sparsity, the share of zeros of the whole. With one of these each matrix gets a rule of
             its own, where it harms the model least (`plan`); bits and group_size are then not used.
@@ -84,6 +89,8 @@ class Recipe:
     non_uniform: bool = False
     embedding_bits: float = FLOAT_BITS
     true_sequential: bool = False
+    starved: Literal["shared", "round", "error"] = "shared"
+    route_all: bool = False
     format: str = "auto"
     calibration: tuple[str, ...] = ("builtin",)
     chat_template: bool = False

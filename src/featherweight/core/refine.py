@@ -100,7 +100,7 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
     value is the nearest one. Columns go by slabs: one GEMM brings D H up to date for the next slab.
     """
     if weight_RC.dim() == 2:
-        return descend(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked()).first()
+        return descend(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked()).layer(0)
     weight_ECR = weight_RC.transpose(1, 2)
     scale_EGR, zero_EGR = (
         t.to(weight_RC.dtype).transpose(1, 2).contiguous() for t in (solution.scales_RG, solution.zeros_RG)

@@ -64,9 +64,9 @@ class Solution:
         """The same with a leading axis of one layer."""
         return self._each(lambda tensor: tensor.unsqueeze(0))
 
-    def first(self) -> Solution:
-        """Without the leading axis: its first layer."""
-        return self._each(lambda tensor: tensor[0])
+    def layer(self, index: int) -> Solution:
+        """Without the leading axis: one of its layers."""
+        return self._each(lambda tensor: tensor[index])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Solution:
         tensors = (self.codes_RC, self.scales_RG, self.zeros_RG)
@@ -117,7 +117,14 @@ class SparseSolution:
 
     def rows(self, start: int, stop: int) -> SparseSolution:
         """The solution of rows start .. stop-1: how layers that were solved stacked come apart again."""
-        values_RC, keep_RC, loss_R = (t[start:stop] for t in (self.values_RC, self.keep_RC, self.loss_R))
+        return self._each(lambda tensor: tensor.narrow(self.values_RC.dim() - 2, start, stop - start))
+
+    def layer(self, index: int) -> SparseSolution:
+        """Without the leading axis: one of its layers."""
+        return self._each(lambda tensor: tensor[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SparseSolution:
+        values_RC, keep_RC, loss_R = (change(tensor) for tensor in (self.values_RC, self.keep_RC, self.loss_R))
         return replace(self, values_RC=values_RC, keep_RC=keep_RC, loss_R=loss_R)
 
 

@@ -88,7 +88,7 @@ def sweep(
     pass_.run(slab, refit=scales_from == "updated" and fitted is None)
     codes_ERC = pass_.codes_ECR[each_E1, torch.argsort(order_EC, -1)].transpose(1, 2).contiguous()
     solution = Solution(codes_ERC, pass_.scale_ERG, pass_.zero_ERG, grid, pass_.loss_ER, factor.damping)
-    return replace(solution if stacked else solution.first(), keep_RC=keep_RC)
+    return replace(solution if stacked else solution.layer(0), keep_RC=keep_RC)
 
 
 def _importance(upper_ECC: Tensor, order_EC: Tensor, width: int) -> Tensor:

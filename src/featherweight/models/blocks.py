@@ -106,9 +106,9 @@ class BlockRunner:
         for child in block.modules():
             fill_buffers(self.model, child, self.device)
         wanted = {name: self.tree.disk[f"{module}.{name}"] for name, _ in meta_tensors(block)}
-        tensors = self.tree.checkpoint.read(dict.fromkeys(wanted.values()))
-        for name, on_disk in wanted.items():
-            place(block, name, tensors[on_disk], self.device)
+        tensors = self.tree.checkpoint.read(dict.fromkeys(source.name for source in wanted.values()))
+        for name, source in wanted.items():
+            place(block, name, source.of(tensors[source.name]), self.device)
         self._loaded[index] = block.eval()
         return block
 
@@ -251,7 +251,7 @@ class BlockRunner:
 
     def _materialize(self, path: str, module: nn.Module) -> None:
         for name, tensor in list(meta_tensors(module, recurse=False)):
-            on_disk = self.tree.disk[f"{path}.{name}" if path else name]
+            on_disk = self.tree.disk[f"{path}.{name}" if path else name].name
             self._on_meta.append((module, name, tensor))
             value = self._instead.get(on_disk)
             place(module, name, self.tree.checkpoint.read([on_disk])[on_disk] if value is None else value, self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from featherweight.errors import RequestError
 from featherweight.models.checkpoint import Checkpoint, resolve
-from featherweight.models.tree import checkpoint_dtype, disk_names, is_matrix, skeleton
+from featherweight.models.names import Source, disk_names, lookup, renamed
+from featherweight.models.tree import checkpoint_dtype, is_matrix, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,17 @@ def load_dense(
     )
     result: PreTrainedModel = model.to(device).eval()  # type: ignore[arg-type]
     return result
+
+
+def load_apart(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The same model with its experts taken apart, so that every matrix of the tree is a module."""
+
+    def replace(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        raise RequestError(f"{name} is compressed: give the original checkpoint.")
+
+    return load_with(path, replace, device, dtype)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -86,54 +98,52 @@ def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: R
     for name in checkpoint.names:
         parent, _, suffix = name.rpartition(".")
         stored.setdefault(parent, []).append(suffix)
-    twins = model.all_tied_weights_keys.items()
+    # under transformers' own names too: of these only the matrix is looked up, whatever tensors it has become
+    known = renamed([f"{owner}.weight" for owner in stored], model)
+    prefix, twins = model.base_model_prefix, model.all_tied_weights_keys.items()
     tied = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in twins}
-    shared: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, list[tuple[str, nn.Module]]] = {}
     for path, module in list(model.named_modules()):
         if not (is_matrix(module) or isinstance(module, nn.Embedding)):
             continue
-        twin = tied.get(path)
-        owner = _owner(path, model.base_model_prefix, stored) or (
-            twin and _owner(twin, model.base_model_prefix, stored)
-        )
-        if not owner or "weight" in stored[owner] or stored[owner] == ["bias"]:
-            continue
-        if owner not in shared:
-            tensors = checkpoint.read(f"{owner}.{suffix}" for suffix in stored[owner])
-            shared[owner] = {name.rpartition(".")[2]: tensor.to(device) for name, tensor in tensors.items()}
-        by_suffix = dict(shared[owner]) if twin or path in tied.values() else shared.pop(owner)
-        model.set_submodule(path, replace(owner, module, by_suffix).to(device))
-        model.all_tied_weights_keys.pop(f"{path}.weight", None)
+        owner = lookup(path, prefix, stored) or lookup(tied.get(path, path), prefix, stored)
+        if owner is None and (full := lookup(f"{path}.weight", prefix, known)):
+            owner = known[full].name.removesuffix(".weight")
+        if owner is not None and "weight" not in stored[owner] and stored[owner] != ["bias"]:
+            found.setdefault(owner, []).append((path, module))
+    sizes = {owner: sum(checkpoint.nbytes(f"{owner}.{suffix}") for suffix in stored[owner]) for owner in found}
+    for batch in _batches(sizes):
+        tensors = checkpoint.read(f"{name}.{suffix}" for name in batch for suffix in stored[name])
+        for name in batch:
+            by_suffix = {suffix: tensors.pop(f"{name}.{suffix}").to(device) for suffix in stored[name]}
+            for path, module in found[name]:
+                model.set_submodule(path, replace(name, module, dict(by_suffix)).to(device))
+                model.all_tied_weights_keys.pop(f"{path}.weight", None)
 
 
-def _owner(path: str, prefix: str, stored: Mapping[str, list[str]]) -> str | None:
-    """The name on disk of a module, with or without the base model's prefix."""
-    choices = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
-    return next((choice for choice in choices if choice in stored), None)
-
-
-def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, str], device: torch.device) -> None:
+def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Source], device: torch.device) -> None:
     """Every tensor that is still on meta and on disk, a few at a time; tied twins get one tensor between them."""
-    users: dict[str, list[str]] = {}
+    users: dict[str, dict[Source, list[str]]] = {}
     for name, _ in meta_tensors(model):
         if name in disk:
-            users.setdefault(disk[name], []).append(name)
-    for batch in _batches(checkpoint, list(users)):
+            users.setdefault(disk[name].name, {}).setdefault(disk[name], []).append(name)
+    for batch in _batches({name: checkpoint.nbytes(name) for name in users}):
         tensors = checkpoint.read(batch)
         for on_disk in batch:
             tensor = tensors.pop(on_disk)
-            first, *others = users[on_disk]
-            placed = place(model, first, tensor, device)
-            for name in others:
-                share(model, name, placed)
+            for source, (first, *others) in users[on_disk].items():
+                placed = place(model, first, source.of(tensor), device)
+                for name in others:
+                    share(model, name, placed)
 
 
-def _batches(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:
+def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names, with their bytes, in runs of about READ_BYTES: a shard is opened once for each."""
     batch: list[str] = []
     filled = 0
-    for name in names:
+    for name, nbytes in sizes.items():
         batch.append(name)
-        filled += checkpoint.nbytes(name)
+        filled += nbytes
         if filled >= READ_BYTES:
             yield batch
             batch, filled = [], 0

@@ -17,9 +17,12 @@ def token_matrices(tree: ModelTree) -> tuple[Matrix, ...]:
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             continue
         path = next(path for path, other in tree.model.named_modules() if other is module)
-        weight = tree.disk[f"{path}.weight"]
+        weight = tree.disk[f"{path}.weight"].name
         if weight not in found and weight.endswith(".weight"):
             rows, columns = module.weight.shape
             bias = tree.disk.get(f"{path}.bias")
-            found[weight] = Matrix(weight.removesuffix(".weight"), path, weight, bias, rows, columns, transposed=False)
+            name = weight.removesuffix(".weight")
+            found[weight] = Matrix(
+                name, path, weight, None if bias is None else bias.name, rows, columns, transposed=False
+            )
     return tuple(found.values())

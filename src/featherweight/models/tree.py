@@ -5,8 +5,6 @@ Shapes: R outputs, C inputs. A Linear lies on disk as R x C, a Conv1D (GPT-2) as
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,8 @@ from torch import Tensor, nn
 
 from featherweight.errors import RequestError
 from featherweight.models.checkpoint import Checkpoint
+from featherweight.models.experts import router_paths, take_apart
+from featherweight.models.names import Part, Source, disk_names, named_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,7 +29,9 @@ class Matrix:
         path: module path inside the block, such as 'self_attn.q_proj'.
         weight, bias: tensor names on disk; bias None where there is none.
         rows, columns: R outputs and C inputs.
-        transposed: the file holds C x R (Conv1D).
+        transposed: module and file hold C x R (Conv1D).
+        part, bias_part: of an expert's matrix that lies in a tensor of all experts: where; None where the tensor is the
+            matrix's alone.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Matrix:
     rows: int
     columns: int
     transposed: bool
+    part: Part | None = None
+    bias_part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,16 @@ class Block:
     Attributes:
         index: its place in the model.
         module: module path in the model, such as 'model.layers.0'.
-        matrices: every Linear and Conv1D, in the order of the modules.
+        matrices: every Linear and Conv1D but routers, in the order of the modules.
         tensors: every tensor name on disk in the block, used by the model or not, sorted.
+        routers: names on disk, like those of matrices, of what sends tokens to experts: left as they are.
     """
 
     index: int
     module: str
     matrices: tuple[Matrix, ...]
     tensors: tuple[str, ...]
+    routers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class ModelTree:
         blocks: the blocks in order.
         rest: tensor names outside the blocks (embedding, final norm, head), sorted.
         dtype: what the weights are in: the configuration's dtype, else that of most bytes on disk.
-        disk: module parameter or persistent buffer name -> tensor name on disk; tied names share one.
+        disk: module parameter or persistent buffer name -> where it is on disk; tied names share one.
         blocks_path: module path of the list of blocks, such as 'model.layers'.
     """
 
@@ -77,7 +83,7 @@ class ModelTree:
     blocks: tuple[Block, ...]
     rest: tuple[str, ...]
     dtype: torch.dtype
-    disk: dict[str, str]
+    disk: dict[str, Source]
     blocks_path: str
 
     @property
@@ -88,18 +94,19 @@ class ModelTree:
 
 def build(checkpoint: Checkpoint) -> ModelTree:
     """Find blocks and matrices. RequestError for: an unknown architecture, a checkpoint that is quantized already, a
-    parameter without a tensor or of another shape, tensors that blocks share, and weights that are not a Linear,
-    Conv1D, embedding or norm (fused experts), by tensor name."""
+    parameter without a tensor or of another shape, another number of experts than config.json says, tensors that blocks
+    share, and weights that are not a Linear, Conv1D, embedding, norm, router or experts we know, by tensor name."""
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise RequestError(f"{checkpoint.path} is quantized already ({method}): give the original checkpoint.")
     dtype = checkpoint_dtype(checkpoint)
     model = skeleton(checkpoint, dtype)
     path, modules = find_blocks(model)
-    _refuse_unsupported(path, modules)
+    routers = router_paths(model)
+    _refuse_unsupported(path, modules, routers)
     disk = disk_names(checkpoint, model)
     _require_all(checkpoint, model, disk)
-    blocks = tuple(_block(checkpoint, disk, index, f"{path}.{index}", module) for index, module in enumerate(modules))
+    blocks = tuple(_block(checkpoint, model, disk, index, f"{path}.{index}", routers) for index in range(len(modules)))
     taken = _require_disjoint(blocks)
     rest = tuple(name for name in checkpoint.names if name not in taken)
     return ModelTree(checkpoint, model, blocks, rest, dtype, disk, path)
@@ -119,7 +126,8 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The transformers model of config.json without its weights (meta device), in eval mode, never with remote code.
+    """The transformers model of config.json without its weights (meta device), in eval mode, never with remote code;
+    its experts are taken apart (`models.experts`).
 
     `dtype` is that of the parameters, but for modules the family keeps in float32. Any quantization_config is left
     out. Raises RequestError naming the model type and the transformers version for an unknown architecture.
@@ -136,6 +144,7 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             f"{checkpoint.path} has model type {kind!r}, of which transformers {transformers.__version__} makes no "
             f"causal language model ({_first_line(error)}): use a decoder-only model, or another transformers."
         ) from error
+    take_apart(model)
     _keep_in_fp32(model, dtype)
     result: PreTrainedModel = model.eval().requires_grad_(False)
     return result
@@ -178,79 +187,26 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best_path, best
 
 
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, tied ones under each of their names: what a file should hold."""
-    yield from module.named_parameters(remove_duplicate=False)
-    for path, child in module.named_modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            if name not in child._non_persistent_buffers_set:
-                yield (f"{path}.{name}" if path else name), buffer
-
-
-def own_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
-    """Name in the module -> name on disk, for what the file holds under a name of its own.
-
-    In this order: the same name; with or without the base model's prefix (files saved from the body alone); renamed
-    as transformers does on loading.
-    """
-    names = [name for name, _ in named_tensors(model)]
-    disk = {name: found for name in names if (found := _lookup(name, model.base_model_prefix, checkpoint))}
-    if len(disk) < len(names) and (renamed := _renamed(checkpoint, model)):
-        for name in names:
-            if name not in disk and (found := _lookup(name, model.base_model_prefix, renamed)):
-                disk[name] = renamed[found]
-    return disk
-
-
-def disk_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
-    """`own_names`, and for a tied tensor that the file leaves out the name of its twin."""
-    own = own_names(checkpoint, model)
-    twins = {id(tensor): own[name] for name, tensor in named_tensors(model) if name in own}
-    found = ((name, own.get(name) or twins.get(id(tensor))) for name, tensor in named_tensors(model))
-    return {name: on_disk for name, on_disk in found if on_disk}
-
-
-def _lookup(name: str, prefix: str, known: Any) -> str | None:
-    choices = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((choice for choice in choices if choice in known), None)
-
-
-def _renamed(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
-    """Name after transformers' own renaming on loading -> name on disk. Tensors it would fuse or split are left out."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # other releases keep these elsewhere; a missing name is then an error that names it
-        logging.getLogger(__name__).info("this transformers has no table of renamed weights")
-        return {}
-    transforms = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    renamed = {}
-    for name in checkpoint.names:
-        new = name
-        for step in transforms:
-            new, _ = step.rename_source_key(new)
-        renamed[new] = name
-    return renamed
-
-
-def _require_all(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, str]) -> None:
+def _require_all(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Source]) -> None:
     for name, tensor in named_tensors(model):
         if name not in disk:
             raise RequestError(
                 f"{name} of {type(model).__name__} has no tensor among the {len(checkpoint.names)} in "
                 f"{checkpoint.path}: the checkpoint is incomplete or of another architecture."
             )
-        if checkpoint.shape(disk[name]) != tuple(tensor.shape):
+        source = disk[name]
+        if source.part is None and checkpoint.shape(source.name) != tuple(tensor.shape):
             raise RequestError(
-                f"{disk[name]} has shape {list(checkpoint.shape(disk[name]))} on disk, config.json asks for "
+                f"{source.name} has shape {list(checkpoint.shape(source.name))} on disk, config.json asks for "
                 f"{list(tensor.shape)}: config.json and weights do not belong together."
             )
 
 
-def matrices_outside(tree: ModelTree) -> list[str]:
-    """Module paths of every Linear and Conv1D outside the blocks (the head), which are left as they are."""
+def matrices_left(tree: ModelTree) -> list[str]:
+    """What is left as it is, by name: every Linear and Conv1D outside the blocks (the head), and routers."""
     inside = f"{tree.blocks_path}."
-    return [path for path, module in tree.model.named_modules() if is_matrix(module) and not path.startswith(inside)]
+    outside = [path for path, module in tree.model.named_modules() if is_matrix(module) and not path.startswith(inside)]
+    return outside + [router for block in tree.blocks for router in block.routers]
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -260,46 +216,69 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _refuse_unsupported(path: str, blocks: nn.Module) -> None:
+def _refuse_unsupported(path: str, blocks: nn.Module, routers: set[str]) -> None:
     """No matrix may be skipped in silence: stop at weights that are in no known kind of module."""
     odd = []
-    for inner, module in blocks.named_modules():
+    for inner, module in blocks.named_modules(prefix=path):
         known = is_matrix(module) or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > (2 if known else 1):
-                odd.append((f"{path}.{inner}.{name}", parameter.shape, type(module).__name__))
+            if parameter.ndim > (2 if known or inner in routers else 1):
+                odd.append((f"{inner}.{name}", parameter.shape, type(module).__name__))
     if not odd:
         return
     name, shape, kind = next((found for found in odd if len(found[1]) > 2), odd[0])  # experts explain their routers
     if len(shape) > 2:
         raise RequestError(
             f"{name} has shape {list(shape)} ({kind}), where at most 2 dimensions are allowed: mixtures of experts "
-            "with fused 3-D tensors are not supported by this version."
+            "with 3-D tensors of this kind are not supported by this version."
         )
     raise RequestError(
-        f"{name} has shape {list(shape)} in a {kind}, which is neither Linear, Conv1D, Embedding nor a norm: this "
-        "architecture is not supported by this version."
+        f"{name} has shape {list(shape)} in a {kind}, which is neither Linear, Conv1D, Embedding, a norm nor a "
+        "router beside experts: this architecture is not supported by this version."
     )
 
 
-def _block(checkpoint: Checkpoint, disk: dict[str, str], index: int, path: str, block: nn.Module) -> Block:
-    used = {disk[f"{path}.{name}"] for name, _ in named_tensors(block)}
+def _block(
+    checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Source], index: int, path: str, routers: set[str]
+) -> Block:
+    block = model.get_submodule(path)
+    names = [name for name, _ in named_tensors(block)]
+    used = {disk[f"{path}.{name}"].name for name in names}
     prefixes = tuple(
-        {disk[full].removesuffix(name) for name, _ in named_tensors(block)
-         if disk[full := f"{path}.{name}"].endswith(f".{name}")}
+        {found.removesuffix(name) for name in names
+         if (found := disk[f"{path}.{name}"].name).endswith(f".{name}")}
     )  # fmt: skip
     unused = (name for name in checkpoint.names if prefixes and name.startswith(prefixes))
-    matrices = (_matrix(disk, path, inner, module) for inner, module in block.named_modules() if is_matrix(module))
-    return Block(index, path, tuple(matrices), tuple(sorted(used.union(unused))))
+    inside = [name for name in sorted(routers) if name.startswith(f"{path}.")]
+    matrices = (
+        _matrix(disk, model.base_model_prefix, path, inner, module)
+        for inner, module in block.named_modules()
+        if is_matrix(module) and f"{path}.{inner}" not in inside
+    )
+    left = (disk[f"{router}.weight"].name.removesuffix(".weight") for router in inside if f"{router}.weight" in disk)
+    return Block(index, path, tuple(matrices), tuple(sorted(used.union(unused))), tuple(left))
 
 
-def _matrix(disk: dict[str, str], path: str, inner: str, module: nn.Module) -> Matrix:
+def _matrix(disk: dict[str, Source], prefix: str, path: str, inner: str, module: nn.Module) -> Matrix:
     assert isinstance(module.weight, Tensor)
     transposed = not isinstance(module, nn.Linear)
     rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
-    weight = disk[f"{path}.{inner}.weight"]
-    bias = disk[f"{path}.{inner}.bias"] if getattr(module, "bias", None) is not None else None
-    return Matrix(weight.removesuffix(".weight"), inner, weight, bias, rows, columns, transposed)
+    full = f"{path}.{inner}"
+    weight, bias = disk[f"{full}.weight"], disk.get(f"{full}.bias")
+    name = weight.name.removesuffix(".weight")
+    if weight.part is not None:  # it gets a name of its own, like its module's
+        name = full if weight.name.startswith(f"{prefix}.") else full.removeprefix(f"{prefix}.")
+    return Matrix(
+        name,
+        inner,
+        weight.name,
+        None if bias is None else bias.name,
+        rows,
+        columns,
+        transposed,
+        weight.part,
+        None if bias is None else bias.part,
+    )
 
 
 def _require_disjoint(blocks: tuple[Block, ...]) -> set[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from featherweight import data
@@ -34,6 +35,7 @@ from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
+from featherweight.stream.shard import block_tensors, plain_weight, require_all
 from featherweight.stream.states import States
 from featherweight.stream.tokens import round_tokens
 
@@ -157,7 +159,7 @@ class _Job:
         if not folder.finished(0):
             self._write_rest(folder)
         runner = BlockRunner(self.tree, self.device, self.dtype)
-        stored = {} if ids_ST is None else {m.weight: self._stored(folder, 0, m) for m in self.tokens.values()}
+        stored = {} if ids_ST is None else self._stored_tokens(folder)
         states = States(runner, ids_ST, self.out, self.batch, self.recipe.target == "original", stored)
         stored.clear()
         weights = self._weights(folder, ids_ST)
@@ -180,26 +182,29 @@ class _Job:
 
     def _write_rest(self, folder: OutputFolder) -> None:
         """Writes what lies outside the blocks, embedding and head rounded if the recipe says so."""
-        began, solutions = time.perf_counter(), {}
-        tensors = self.tree.checkpoint.read([name for name in self.tree.rest if name not in self._token_weights()])
-        for matrix in self.tokens.values():
+        began, matrices = time.perf_counter(), tuple(self.tokens.values())
+        solutions: dict[str, AnySolution] = {}
+        for matrix in matrices:
             grid = self.token_rules[matrix.name]
-            solutions[matrix.name] = round_tokens(self.tree, matrix, grid, self.format.lowest_zero(grid), self.device)
-        packed = {m.name: self._packed(solutions[m.name], m) for m in self.tokens.values()}
-        for name, parts in packed.items():
-            tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in parts.items()}
-        with folder.staged(0, tensors) as part:
-            for matrix in self.tokens.values():
-                _require_same(matrix, solutions[matrix.name], self._read_back(part, matrix))
-                seconds = time.perf_counter() - began
-                folder.rows.append(self._row(OUTSIDE, matrix, solutions[matrix.name], packed[matrix.name], seconds))
+            solutions[matrix.path] = round_tokens(self.tree, matrix, grid, self.format.lowest_zero(grid), self.device)
+        rest = Block(OUTSIDE, "", matrices, self.tree.rest)
+        self._write(folder, rest, solutions, time.perf_counter() - began)
 
-    def _token_weights(self) -> set[str]:
-        return {matrix.weight for matrix in self.tokens.values()}
+    def _write(self, folder: OutputFolder, block: Block, solutions: dict[str, AnySolution], seconds: float) -> None:
+        """Writes the shard of a block (or of what lies in none), having read it back and compared."""
+        packed = {m.path: self._packed(solutions[m.path], m) for m in block.matrices}
+        tensors = block_tensors(self.tree.checkpoint, block, packed, self.format.plain)
+        with folder.staged(block.index + 1, tensors) as part, safe_open(part, framework="pt") as file:
+            for matrix in block.matrices:
+                _require_same(matrix, solutions[matrix.path], self._read_back(file, matrix))
+                folder.rows.append(self._row(block.index, matrix, solutions[matrix.path], packed[matrix.path], seconds))
 
-    def _stored(self, folder: OutputFolder, shard: int, matrix: Matrix) -> Tensor:
-        """The values a shard holds of a matrix, R x C."""
-        return self._read_back(folder.shard(shard), matrix).values()
+    def _stored_tokens(self, folder: OutputFolder) -> dict[str, Tensor]:
+        """What the first shard holds of embedding and head, by their names on the original's disk."""
+        if not self.tokens:
+            return {}
+        with safe_open(folder.shard(0), framework="pt") as file:
+            return {m.weight: self._read_back(file, m).values() for m in self.tokens.values()}
 
     def _weights(self, folder: OutputFolder, ids_ST: Tensor | None) -> Weights | None:
         """What each token counts for each matrix, where the recipe asks for it and anything is left to solve."""
@@ -212,7 +217,7 @@ class _Job:
         )
 
     def _solve(self, folder: OutputFolder, index: int, block: Block, view: BlockView) -> None:
-        """Solves a block and writes its shard, having read it back and compared."""
+        """Solves a block and writes its shard."""
         began, total = time.perf_counter(), len(self.tree.blocks)
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solutions = layerwise(
@@ -222,17 +227,7 @@ class _Job:
             self.choices,
             lambda share: self.tell(index + 0.9 * share, total, f"block {index + 1}"),
         )
-        seconds = time.perf_counter() - began
-        packed = {m.path: self._packed(solutions[m.path], m) for m in block.matrices}
-        weights = {matrix.weight for matrix in block.matrices}
-        tensors = self.tree.checkpoint.read([name for name in block.tensors if name not in weights])
-        for matrix in block.matrices:
-            tensors |= {f"{matrix.name}.{suffix}": tensor.cpu() for suffix, tensor in packed[matrix.path].items()}
-        with folder.staged(index + 1, tensors) as part:
-            for matrix in block.matrices:
-                stored = self._read_back(part, matrix)
-                _require_same(matrix, solutions[matrix.path], stored)
-                folder.rows.append(self._row(index, matrix, solutions[matrix.path], packed[matrix.path], seconds))
+        self._write(folder, block, solutions, time.perf_counter() - began)
 
     def _row(
         self, index: int, matrix: Matrix, solution: AnySolution, packed: dict[str, Tensor], seconds: float
@@ -264,27 +259,31 @@ class _Job:
             return tensors
         return {suffix: tensor.T.contiguous() for suffix, tensor in tensors.items()}
 
-    def _read_back(self, shard: Path, matrix: Matrix) -> AnySolution:
-        """A matrix's solution from the bytes of its shard."""
-        from safetensors import safe_open
-
+    def _read_back(self, file: Any, matrix: Matrix) -> AnySolution:
+        """A matrix's solution from the bytes of its open shard."""
         rule = self.rule_of(matrix)
-        with safe_open(shard, framework="pt") as file:
+        if self.format.plain:
+            tensors = {"weight": plain_weight(file, matrix)}
+        else:
             tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
         return self.format.unpack(self._turned(tensors, matrix), rule, matrix.name)
 
     def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
         """Gives the block the weights its shard holds."""
-        for matrix in block.matrices:
-            values_RC = self._stored(folder, index + 1, matrix)
-            weight = module.get_submodule(matrix.path).weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(values_RC.T if matrix.transposed else values_RC)
+        with safe_open(folder.shard(index + 1), framework="pt") as file:
+            for matrix in block.matrices:
+                values_RC = self._read_back(file, matrix).values()
+                weight = module.get_submodule(matrix.path).weight
+                assert isinstance(weight, Tensor)
+                weight.copy_(values_RC.T if matrix.transposed else values_RC)
 
     def finish(self, folder: OutputFolder) -> None:
-        """The small files that make the folder a checkpoint."""
+        """The small files that make the folder a checkpoint, once every matrix is accounted for."""
+        shards = [folder.shard(index) for index in range(len(self.tree.blocks) + 1)]
+        matrices = (*self.tokens.values(), *self.tree.matrices)
+        require_all(matrices, folder.rows, shards, self.format.plain)
         rules = {**self.rules, **self.token_rules}
-        left = [path for path in trees.matrices_outside(self.tree) if path not in self.tokens]
+        left = [path for path in trees.matrices_left(self.tree) if path not in self.tokens]
         targets = ("Linear", "Embedding") if self.tokens else ("Linear",)
         quantization = self.format.config(rules, left, targets=targets, meta=self.recipe.as_dict())
         config = dict(self.tree.checkpoint.config)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import FeatherweightError, RequestError
+from featherweight.models.experts import find_experts
 from featherweight.models.load import load_dense
 from featherweight.models.tree import ModelTree
 from featherweight.stream.hidden import free_memory_bytes
@@ -31,7 +32,7 @@ Weights = dict[str, Tensor]  # by matrix name on disk: float32, S x T, on the CP
 def token_weights(
     tree: ModelTree, ids_ST: Tensor, device: torch.device, dtype: torch.dtype, seed: int, tick: Callable[[float], None]
 ) -> Weights:
-    """Mean squared gradient of each matrix's outputs, token by token, averaged over outputs.
+    """Mean squared gradient of each matrix's outputs, token by token, averaged over outputs; none for experts.
 
     Labels are drawn from the model's own predictions by `seed`. `tick` hears the share that is done, 0 .. 1. Raises
     RequestError where the model does not fit on the device as a whole.
@@ -39,7 +40,9 @@ def token_weights(
     _check_room(tree, device, dtype)
     model = load_dense(tree.checkpoint.path, device, dtype)
     model.requires_grad_(False)
+    experts = tuple(f"{path}." for path, _ in find_experts(tree.model))
     names = {f"{block.module}.{matrix.path}": matrix.name for block in tree.blocks for matrix in block.matrices}
+    names = {path: name for path, name in names.items() if not path.startswith(experts)}
     weights = {name: torch.zeros(ids_ST.shape) for name in names.values()}
     generator = torch.Generator(device).manual_seed(seed)
     model.enable_input_require_grads()

@@ -23,7 +23,7 @@ class HiddenStates:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, scratch: Path) -> None:
         """Takes the nearest place with room; `scratch` is the file to map if neither device nor memory has it."""
         size_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
-        self.device, self.scratch = device, None
+        self.device, self.scratch, self.beside = device, None, scratch
         if device.type == "cuda" and size_bytes < SHARE * torch.cuda.mem_get_info(device)[0]:
             self.place = "device"
             self.states_STD = torch.empty(shape, dtype=dtype, device=device)
@@ -42,6 +42,12 @@ class HiddenStates:
                     f"{scratch.name} could not be written: the disk is full ({size_bytes:,} bytes of hidden states are "
                     "needed beside the output); make room and repeat the command, finished blocks are kept."
                 ) from error
+
+    def another(self, name: str, width: int) -> HiddenStates:
+        """Room for as many tokens of another width, with a scratch file of its own should it need one."""
+        sequences, tokens, _ = self.states_STD.shape
+        scratch = self.beside.with_name(f"{name}.{self.beside.name}")
+        return HiddenStates((sequences, tokens, width), self.states_STD.dtype, self.device, scratch)
 
     def batches(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of `size` sequences with their states on the device."""

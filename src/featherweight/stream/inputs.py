@@ -1,102 +1,26 @@
-"""What the matrices of one block see: which are fed the same tensor, where they write, and the sums over all tokens.
+"""What the matrices of one block see: the sums over all tokens of their inputs.
 
 Shapes: S sequences, T tokens, D width, R outputs, C inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from featherweight.core.hessian import CrossSum, HessianSum
-from featherweight.errors import FeatherweightError
-from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
+from featherweight.stream.groups import BlockView, Group, hooks, input_groups, on_input
 from featherweight.stream.guide import normalised
-from featherweight.stream.hidden import HiddenStates
 
-PROBE_TOKENS = 64  # enough to see which way tensors go in a block
+__all__ = ["BlockView", "Group", "GroupSums", "Tick", "collect", "input_groups"]
+
 Tick = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class BlockView:
-    """A block as a solver sees it.
-
-    Attributes:
-        module: the block on the device with its original weights, less what `put` has replaced.
-        matrices: what is to be compressed in it.
-        run: one batch of hidden states through the module.
-        inputs: the hidden states the compressed model brings to this block; None where the method needs none.
-        dense: those the original model brings, where the recipe's target asks for them; `collect` replaces them by the
-            original block's outputs.
-        batch: sequences in one forward pass.
-        originals: the weights that `put` has replaced.
-        weights: how much each token counts for a matrix, by its path: S x T, in any unit; all alike without.
-    """
-
-    module: nn.Module
-    matrices: tuple[Matrix, ...]
-    run: Callable[[Tensor], Tensor]
-    inputs: HiddenStates | None
-    dense: HiddenStates | None
-    batch: int
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    weights: Mapping[str, Tensor] | None = None
-
-    def weight(self, matrix: Matrix) -> Tensor:
-        """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""
-        weight = self.parameter(matrix.path).detach()
-        return (weight.T if matrix.transposed else weight).float()
-
-    def put(self, matrix: Matrix, values_RC: Tensor) -> None:
-        """Replaces the weights of a matrix by those of its solution."""
-        parameter = self.parameter(matrix.path)
-        self.originals.setdefault(matrix.path, parameter.data)
-        parameter.data = (values_RC.T if matrix.transposed else values_RC).to(parameter).contiguous()
-
-    @contextmanager
-    def undone(self) -> Iterator[None]:
-        """The block with all its original weights, for as long as this lasts."""
-        current = {path: self.parameter(path).data for path in self.originals}
-        for path, weight in self.originals.items():
-            self.parameter(path).data = weight
-        try:
-            yield
-        finally:
-            for path, weight in current.items():
-                self.parameter(path).data = weight
-
-    def parameter(self, path: str) -> nn.Parameter:
-        """The module's own weight, laid out as the module has it."""
-        return self.module.get_parameter(f"{path}.weight")
-
-
-@dataclass(frozen=True)
-class Group:
-    """Matrices that are fed the same tensor (q, k, v; gate and up), and where they write.
-
-    Attributes:
-        first: whether they are the first to run in the block: what attention compares is made of their outputs.
-        writes: "middle" where the only matrix adds its output to the block's input, "end" where that sum is the
-            block's output; "" where the output goes through anything else before it reaches the residual stream.
-    """
-
-    matrices: tuple[Matrix, ...]
-    first: bool = False
-    writes: Literal["", "middle", "end"] = ""
-
-    @property
-    def path(self) -> str:
-        """What stands for the group: its first matrix."""
-        return self.matrices[0].path
 
 
 class GroupSums:
@@ -128,80 +52,6 @@ class GroupSums:
         self.hessian.sum_CC += more * self.sinks.hessian.sum_CC
         if self.gap is not None and self.sinks.gap is not None:
             self.gap.sum_RC += more * self.sinks.gap.sum_RC
-
-
-def input_groups(view: BlockView) -> list[Group]:
-    """The groups of a block in the order they run; where they write is found only if there is a dense stream."""
-    seen: list[tuple[Tensor, list[Matrix]]] = []
-
-    def note(matrix: Matrix, inputs: Tensor) -> None:
-        for tensor, matrices in seen:
-            if tensor is inputs or (tensor.data_ptr() == inputs.data_ptr() and tensor.shape == inputs.shape):
-                matrices.append(matrix)
-                return
-        seen.append((inputs, [matrix]))
-
-    assert view.inputs is not None
-    _, hidden_STD = next(view.inputs.batches(1))
-    hidden_STD = hidden_STD[:, :PROBE_TOKENS]
-    with torch.no_grad(), _hooks(_on_input(view, matrix.path, partial(note, matrix)) for matrix in view.matrices):
-        view.run(hidden_STD)
-    missed = {m.name for m in view.matrices} - {m.name for _, matrices in seen for m in matrices}
-    if missed:
-        raise FeatherweightError(
-            f"{min(missed)} was never run by its block: it cannot be calibrated; ignore it or use --method rtn."
-        )
-    groups = [Group(tuple(matrices), first=not number) for number, (_, matrices) in enumerate(seen)]
-    return groups if view.dense is None else _find_writers(view, groups, hidden_STD)
-
-
-@torch.no_grad()
-def _find_writers(view: BlockView, groups: list[Group], hidden_STD: Tensor) -> list[Group]:
-    """Finds the matrices that add to the residual stream, by putting noise in the place of their outputs.
-
-    "end": the noise of the block's last matrix must come out of the block as it is. "middle": with the last one
-    silent, so must that of another, and with both silent the block must return its input.
-    """
-    last, width = groups[-1], hidden_STD.shape[-1]
-    if not _may_write(last, width):
-        return groups
-    noise_STD = torch.randn(hidden_STD.shape, generator=torch.Generator().manual_seed(0)).to(hidden_STD)
-    noise_STD *= hidden_STD.float().square().mean().sqrt()
-    silence_STD = torch.zeros_like(noise_STD)
-    silent = _run_with(view, {last.path: silence_STD}, hidden_STD)
-    noisy = _run_with(view, {last.path: noise_STD}, hidden_STD)
-    if not _same(noisy - silent, noise_STD, silent):
-        return groups
-    found = {last.path: replace(last, writes="end")}
-    for group in groups[:-1]:
-        if _may_write(group, width):
-            silent = _run_with(view, {last.path: silence_STD, group.path: silence_STD}, hidden_STD)
-            noisy = _run_with(view, {last.path: silence_STD, group.path: noise_STD}, hidden_STD)
-            if _same(noisy - silent, noise_STD, silent) and _same(silent, hidden_STD, silent):
-                found[group.path] = replace(group, writes="middle")
-    return [found.get(group.path, group) for group in groups]
-
-
-def _may_write(group: Group, width: int) -> bool:
-    return len(group.matrices) == 1 and group.matrices[0].rows == width
-
-
-def _run_with(view: BlockView, outputs: dict[str, Tensor], hidden_STD: Tensor) -> Tensor:
-    """The block's output where some matrices, by path, are made to answer with what is given."""
-    with _hooks(
-        view.module.get_submodule(path).register_forward_hook(
-            # a copy each time: some families add to it in place
-            lambda _, __, output, answer=answer: answer.reshape(output.shape).clone()
-        )
-        for path, answer in outputs.items()
-    ):
-        return view.run(hidden_STD)
-
-
-def _same(one_STD: Tensor, other_STD: Tensor, scale_STD: Tensor) -> bool:
-    """Whether two tensors are equal, but for the rounding of sums as large as `scale`, at nearly every element."""
-    room_STD = 4 * torch.finfo(scale_STD.dtype).eps * (scale_STD.abs() + other_STD.abs())
-    return float(((one_STD - other_STD).abs() <= room_STD).float().mean()) > 0.99
 
 
 @torch.no_grad()
@@ -280,26 +130,10 @@ def _hear(
         )
 
     def listen(group: Group) -> RemovableHandle:
-        return on_output(group) if group.writes == "middle" else _on_input(view, group.path, partial(note, group.path))
+        return on_output(group) if group.writes == "middle" else on_input(view, group.path, partial(note, group.path))
 
-    with _hooks(listen(group) for group in groups):
+    with hooks(listen(group) for group in groups):
         try:
             return found, view.run(hidden_STD)
         except _Enough:
             return found, None
-
-
-def _on_input(view: BlockView, path: str, hear: Callable[[Tensor], None]) -> RemovableHandle:
-    """Calls `hear` with the input of a matrix whenever it is about to run."""
-    return view.module.get_submodule(path).register_forward_pre_hook(lambda _, args: hear(args[0]))
-
-
-@contextmanager
-def _hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Keeps hooks for a while."""
-    held = list(handles)
-    try:
-        yield
-    finally:
-        for handle in held:
-            handle.remove()

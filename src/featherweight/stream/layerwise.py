@@ -15,10 +15,11 @@ from featherweight.core.problem import Factor, LayerProblem
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices, solve
-from featherweight.errors import FeatherweightError
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
+from featherweight.stream.experts import mixtures_of, solve_mixtures, without_experts
 from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, collect, input_groups
+from featherweight.stream.solving import check_certificate, split
 
 
 def layerwise(
@@ -30,25 +31,35 @@ def layerwise(
     """
     if recipe.method == "rtn":
         return {matrix.path: solve(_rtn_problem(view, matrix), rules[matrix.path], choices) for matrix in view.matrices}
+    mixtures = mixtures_of(view)
+    rest = without_experts(view, mixtures)
     solutions: dict[str, AnySolution] = {}
-    stages = _stages(input_groups(view), recipe)
+    stages = _stages(input_groups(rest), recipe)
+    # Experts come last, but before a matrix that writes the block's output and so makes up for them too.
+    ends = bool(stages) and all(group.writes == "end" for group in stages[-1])
+    turn = len(stages) - 1 if ends else len(stages)
+    steps = [*stages, *mixtures]
+
+    def collected(share: float) -> None:
+        tick((number + 0.6 * share) / len(steps))
+
     for number, stage in enumerate(stages):
-        span, last = 1 / len(stages), number + 1 == len(stages)
-
-        def collected(share: float, number: int = number, span: float = span) -> None:
-            tick((number + 0.6 * share) * span)
-
-        for group, sums in zip(stage, collect(view, stages, number, recipe, collected), strict=True):
-            solutions |= solve_group(view, group, sums, rules, recipe, choices)
-        for matrix in () if last else (m for group in stage for m in group.matrices):
-            view.put(matrix, solutions[matrix.path].values())
-        tick((number + 1) * span)
+        if number == turn:
+            solutions |= solve_mixtures(view, mixtures, rules, recipe, choices)
+        for group, sums in zip(stage, collect(rest, stages, number, recipe, collected), strict=True):
+            solutions |= solve_group(rest, group, sums, rules, recipe, choices)
+        more = number + 1 < len(stages) or (mixtures and number < turn)
+        for matrix in (m for group in stage for m in group.matrices) if more else ():
+            rest.put(matrix, solutions[matrix.path].values())
+        tick((number + 1) / len(steps))
+    if turn == len(stages):
+        solutions |= solve_mixtures(view, mixtures, rules, recipe, choices)
     return solutions
 
 
 def _stages(groups: list[Group], recipe: Recipe) -> list[list[Group]]:
     """The groups that are collected and solved together; each stage sees the block with those before it compressed."""
-    if recipe.true_sequential:
+    if recipe.true_sequential and groups:
         return [[group] for group in groups]
     if recipe.target == "original" and len(groups) > 1:  # the last one makes up for what the others did
         return [groups[:-1], groups[-1:]]
@@ -84,14 +95,7 @@ def _solve_alike(
         problem = replace(problem, weight_RC=undo_drift(problem, factor, group, sums.gap.mean(), recipe.pull))
     solution = solve(problem, rule, choices, factor)
     check_certificate(problem, solution)
-    solutions: dict[str, AnySolution] = {}
-    start = 0
-    for matrix in group.matrices:
-        part = solution.rows(start, start + matrix.rows)
-        scale = _energy(problem, start, start + matrix.rows)
-        solutions[matrix.path] = replace(part, metrics={"relative_loss": part.certificate / scale if scale else 0.0})
-        start += matrix.rows
-    return solutions
+    return split(problem, solution, group.matrices)
 
 
 def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor, pull: float) -> Tensor:
@@ -103,23 +107,6 @@ def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor,
     """
     toward_RC = gap if group.writes else problem.weight_RC @ gap
     return problem.weight_RC + pull * factor.solve(toward_RC)
-
-
-def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
-    """The solver's own loss against that of the values its codes stand for; a difference is a bug of ours."""
-    delta_RC = problem.weight_RC - solution.values()
-    actual = float(((delta_RC @ problem.damped(solution.damping)) * delta_RC).sum())
-    if not abs(actual - solution.certificate) <= 1e-3 * abs(actual) + 1e-12:
-        raise FeatherweightError(
-            f"{problem.name}: the solver claims a loss of {solution.certificate:.6g} and its codes have {actual:.6g}: "
-            "please report this."
-        )
-
-
-def _energy(problem: LayerProblem, start: int, stop: int) -> float:
-    """tr(W H W^T) of some rows: what their outputs hold in all."""
-    rows_RC = problem.weight_RC[start:stop]
-    return float(((rows_RC @ problem.hessian_CC) * rows_RC).sum())
 
 
 def _rtn_problem(view: BlockView, matrix: Matrix) -> LayerProblem:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from featherweight.core.problem import LayerProblem, loss_R
+from featherweight.core.problem import Factor, LayerProblem, loss_R
 from featherweight.core.rules import Grid, Pattern, Rule
 from featherweight.core.solution import AnySolution, Solution, SparseSolution
 from featherweight.core.solve import Choices, solve
@@ -46,12 +46,15 @@ class LayerReport:
     tied: tuple[str, ...] = ()
 
 
-def solve_layer(problem: LayerProblem, rule: Rule, choices: Choices) -> AnySolution:
-    """The solution of one layer; problems with a leading axis one by one where the method takes no such axis."""
+def solve_layer(problem: LayerProblem, rule: Rule, choices: Choices, factor: Factor | None = None) -> AnySolution:
+    """The solution of one layer; problems with a leading axis one by one where the method takes no such axis.
+
+    `factor` is the problem's in the chosen order, where the caller has it.
+    """
     greedy = choices.method == "obq" and not isinstance(rule, Pattern)
     masked = not isinstance(rule, Grid) and choices.method != "rtn" and (choices.mask != "admm" or choices.swaps > 0)
     if problem.weight_RC.dim() == 2 or not (greedy or masked):
-        return solve(problem, rule, choices)
+        return solve(problem, rule, choices, factor)
     parts = [
         solve(replace(problem, weight_RC=weight_RC, hessian_CC=hessian_CC), rule, choices)
         for weight_RC, hessian_CC in zip(problem.weight_RC, problem.hessian_CC, strict=True)

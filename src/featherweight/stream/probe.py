@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.models.checkpoint import Checkpoint, resolve
-from featherweight.models.load import load_dense
+from featherweight.models.load import load_apart
 from featherweight.models.tree import Block, Matrix, build
 
 SLICE_LOGITS = 1 << 24  # compared at once
@@ -35,7 +35,7 @@ class Probe:
         self, model: str | Path, windows_ST: Tensor, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         tree = build(Checkpoint.open(resolve(model)))
-        self.model: Any = load_dense(tree.checkpoint.path, device, dtype)
+        self.model: Any = load_apart(tree.checkpoint.path, device, dtype)
         blocks = self.model.get_submodule(tree.blocks_path)
         self.blocks: list[nn.Module] = list(blocks)
         self.homes: dict[str, tuple[Block, Matrix]] = {m.name: (b, m) for b in tree.blocks for m in b.matrices}

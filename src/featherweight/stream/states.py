@@ -65,7 +65,7 @@ class States:
             self.hidden,
             self.dense,
             self.batch,
-            weights=weights and {matrix.path: weights[matrix.name] for matrix in block.matrices},
+            weights=weights and {m.path: weights[m.name] for m in block.matrices if m.name in weights},
         )
 
     def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:

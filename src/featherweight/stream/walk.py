@@ -27,6 +27,7 @@ from featherweight.plan.options import Option, fitting, kept_weights, menu
 from featherweight.recipe import Recipe
 from featherweight.stream.calibration import BATCH_TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, pick_device
+from featherweight.stream.experts import expert_sums, mixtures_of, without_experts
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView, collect, input_groups
 
@@ -112,12 +113,17 @@ class Walk:
             hidden.close()
 
     def _solver(self, view: BlockView) -> Solver:
-        groups = input_groups(view)
-        sums = collect(view, [groups], 0, self.recipe, lambda share: None)
+        mixtures = mixtures_of(view)
+        rest = without_experts(view, mixtures)
+        groups = input_groups(rest)
+        sums = collect(rest, [groups], 0, self.recipe, lambda share: None)
         inputs = [
             Inputs(view, group.matrices, each.hessian.mean(), each.hessian.tokens)
             for group, each in zip(groups, sums, strict=True)
         ]
+        for mixture in mixtures:
+            for matrices, each in expert_sums(view, mixture, self.recipe):
+                inputs.append(Inputs(view, matrices, each.hessian_CC, each.tokens))
         return Solver(inputs, self.options, self.recipe, self.choices)
 
 

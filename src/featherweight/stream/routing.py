@@ -1,0 +1,135 @@
+"""What comes to the experts of a block: all tokens of a stream, their routing, and which of them serve which expert.
+
+Shapes: T tokens, D width, K choices, N tokens of one expert.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import FallbackWarning, RequestError
+from featherweight.models.experts import Experts, Routed
+from featherweight.recipe import Recipe
+from featherweight.stream.feed import Enough
+from featherweight.stream.groups import BlockView
+from featherweight.stream.hidden import HiddenStates
+
+MOST = 4  # times the mean: the tokens an expert is calibrated on are that many at most
+HELP = 0.5  # tokens an input: what the layer's tokens weigh for an expert that is sent fewer than it has inputs
+Tokens = tuple[Tensor, Tensor]  # which tokens, and which of each one's choices
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All that comes to the experts from one stream, and the states in which its inputs are kept."""
+
+    routed: Routed
+    states: HiddenStates
+
+
+@torch.no_grad()
+def gather(view: BlockView, path: str, states: HiddenStates, name: str) -> Gathered:
+    """What comes to the experts at `path` from all hidden states, in their order, kept where those are kept."""
+    experts = view.module.get_submodule(path)
+    assert isinstance(experts, Experts)
+    heard: list[Routed] = []
+
+    def hear(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        heard.append(experts.routed(*args, *kwargs.values()))
+        raise Enough
+
+    kept: HiddenStates | None = None
+    routing: list[Tensor] = []
+    scales: list[Tensor] = []
+    handle = experts.register_forward_pre_hook(hear, with_kwargs=True)
+    try:
+        for at, hidden_STD in states.batches(view.batch):
+            with suppress(Enough):
+                view.run(hidden_STD)
+            routed = heard.pop()
+            if kept is None:
+                kept = states.another(name, routed.inputs_TD.shape[-1])
+            place = kept.states_STD[at]
+            place.copy_(routed.inputs_TD.view(place.shape))
+            routing.append(routed.expert_TK.to(place.device))
+            scales += [] if routed.scale_TK is None else [routed.scale_TK.to(place.device)]
+    finally:
+        handle.remove()
+    assert kept is not None
+    most = max(part.shape[-1] for part in routing)
+    expert_TK = torch.cat([nn.functional.pad(part, (0, most - part.shape[-1]), value=len(experts)) for part in routing])
+    scale_TK = torch.cat([nn.functional.pad(part, (0, most - part.shape[-1])) for part in scales]) if scales else None
+    return Gathered(Routed(kept.states_STD.flatten(0, 1), expert_TK, scale_TK=scale_TK), kept)
+
+
+@dataclass(frozen=True)
+class Served:
+    """One expert and the tokens it is calibrated on.
+
+    Attributes:
+        routed: how many tokens are sent to it.
+        own: those of them that count.
+        help: tokens of the whole layer that count too, as it is sent fewer than it has inputs; None where it is not.
+        weight: how many of its own tokens the help weighs as much as.
+    """
+
+    expert: int
+    routed: int
+    own: Tokens
+    help: Tokens | None
+    weight: float
+
+    @property
+    def starved(self) -> bool:
+        return self.help is not None
+
+
+def served_by(name: str, experts: Experts, now: Routed, recipe: Recipe, columns: int) -> list[Served]:
+    """Which tokens each expert is calibrated on: its own, or all where the recipe says so; help where they are few.
+
+    No more than `MOST` times the mean are taken of either, one in so many. RequestError for a starved expert where the
+    recipe calls that an error; a FallbackWarning with the numbers of tokens otherwise.
+    """
+    count, tokens = len(experts), now.expert_TK.shape[0]
+    most = max(1, MOST * int((now.expert_TK < count).sum()) // count)
+    everything = (torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
+    served = []
+    for expert in range(count):
+        routed = now.of(expert)
+        number, help = len(routed[0]), None
+        if recipe.route_all:
+            own = everything
+        else:
+            own, help = _thinned(routed, most), _thinned(everything, most) if number < columns else None
+        served.append(Served(expert, number, own, help, HELP * columns))
+    _tell_starved(name, experts, [s for s in served if s.starved], columns, tokens, recipe)
+    return served
+
+
+def _thinned(tokens: Tokens, most: int) -> Tokens:
+    """At most so many of the tokens, evenly taken."""
+    token_N, choice_N = tokens
+    if len(token_N) <= most:
+        return tokens
+    at_N = torch.arange(most, device=token_N.device) * len(token_N) // most
+    return token_N[at_N], choice_N[at_N]
+
+
+def _tell_starved(name: str, experts: Experts, starved: list[Served], enough: int, tokens: int, recipe: Recipe) -> None:
+    if not starved:
+        return
+    each = ", ".join(f"{s.expert} ({s.routed})" for s in starved)
+    said = (
+        f"{name}: {len(starved)} of {len(experts)} experts were sent fewer tokens (of {tokens}) than they have inputs "
+        f"({enough}): expert {each}"
+    )
+    if recipe.starved == "error":
+        raise RequestError(f"{said}: calibrate on more text, or use --starved shared, --starved round or --route-all.")
+    done = "rounded to nearest" if recipe.starved == "round" else "calibrated on others' tokens too"
+    warnings.warn(f"{said}: these are {done}", FallbackWarning, stacklevel=2)
