@@ -114,7 +114,7 @@ def renamed(names: Iterable[str], model: PreTrainedModel, checkpoint: Checkpoint
         return {}
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    converters = [step for step in steps if isinstance(step, WeightConverter) and _known(step)]
     mixtures = list(find_experts(model))
     fused = {f"{path}.{name}": (path, experts) for path, experts in mixtures for name in experts.layout.parameters()}
     found: dict[str, Source] = {}
@@ -135,6 +135,13 @@ def renamed(names: Iterable[str], model: PreTrainedModel, checkpoint: Checkpoint
         elif checkpoint is not None:
             found |= _parts(checkpoint, name, home, *fused[home])
     return found
+
+
+def _known(converter: Any) -> bool:
+    """Whether it only puts experts, gate and up into one tensor, or turns that one round (which its shape shows)."""
+    return {type(step).__name__ for step in converter.operations} <= {"MergeModulelist", "Concatenate"} or (
+        "*" not in "".join(converter.source_patterns) and type(converter.operations[0]).__name__ == "Transpose"
+    )
 
 
 def _unfused(home: str, path: str, experts: Experts, patterns: list[str], pattern: str, name: str) -> str:
