@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from featherweight import data
@@ -15,6 +17,9 @@ from featherweight.errors import RequestError
 from featherweight.models.load import load_tokenizer
 from featherweight.models.tree import ModelTree
 from featherweight.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
 TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer
@@ -31,11 +36,31 @@ def window_length(recipe: Recipe, tree: ModelTree) -> int:
 
 
 def calibration_ids(path: Path, recipe: Recipe) -> Tensor | None:
-    """The recipe's windows of token ids (int64, S x T), or None where it needs none."""
+    """The recipe's windows of token ids (int64, S x T), held-out ones last, or None where it needs none."""
     if recipe.method == "rtn":
         return None
     tokenizer = load_tokenizer(path)
     assert recipe.tokens is not None
-    text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
-    bos = data.bos_of(tokenizer)
-    return data.calibration_windows(data.encoder(tokenizer), text, recipe.samples, recipe.tokens, recipe.seed, bos)
+    encode, bos = data.encoder(tokenizer), data.bos_of(tokenizer)
+    if not recipe.trains:
+        text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
+        return data.calibration_windows(encode, text, recipe.samples, recipe.tokens, recipe.seed, bos)
+    texts = _apart(tokenizer, recipe)
+    counts = recipe.samples - recipe.held_out_samples, recipe.held_out_samples
+    return torch.cat(
+        [
+            data.calibration_windows(encode, text, count, recipe.tokens, recipe.seed, bos)
+            for text, count in zip(texts, counts, strict=True)
+        ]
+    )
+
+
+def _apart(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[str, str]:
+    """The text to train on and the text to hold out: the end of every source, so that no window is part of both."""
+    heads, tails = [], []
+    for source in recipe.calibration:
+        text = data.calibration_text(tokenizer, (source,), recipe.chat_template)
+        cut = round((1 - recipe.held_out) * len(text))
+        heads.append(text[:cut])
+        tails.append(text[cut:])
+    return "\n\n".join(heads), "\n\n".join(tails)

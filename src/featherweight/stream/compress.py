@@ -34,6 +34,7 @@ from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.states import States
+from featherweight.stream.trained import trained
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class _Job:
         """Solves a block and writes its shard, having read it back and compared."""
         began, total = time.perf_counter(), len(self.tree.blocks)
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
-        solutions = layerwise(
+        solve_block = trained if self.recipe.trains else layerwise
+        solutions = solve_block(
             view,
             rules,
             self.recipe,
