@@ -135,6 +135,37 @@ def _bits(bits: float | None, sparsity: str | None) -> float | None:
     return int(bits) if bits.is_integer() else bits
 
 
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Argument(help="A folder that compress wrote; repeat the command to resume.")],
+    text: Annotated[list[str], typer.Option(help="Text file or hub data set to train on; repeatable.")],
+    to: Annotated[Path | None, typer.Option(help="The folder to write; OUT itself without.")] = None,
+    against: Annotated[str | None, typer.Option(help="The dense model to come near; else the text itself.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text, held-out ones among them.")] = 256,
+    tokens: Annotated[int | None, typer.Option(help="Tokens in each (2048, or the model's positions).")] = None,
+    held_out: Annotated[float, typer.Option(help="The share of the text that chooses what is kept.")] = 0.125,
+    epochs: Annotated[int, typer.Option(help="Passes over the windows.")] = 1,
+    batch: Annotated[int, typer.Option(help="Windows in a step.")] = 8,
+    rate: Annotated[float, typer.Option(help="The first rate, relative to each scale.")] = 1e-3,
+    zeros: Annotated[bool, typer.Option("--zeros", help="Train zero points too.")] = False,
+    norms: Annotated[bool, typer.Option("--norms", help="Train norms too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the windows and their order.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train the scales of OUT on text, its codes as they are."""
+    from featherweight import api
+    from featherweight.stream.tune import Tuning
+
+    settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed)
+    try:
+        with console.progress() as tell:
+            report = api.tune(out, text, to, against, settings, device, tell)
+    except KeyboardInterrupt:
+        console.say("stopped; repeat the command to go on.")
+        raise typer.Exit(1) from None
+    console.last_line(report)
+
+
 @app.command("eval")
 def evaluate(
     model: Model,

@@ -74,7 +74,7 @@ class Recipe:
     tune: Literal["weights", "rounding"] = "weights"
     epochs: int = 4
     batch: int = 4
-    weight_rate: float = 0.003
+    weight_rate: float = 0.0005
     scale_rate: float = 0.002
     held_out: float = 0.125
     units: Literal["steps", "absolute"] = "steps"

@@ -84,9 +84,21 @@ def papers_efficientqat_w4g128() -> Recipe:
     return _papers_efficientqat(4, 128)
 
 
+def best_2bit() -> Recipe:
+    """2 bits, groups of 64, every block trained from the default's solution."""
+    return Recipe(method="block-ap", bits=2, group_size=64, symmetric=False)
+
+
+def best_3bit() -> Recipe:
+    """3 bits, groups of 64, every block trained from the default's solution."""
+    return Recipe(method="block-ap", bits=3, group_size=64, symmetric=False)
+
+
 RECIPES = {
     "default": default,
     "best": best,
+    "best_2bit": best_2bit,
+    "best_3bit": best_3bit,
     "fast": fast,
     "rtn": rtn,
     "papers.rtn": papers_rtn,

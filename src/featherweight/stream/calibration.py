@@ -5,7 +5,7 @@ Shapes: S sequences, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,26 +41,41 @@ def calibration_ids(path: Path, recipe: Recipe) -> Tensor | None:
         return None
     tokenizer = load_tokenizer(path)
     assert recipe.tokens is not None
-    encode, bos = data.encoder(tokenizer), data.bos_of(tokenizer)
     if not recipe.trains:
+        encode, bos = data.encoder(tokenizer), data.bos_of(tokenizer)
         text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
         return data.calibration_windows(encode, text, recipe.samples, recipe.tokens, recipe.seed, bos)
-    texts = _apart(tokenizer, recipe)
     counts = recipe.samples - recipe.held_out_samples, recipe.held_out_samples
     return torch.cat(
-        [
-            data.calibration_windows(encode, text, count, recipe.tokens, recipe.seed, bos)
-            for text, count in zip(texts, counts, strict=True)
-        ]
+        windows_apart(
+            tokenizer, recipe.calibration, counts, recipe.held_out, recipe.tokens, recipe.seed, recipe.chat_template
+        )
     )
 
 
-def _apart(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[str, str]:
-    """The text to train on and the text to hold out: the end of every source, so that no window is part of both."""
+def windows_apart(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    counts: tuple[int, int],
+    held_out: float,
+    tokens: int,
+    seed: int,
+    chat_template: bool,
+) -> tuple[Tensor, Tensor]:
+    """Windows to train on and windows to hold out (int64, S x T), so many of each, that share no text.
+
+    The end of every source, by the share `held_out`, is where the latter come from. RequestError where it is too short.
+    """
     heads, tails = [], []
-    for source in recipe.calibration:
-        text = data.calibration_text(tokenizer, (source,), recipe.chat_template)
-        cut = round((1 - recipe.held_out) * len(text))
+    for source in sources:
+        text = data.calibration_text(tokenizer, (source,), chat_template)
+        cut = round((1 - held_out) * len(text))
         heads.append(text[:cut])
         tails.append(text[cut:])
-    return "\n\n".join(heads), "\n\n".join(tails)
+    encode, bos = data.encoder(tokenizer), data.bos_of(tokenizer)
+    head_ST = data.calibration_windows(encode, "\n\n".join(heads), counts[0], tokens, seed, bos)
+    try:
+        tail_ST = data.calibration_windows(encode, "\n\n".join(tails), counts[1], tokens, seed, bos)
+    except RequestError as error:
+        raise RequestError(f"of the text held out ({held_out:.3g} of each source), {error}") from error
+    return head_ST, tail_ST

@@ -16,7 +16,7 @@ from featherweight.core.solution import AnySolution, Solution, SparseSolution
 from featherweight.train.fake_quant import fake_quantize, softly, stored, whole
 
 Tune = Literal["weights", "rounding"]
-NEAR = 0.45  # of a step: how far from its value a weight may begin
+NEAR = 0.49  # of a step: how far from its value a weight may begin
 
 
 class Trainable(ABC, nn.Module):
