@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 REQUEST, STATE, RESULT, BEFORE = "request.json", "state.safetensors", "result", "before"
 LEAST_SCALE = 0.05  # of the one it began with
 TOKENS = 2048
+MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}  # in one pass forward and back
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ class _Job:
                 floors.append(None)
         parameters += self.norms.values()
         floors += [None] * len(self.norms)
-        schedule = Schedule(settings.steps, settings.batch, settings.rate, seed=settings.seed)
+        micro = max(1, MICRO_TOKENS[self.device.type] // training_ST.shape[1])
+        schedule = Schedule(settings.steps, settings.batch, micro, settings.rate, seed=settings.seed)
         _checkpointed(self.model)
         state = _read_state(work / STATE, self.device)
         tuner = Tuner(

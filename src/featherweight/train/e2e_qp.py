@@ -115,7 +115,7 @@ class Schedule:
 
     Attributes:
         steps: of the optimizer, in all.
-        batch: sequences in a step, one after the other through the model.
+        batch: sequences in a step; `micro` of them go through the model at a time.
         rate: Adam's first rate, relative to each scale (of zeros and norms: in their own unit); a cosine ends it at 0
             after a warm-up.
         checks: how often in all the held-out text is looked at; training stops when `patience` looks in a row were no
@@ -126,6 +126,7 @@ class Schedule:
 
     steps: int
     batch: int
+    micro: int
     rate: float
     checks: int = 8
     patience: int = 3
@@ -251,26 +252,28 @@ class Tuner:
 
     def _step(self, ids_ST: Tensor) -> None:
         with torch.enable_grad():
-            for ids_1T in ids_ST.split(1):
-                kl, entropy = self._losses(ids_1T)
-                ((entropy if self.dense is None else kl) / len(ids_ST)).backward()  # type: ignore[no-untyped-call]
+            for part_ST in ids_ST.split(self.schedule.micro):
+                kl, entropy = self._losses(part_ST)
+                loss = (entropy if self.dense is None else kl) * (len(part_ST) / len(ids_ST))
+                loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, self.schedule.norm)
         state, rate = self.state, self.schedule.rate * rate_at(self.state.step, self.schedule.steps)
         state.step += 1
         for index, parameter in enumerate(self.parameters):
             _adam(parameter, state.mean[index], state.square[index], state.step, rate, self.floors[index])
 
-    def _losses(self, ids_1T: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, ids_ST: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            dense_1TV = None if self.dense is None else self.dense(ids_1T)
-        logits_1TV = self.model(ids_1T)
-        return divergence(logits_1TV, dense_1TV, ids_1T.to(logits_1TV.device))
+            dense_STV = None if self.dense is None else self.dense(ids_ST)
+        logits_STV = self.model(ids_ST)
+        return divergence(logits_STV, dense_STV, ids_ST.to(logits_STV.device))
 
     @torch.no_grad()
     def look(self) -> None:
         """Measures the held-out text and keeps the parameters if they are the best so far."""
-        sums = [self._losses(ids_1T) for ids_1T in self.held_ST.split(1)]
-        kl, entropy = (float(torch.stack(each).mean()) for each in zip(*sums, strict=True))
+        parts = self.held_ST.split(self.schedule.micro)
+        losses = [torch.stack(self._losses(part_ST)) * (len(part_ST) / len(self.held_ST)) for part_ST in parts]
+        kl, entropy = torch.stack(losses).sum(0).tolist()
         self.state.looks.append((self.state.step, None if self.dense is None else kl, entropy))
         if self.best_look == self.state.looks[-1]:
             self.state.best = [parameter.detach().clone() for parameter in self.parameters]
