@@ -31,7 +31,7 @@ from featherweight.stream import trained as glue
 from featherweight.stream.layerwise import layerwise
 from featherweight.train import block_ap as training
 from featherweight.train.fake_quant import fake_quantize, softly, stored, whole
-from featherweight.train.trainable import Trainable, TrainedFloats, TrainedGrid, TrainedRounding, beginning
+from featherweight.train.trainable import NEAR, Trainable, TrainedFloats, TrainedGrid, TrainedRounding, beginning
 from runs import featherweight, journal, model_files, recipe, shards
 from tiny import add_tokenizer, make, write_text
 
@@ -141,7 +141,7 @@ def some_problem(rows: int = 6, columns: int = 32) -> LayerProblem:
 def some_start(grid: Grid) -> tuple[Solution, Tensor]:
     problem = some_problem()
     start = round_to_nearest(problem, grid)
-    return start, beginning(start, problem.weight_RC)
+    return start, beginning(start, problem.weight_RC, NEAR)
 
 
 GRIDS = {
@@ -161,9 +161,9 @@ def trainables(grid: Grid) -> dict[str, Trainable]:
     return {
         "steps": TrainedGrid(start, latent_RC, 0, relative=True),
         "absolute": TrainedGrid(start, problem.weight_RC, 0, relative=False),
-        "rounding": TrainedRounding(start, latent_RC),
-        "masked": TrainedGrid(joint, beginning(joint, problem.weight_RC), 0, relative=True),
-        "masked rounding": TrainedRounding(joint, beginning(joint, problem.weight_RC)),
+        "rounding": TrainedRounding(start, problem.weight_RC),
+        "masked": TrainedGrid(joint, beginning(joint, problem.weight_RC, NEAR), 0, relative=True),
+        "masked rounding": TrainedRounding(joint, problem.weight_RC),
         "floats": TrainedFloats(floats, torch.bfloat16, relative=True),
     }
 
@@ -231,7 +231,7 @@ def small_block(schedule: training.Schedule) -> tuple[Net, dict[str, Trainable],
         problem = LayerProblem(weight_RC.contiguous(), torch.eye(weight_RC.shape[1]))
         rule = grid if path == "first" else dataclasses.replace(grid, group_size=3)
         start = round_to_nearest(problem, rule)
-        layers[path] = TrainedGrid(start, beginning(start, problem.weight_RC), 0, relative=True)
+        layers[path] = TrainedGrid(start, beginning(start, problem.weight_RC, NEAR), 0, relative=True)
     layers["second"].transposed = True
     return net, layers, training.Sequences(inputs_STD, targets_STD, schedule.held_out, CPU)
 

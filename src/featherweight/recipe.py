@@ -17,6 +17,7 @@ from featherweight.errors import RequestError
 
 RecipeMethod = Literal[Method, "block-ap"]
 FLOAT_BITS = 16  # weights that are not rounded: the checkpoint's own dtype
+WEIGHT_RATES = {"weights": 0.001, "rounding": 0.003}
 DAMPING, PRUNING_DAMPING = 0.1, 0.03
 CHOICES = {
     "method": get_args(RecipeMethod),
@@ -40,7 +41,8 @@ class Recipe:
             smallest, no calibration text) or "block-ap" (train each block towards its original output).
         start: the method whose solution block-ap begins with; tune: what it trains beside scales: "weights" by
             straight-through (and zeros), or the "rounding" of each weight to one of three codes.
-        epochs, batch, weight_rate, scale_rate: of block-ap; see `train.block_ap.Schedule`. held_out: the share of the
+        epochs, batch, weight_rate, scale_rate: of block-ap (`train.block_ap.Schedule`); weight_rate None is 0.003 for
+            rounding and 0.001 for weights. held_out: the share of the
             samples, drawn from a part of the text of their own, that choose the state that is kept.
         units: with "steps", rates are in steps of the grid and errors relative to each token's size; with "absolute",
             both are as EfficientQAT has them.
@@ -74,7 +76,7 @@ class Recipe:
     tune: Literal["weights", "rounding"] = "weights"
     epochs: int = 4
     batch: int = 4
-    weight_rate: float = 0.0005
+    weight_rate: float | None = None
     scale_rate: float = 0.002
     held_out: float = 0.125
     units: Literal["steps", "absolute"] = "steps"
@@ -141,9 +143,9 @@ class Recipe:
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} must be 1 or more, not {getattr(self, name)}.")
-        for name in ("weight_rate", "scale_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}.")
+        for name, rate in (("weight_rate", self.first_weight_rate), ("scale_rate", self.scale_rate)):
+            if not 0 <= rate < 1:
+                raise RequestError(f"{name} must be at least 0 and less than 1, not {rate}.")
         if not 0 < self.held_out < 1:
             raise RequestError(f"held_out must lie between 0 and 1, not {self.held_out}.")
         if self.samples < 2:
@@ -167,6 +169,11 @@ class Recipe:
     @property
     def trains(self) -> bool:
         return self.method == "block-ap"
+
+    @property
+    def first_weight_rate(self) -> float:
+        """`weight_rate`, or what is best for what is tuned where it is left open (docs/log.md)."""
+        return WEIGHT_RATES[self.tune] if self.weight_rate is None else self.weight_rate
 
     @property
     def held_out_samples(self) -> int:

@@ -97,10 +97,10 @@ def best_3bit() -> Recipe:
 RECIPES = {
     "default": default,
     "best": best,
-    "best_2bit": best_2bit,
-    "best_3bit": best_3bit,
     "fast": fast,
     "rtn": rtn,
+    "best_2bit": best_2bit,
+    "best_3bit": best_3bit,
     "papers.rtn": papers_rtn,
     "papers.gptq": papers_gptq,
     "papers.gptq-mse": papers_gptq_mse,

@@ -21,7 +21,7 @@ from featherweight.recipe import Recipe
 from featherweight.stream.inputs import BlockView, Tick
 from featherweight.stream.layerwise import layerwise
 from featherweight.train.block_ap import Outcome, Schedule, Sequences, block_ap, held_out_loss
-from featherweight.train.trainable import Trainable, TrainedFloats, TrainedGrid, TrainedRounding, beginning
+from featherweight.train.trainable import NEAR, Trainable, TrainedFloats, TrainedGrid, TrainedRounding, beginning
 
 START = 0.2  # of a block's work is finding where to begin
 
@@ -56,7 +56,7 @@ def trained(
 
 def _schedule(recipe: Recipe) -> Schedule:
     alike = recipe.units == "steps"
-    rates = recipe.weight_rate, recipe.scale_rate
+    rates = recipe.first_weight_rate, recipe.scale_rate
     return Schedule(recipe.epochs, recipe.batch, *rates, recipe.held_out_samples, alike, recipe.seed)
 
 
@@ -84,10 +84,10 @@ def _trainable(view: BlockView, matrix: Matrix, start: AnySolution, recipe: Reci
         layer: Trainable = TrainedFloats(start, choices.value_dtype, relative)
     else:
         weight_RC = _original(view, matrix)
-        latent_RC = weight_RC if recipe.start == "rtn" else beginning(start, weight_RC)
         if recipe.tune == "rounding":
-            layer = TrainedRounding(start, beginning(start, weight_RC))
+            layer = TrainedRounding(start, weight_RC)
         else:
+            latent_RC = weight_RC if recipe.start == "rtn" else beginning(start, weight_RC, NEAR)
             layer = TrainedGrid(start, latent_RC, choices.lowest_zero, relative)
     layer.transposed = matrix.transposed
     return layer

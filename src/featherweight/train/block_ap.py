@@ -26,7 +26,7 @@ class Schedule:
 
     Attributes:
         epochs: passes over the training sequences.
-        batch: sequences in a step.
+        batch: sequences in a step; those that do not fill one are left for another epoch.
         weight_rate, scale_rate: what Adam's rates begin at, for weights and for scales and zeros, in the units of the
             trained layers; a cosine takes both to a twentieth.
         held_out: sequences at the end that are measured and never trained on.
@@ -90,13 +90,14 @@ def block_ap(
     """
     optimizer = _optimizer(layers, schedule)
     draw = torch.Generator().manual_seed(schedule.seed)
-    steps = -(-sequences.training // schedule.batch)
+    batch = min(schedule.batch, sequences.training)
+    steps = sequences.training // batch
     start = best = held_out_loss(module, run, layers, sequences, schedule)
     beginning = kept = _copy(layers)
     epoch, finite = 0, math.isfinite(start)
     for number in range(schedule.epochs if finite else 0):
         order_S = torch.randperm(sequences.training, generator=draw).to(sequences.inputs_STD.device)
-        for step, at_S in enumerate(order_S.split(schedule.batch)):
+        for step, at_S in enumerate(order_S[: steps * batch].split(batch)):
             done = (number * steps + step) / (schedule.epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["first_rate"] * cosine(done)

@@ -62,18 +62,20 @@ class _PassThrough(Function):
         return gradient, None
 
 
+def valued(source: Tensor, value: Tensor) -> Tensor:
+    """`value`, whose gradient goes to `source` as it is."""
+    found: Tensor = _PassThrough.apply(source, value)
+    return found
+
+
 def whole(zero_RG: Tensor, bottom: int, top: int) -> Tensor:
     """Zeros rounded and clamped to what a file can hold; gradients pass everywhere, beyond the bounds too."""
-    found: Tensor = _PassThrough.apply(zero_RG, zero_RG.round().clamp(bottom, top))
-    return found
+    return valued(zero_RG, zero_RG.round().clamp(bottom, top))
 
 
 def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers rounded to the dtype a file holds them in (and back); gradients pass as if they were not."""
-    if dtype == value.dtype:
-        return value
-    found: Tensor = _PassThrough.apply(value, value.to(dtype).to(value.dtype))
-    return found
+    return value if dtype == value.dtype else valued(value, value.to(dtype).to(value.dtype))
 
 
 def softly(offset: Tensor, hardness: float) -> Tensor:

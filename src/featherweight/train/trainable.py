@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.core.solution import AnySolution, Solution, SparseSolution
-from featherweight.train.fake_quant import fake_quantize, softly, stored, whole
+from featherweight.train.fake_quant import fake_quantize, softly, stored, valued, whole
 
 Tune = Literal["weights", "rounding"]
+HARDEST = 10.0
+ROUNDING_NEAR = 0.45
 NEAR = 0.49  # of a step: how far from its value a weight may begin
 
 
@@ -94,13 +96,15 @@ class TrainedGrid(Trainable):
 
 
 class TrainedRounding(Trainable):
-    """Codes that may move by one from where they began, and scales: soft steps that harden as training goes on."""
+    """Codes that may move by one from where they began, and scales: soft steps that harden for the first half of the
+    training, and are whole in the second, with the gradient of the soft ones."""
 
-    def __init__(self, start: Solution, latent_RC: Tensor, hardest: float = 20.0) -> None:
+    def __init__(self, start: Solution, weight_RC: Tensor) -> None:
         super().__init__()
-        self.start, self.hardest, self.hardness = start, hardest, 1.0
+        self.start, self.hardness, self.whole = start, 1.0, False
         scale_RG1 = start.scales_RG.float().unsqueeze(-1)
         shape = (scale_RG1.shape[-2], -1)
+        latent_RC = beginning(start, weight_RC, ROUNDING_NEAR)
         offset_RC = (latent_RC - start.values()).unflatten(-1, shape) / scale_RG1
         self.unit_RG1 = scale_RG1
         self.codes_RGN = start.codes_RC.unflatten(-1, shape).float()
@@ -111,7 +115,9 @@ class TrainedRounding(Trainable):
         self.weights, self.steps = [self.offset], [self.scale]
 
     def values(self) -> Tensor:
-        moved = softly(self.offset, self.hardness) if torch.is_grad_enabled() else self.offset.round()
+        moved = softly(self.offset, self.hardness)
+        if self.whole or not torch.is_grad_enabled():
+            moved = valued(moved, self.offset.round())
         grid = self.start.grid
         value_RGN = ((self.codes_RGN + moved).clamp(grid.bottom, grid.top) - self.zero_RG1) * self._scale()
         return (value_RGN if self.keep_RGN is None else value_RGN * self.keep_RGN).flatten(-2)
@@ -134,7 +140,7 @@ class TrainedRounding(Trainable):
         self.offset.clamp_(-1.0, 1.0)
 
     def harden(self, progress: float) -> None:
-        self.hardness = 1.0 + self.hardest * progress
+        self.hardness, self.whole = 1.0 + (HARDEST - 1.0) * min(1.0, 2 * progress), progress >= 0.5
 
     def _scale(self) -> Tensor:
         return stored(self.scale * self.unit_RG1, self.start.scales_RG.dtype)
@@ -159,7 +165,7 @@ class TrainedFloats(Trainable):
         return replace(self.start, values_RC=self.values().to(self.start.values_RC.dtype))
 
 
-def beginning(start: Solution, weight_RC: Tensor, near: float = NEAR) -> Tensor:
+def beginning(start: Solution, weight_RC: Tensor, near: float) -> Tensor:
     """Where the trained weights of a solution begin: at its values, moved towards the originals by `near` steps at
     most, so that every code is what it was and the ones that were close calls may change first."""
     room_RC = near * start.scales_RG.abs().float().repeat_interleave(
