@@ -24,6 +24,7 @@ from featherweight.errors import RequestError
 from featherweight.linear import CompressedLinear
 from featherweight.models.load import load_dense
 from featherweight.stream import tune as module
+from featherweight.stream import tuning
 from featherweight.stream.tune import Tuning
 from featherweight.train.e2e_qp import TunedLinear, divergence, rate_at
 from runs import MANIFEST, model_files, recipe, same_bytes, tensors_of
@@ -320,7 +321,7 @@ def test_going_on_with_another_request_is_refused(source: Path, packed: Path, lo
         api.tune(packed, [long_text], to=out, settings=SETTINGS, device="cpu", tell=stopping(1))
     refused("was begun with another settings", packed, [long_text], to=out, settings=Tuning(samples=16, tokens=32))
     refused("was begun with another against", packed, [long_text], to=out, against=source)
-    lock = module._locked(tmp_path / "out.tuning")
+    lock = tuning.locked(tmp_path / "out.tuning")
     refused("is in use by another process", packed, [long_text], to=out)
     lock.release()
 

@@ -136,7 +136,7 @@ class Recipe:
         if self.trains:
             self._check_training()
         self.rule(torch.float16)
-        if self.budget is not None and self.method == "rtn":
+        if self.budget is not None and "rtn" in (self.method, self.trains and self.start):
             raise RequestError("a budget is spent by what calibration text says, and rtn reads none: use gptq.")
 
     def _check_training(self) -> None:

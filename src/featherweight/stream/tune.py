@@ -5,9 +5,7 @@ Shapes: S sequences, T tokens.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -26,17 +24,17 @@ from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import checkpoint_dtype, disk_names, find_blocks
 from featherweight.stream.calibration import Tell, windows_apart
 from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
-from featherweight.stream.folder import JOURNAL, LOCK, MANIFEST
-from featherweight.train.e2e_qp import Schedule, State, TunedLinear, Tuner
+from featherweight.stream.folder import LOCK
+from featherweight.stream.tuning import RESULT, begin, locked, note, read_state, swap, swapped, write_state
+from featherweight.train.e2e_qp import Schedule, TunedLinear, Tuner
 from featherweight.train.fake_quant import stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REQUEST, STATE, RESULT, BEFORE = "request.json", "state.safetensors", "result", "before"
 LEAST_SCALE = 0.05  # of the one it began with
 TOKENS = 2048
-MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}  # in one pass forward and back
+MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}  # in one pass forward and back
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,15 @@ def tune(
     started, settings = time.perf_counter(), settings or Tuning()
     target = Path(path if to is None else to)
     work = target.with_name(target.name + ".tuning")
-    if (found := _swapped(target, work)) is not None:
+    if (found := swapped(target, work)) is not None:
         return found
     folder, torch_device = resolve(path), pick_device(device)
     if to is not None and target.exists() and any(target.iterdir()):
         raise RequestError(f"{target} is not empty: choose a new folder, or leave --to out to tune in place.")
     job = _Job(folder, settings, against, torch_device)
     training_ST, held_ST = job.windows(text)
-    with _locked(work):
-        _begin(work, job.request(training_ST, held_ST))
+    with locked(work):
+        begin(work, job.request(training_ST, held_ST))
         looks, best = job.train(work, training_ST, held_ST, tell or (lambda done, total, what: None))
         (_, first_kl, first_entropy), (step, kl, entropy) = looks[0], best
         report = {
@@ -128,7 +126,7 @@ def tune(
             "peak_memory_bytes": peak_memory_bytes(torch_device),
         }
         job.write(work / RESULT, {**job.request(training_ST, held_ST), "looks": looks, "report": report})
-        _swap(target, work)
+        swap(target, work)
     shutil.rmtree(work)
     return report
 
@@ -222,16 +220,16 @@ class _Job:
         micro = max(1, MICRO_TOKENS[self.device.type] // training_ST.shape[1])
         schedule = Schedule(settings.steps, settings.batch, micro, settings.rate, seed=settings.seed)
         _checkpointed(self.model)
-        state = _read_state(work / STATE, self.device)
+        state = read_state(work, self.device)
         tuner = Tuner(
             lambda ids_ST: _logits(self.model, ids_ST),
             None if self.dense is None else lambda ids_ST: _logits(self.dense, ids_ST),
             parameters, floors, training_ST, held_ST, schedule, state,
         )  # fmt: skip
-        _write_state(work / STATE, tuner.state)
+        write_state(work, tuner.state)
         while not tuner.done:
             tuner.advance(lambda step: tell(step, settings.steps, f"step {step}"))
-            _write_state(work / STATE, tuner.state)
+            write_state(work, tuner.state)
         tuner.finish()
         return tuner.state.looks, tuner.best_look
 
@@ -254,7 +252,7 @@ class _Job:
                 save_file(tensors, out / shard, metadata=file.metadata())
             shutil.copymode(self.checkpoint.path / shard, out / shard)
         assert not new, f"{next(iter(new))} is in no shard"
-        _note(out, record)
+        note(out, record)
 
 
 class _Rounded(nn.Module):
@@ -286,90 +284,3 @@ def _checkpointed(model: PreTrainedModel) -> None:
             return checkpoint(inner, *args, use_reentrant=False, **kwargs)
 
         block.forward = forward  # type: ignore[method-assign]
-
-
-# --- the folder beside the result
-
-
-def _locked(work: Path) -> Any:
-    from filelock import FileLock, Timeout
-
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RequestError(f"{work} is in use by another process: wait for it.") from None
-    except OSError as error:
-        raise RequestError(f"{work} cannot be made ({error.strerror}): choose another folder with --to.") from error
-    return lock
-
-
-def _begin(work: Path, request: dict[str, Any]) -> None:
-    """Starts the folder, or checks that it was begun with the same request."""
-    path = work / REQUEST
-    if not path.exists():
-        _write(path, json.dumps(request, indent=1))
-        return
-    before = json.loads(path.read_text())
-    for part, now in request.items():
-        if before.get(part) != now:
-            raise RequestError(
-                f"{work} was begun with another {part}: repeat the first command, or remove {work.name} to begin anew."
-            )
-
-
-def _write_state(path: Path, state: State) -> None:
-    from safetensors.torch import save_file
-
-    groups = {"parameters": state.parameters, "best": state.best, "mean": state.mean, "square": state.square}
-    tensors = {f"{group}.{i}": tensor.cpu() for group, values in groups.items() for i, tensor in enumerate(values)}
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"step": str(state.step), "looks": json.dumps(state.looks)})
-    os.replace(part, path)
-
-
-def _read_state(path: Path, device: torch.device) -> State | None:
-    from safetensors import safe_open
-
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        step, looks = int(file.metadata()["step"]), json.loads(file.metadata()["looks"])
-        groups: dict[str, list[Tensor]] = {name: [] for name in ("parameters", "best", "mean", "square")}
-        for name in sorted(file.keys(), key=lambda name: int(name.rpartition(".")[2])):
-            groups[name.partition(".")[0]].append(file.get_tensor(name))
-    return State(step, **groups, looks=[tuple(look) for look in looks])
-
-
-def _note(out: Path, record: Mapping[str, Any]) -> None:
-    """What was done, in the folder's manifest; layer losses of the journal no longer hold."""
-    manifest = json.loads((out / MANIFEST).read_text()) if (out / MANIFEST).exists() else {}
-    _write(out / MANIFEST, json.dumps({**manifest, "tuned": record}, indent=1) + "\n")
-    if (out / JOURNAL).exists():
-        rows = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
-        _write(out / JOURNAL, "".join(json.dumps({**row, "loss": None}) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def _swap(target: Path, work: Path) -> None:
-    """Puts the result in the target's place; whatever moment it is stopped at, `_swapped` ends it."""
-    if target.exists():
-        os.replace(target, work / BEFORE)
-    os.replace(work / RESULT, target)
-
-
-def _swapped(target: Path, work: Path) -> dict[str, Any] | None:
-    """The report of a run that was stopped while its result was put in place; None if there is none."""
-    if not (work / BEFORE).exists():
-        return None
-    if not target.exists():
-        os.replace(work / RESULT, target)
-    shutil.rmtree(work)
-    report: dict[str, Any] = json.loads((target / MANIFEST).read_text())["tuned"]["report"]
-    return report
