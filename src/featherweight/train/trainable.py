@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from featherweight.core.solution import AnySolution, Solution, SparseSolution
 from featherweight.train.fake_quant import fake_quantize, softly, stored, valued, whole
 
-Tune = Literal["weights", "rounding"]
-HARDEST = 10.0
-ROUNDING_NEAR = 0.45
-NEAR = 0.49  # of a step: how far from its value a weight may begin
+NEAR, ROUNDING_NEAR = 0.49, 0.47  # steps: how far from its value a weight may begin, trained or tuned in its rounding
+HARDEST = 10.0  # of the soft steps, before they are whole
+LEAST_SCALE = 0.05  # of the first one: a scale that vanishes cannot come back
+PAPERS_LEAST_SCALE = 1e-4
 
 
 class Trainable(ABC, nn.Module):
@@ -44,17 +43,24 @@ class Trainable(ABC, nn.Module):
 
 
 class TrainedGrid(Trainable):
-    """Weights, scales and zeros by straight-through (Block-AP): codes are wherever the weights are now.
-
-    Weights are held in units of |first scale| (`relative`) so that one rate serves every matrix, or as they are.
-    """
+    """Weights, scales and zeros by straight-through (Block-AP): codes are wherever the weights are now."""
 
     def __init__(self, start: Solution, latent_RC: Tensor, lowest_zero: int, relative: bool) -> None:
+        """
+        Args:
+            start: gives the grid, the first scales and zeros, and the mask, which stays.
+            latent_RC: where the weights begin; their codes are those of `start` if they are within half a step of its
+                values (`beginning`).
+            lowest_zero: the smallest zero the file format can hold.
+            relative: hold weights in steps of their scale as it is *now*, and scales relative to the first ones. One
+                rate then serves every matrix, and a scale has its true gradient, code - zero. Held as they are (the
+                paper), it is round(w / s) - w / s, which is nothing at all for weights that begin on the grid.
+        """
         super().__init__()
         self.start, self.lowest_zero, self.relative = start, lowest_zero, relative
         scale_RG1 = start.scales_RG.float().unsqueeze(-1)
         self.unit_RG1 = scale_RG1 if relative else scale_RG1.sign()
-        self.least = 0.05 if relative else 1e-4
+        self.least = LEAST_SCALE if relative else PAPERS_LEAST_SCALE
         latent_RGN = latent_RC.float().unflatten(-1, (scale_RG1.shape[-2], -1))
         self.weight = nn.Parameter(latent_RGN / scale_RG1 if relative else latent_RGN)
         self.scale = nn.Parameter(scale_RG1 / self.unit_RG1)
@@ -136,7 +142,7 @@ class TrainedRounding(Trainable):
 
     @torch.no_grad()
     def tidy(self) -> None:
-        self.scale.clamp_(min=0.05)
+        self.scale.clamp_(min=LEAST_SCALE)
         self.offset.clamp_(-1.0, 1.0)
 
     def harden(self, progress: float) -> None:
