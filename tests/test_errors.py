@@ -238,7 +238,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path, out: Path, text: Path) -> 
         (("--group-size", -1), "'-1'"),
         (("--group-size", "columns"), "group size must be a number or 'row', not 'columns'"),
         (("--group-size", "²"), "group size must be a number or 'row', not '²'"),
-        (("--method", "magic"), "method must be gptq, obq or rtn, not 'magic'"),
+        (("--method", "magic"), "method must be gptq, obq, rtn or block-ap, not 'magic'"),
         (("--format", "gguf9"), "there is no format gguf9: choose compressed-tensors, gptq, gptq_v2"),
         (("--format", "gptq", "--bits", 5), "model.layers.0.self_attn.q_proj wants 5 bits, and gptq has 2, 3, 4 or 8"),
         (("--search", "luck"), "search must be minmax, mse or hessian, not 'luck'"),

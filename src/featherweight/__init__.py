@@ -1,6 +1,7 @@
 """featherweight: any Hugging Face language model in 4, 3 or 2 bits, loadable anywhere.
 
 featherweight.compress(model, out, Recipe(bits=4))    a checkpoint folder in, a smaller one out
+featherweight.tune(out, [text])                       its scales trained on text as a whole
 featherweight.load(out)                               the compressed model as a transformers model
 featherweight.solve(problem, rule)                    one layer, from its weights and its inputs' Hessian
 featherweight.compress_module(module, batches, rule)  any nn.Module, with batches of your own
@@ -24,27 +25,31 @@ __all__ = [
     "Recipe",
     "Solution",
     "SparseSolution",
+    "Tuning",
     "compress",
     "compress_module",
     "load",
     "solve",
+    "tune",
 ]
 
 if TYPE_CHECKING:
-    from featherweight.api import compress, compress_module, load
+    from featherweight.api import compress, compress_module, load, tune
     from featherweight.core.problem import LayerProblem
     from featherweight.core.rules import Grid, Joint, Pattern
     from featherweight.core.solution import Solution, SparseSolution
     from featherweight.core.solve import Choices, solve
     from featherweight.recipe import Recipe
+    from featherweight.stream.tune import Tuning
 
 _HOMES = {
-    "featherweight.api": ("compress", "compress_module", "load"),
+    "featherweight.api": ("compress", "compress_module", "load", "tune"),
     "featherweight.core.problem": ("LayerProblem",),
     "featherweight.core.rules": ("Grid", "Joint", "Pattern"),
     "featherweight.core.solution": ("Solution", "SparseSolution"),
     "featherweight.core.solve": ("Choices", "solve"),
     "featherweight.recipe": ("Recipe",),
+    "featherweight.stream.tune": ("Tuning",),
 }
 
 

@@ -43,7 +43,14 @@ def compress(
         bool | None, typer.Option("--non-uniform", help="With --sparsity: each matrix its own share.")
     ] = None,
     embedding_bits: Annotated[float | None, typer.Option(help="Of embedding and head; 16 leaves them.")] = None,
-    method: Annotated[str | None, typer.Option(help="gptq, obq or rtn.")] = None,
+    method: Annotated[str | None, typer.Option(help="gptq, obq, rtn or block-ap.")] = None,
+    start: Annotated[str | None, typer.Option(help="What block-ap begins with: gptq, obq or rtn.")] = None,
+    tune: Annotated[str | None, typer.Option(help="What block-ap trains: weights or rounding.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of block-ap, over the samples that are not held out.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples in a step of block-ap.")] = None,
+    weight_rate: Annotated[float | None, typer.Option(help="Block-ap's first rate for weights.")] = None,
+    scale_rate: Annotated[float | None, typer.Option(help="Block-ap's first rate for scales and zeros.")] = None,
+    held_out: Annotated[float | None, typer.Option(help="The share of the text and samples held out.")] = None,
     mask: Annotated[str | None, typer.Option(help="Zeros chosen by admm, sparsegpt, wanda or obs.")] = None,
     resolve: Annotated[int | None, typer.Option(help="Conjugate-gradient steps on the weights kept.")] = None,
     swaps: Annotated[int | None, typer.Option(help="Rounds of swapping kept for pruned weights.")] = None,
@@ -95,6 +102,13 @@ def compress(
         symmetric=None if asymmetric is None else not asymmetric,
         calibration=tuple(calibration) if calibration else None,
         method=method,
+        start=start,
+        tune=tune,
+        epochs=epochs,
+        batch=batch,
+        weight_rate=weight_rate,
+        scale_rate=scale_rate,
+        held_out=held_out,
         format=format,
         chat_template=chat_template,
         samples=samples,
@@ -133,6 +147,37 @@ def _bits(bits: float | None, sparsity: str | None) -> float | None:
 def _whole(bits: float | None) -> float | None:
     """A whole number as one: it goes into the recipe's hash."""
     return int(bits) if bits is not None and bits.is_integer() else bits
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Argument(help="A folder that compress wrote; repeat the command to resume.")],
+    text: Annotated[list[str], typer.Option(help="Text file or hub data set to train on; repeatable.")],
+    to: Annotated[Path | None, typer.Option(help="The folder to write; OUT itself without.")] = None,
+    against: Annotated[str | None, typer.Option(help="The dense model to come near; else the text itself.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text, held-out ones among them.")] = 256,
+    tokens: Annotated[int | None, typer.Option(help="Tokens in each (2048, or the model's positions).")] = None,
+    held_out: Annotated[float, typer.Option(help="The share of the text that chooses what is kept.")] = 0.125,
+    epochs: Annotated[int, typer.Option(help="Passes over the windows.")] = 1,
+    batch: Annotated[int, typer.Option(help="Windows in a step.")] = 8,
+    rate: Annotated[float, typer.Option(help="The first rate, relative to each scale.")] = 1e-3,
+    zeros: Annotated[bool, typer.Option("--zeros", help="Train zero points too.")] = False,
+    norms: Annotated[bool, typer.Option("--norms", help="Train norms too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the windows and their order.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train the scales of OUT on text, its codes as they are."""
+    from featherweight import api
+    from featherweight.stream.tune import Tuning
+
+    settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed)
+    try:
+        with console.progress() as tell:
+            report = api.tune(out, text, to, against, settings, device, tell)
+    except KeyboardInterrupt:
+        console.say("stopped; repeat the command to go on.")
+        raise typer.Exit(1) from None
+    console.last_line(report)
 
 
 @app.command("eval")

@@ -15,10 +15,15 @@ from featherweight.core.solve import Choices, Mask, Method
 from featherweight.core.sweep import ScalesFrom
 from featherweight.errors import RequestError
 
+RecipeMethod = Literal[Method, "block-ap"]
 FLOAT_BITS = 16  # weights that are not rounded: the checkpoint's own dtype
+WEIGHT_RATES = {"weights": 0.001, "rounding": 0.003}
 DAMPING, PRUNING_DAMPING = 0.1, 0.03
 CHOICES = {
-    "method": get_args(Method),
+    "method": get_args(RecipeMethod),
+    "start": get_args(Method),
+    "tune": ("weights", "rounding"),
+    "units": ("steps", "absolute"),
     "mask": get_args(Mask),
     "search": get_args(Search),
     "order": get_args(Order),
@@ -33,8 +38,15 @@ class Recipe:
     """How to compress a model. `replace(recipe, bits=3)` derives one from another.
 
     Attributes:
-        method: "gptq" (error-compensating sweep), "obq" (greedy, slow) or "rtn" (round to nearest or prune the
-            smallest, no calibration text).
+        method: "gptq" (error-compensating sweep), "obq" (greedy, slow), "rtn" (round to nearest or prune the
+            smallest, no calibration text) or "block-ap" (train each block towards its original output).
+        start: the method whose solution block-ap begins with; tune: what it trains beside scales: "weights" by
+            straight-through (and zeros), or the "rounding" of each weight to one of three codes.
+        epochs, batch, weight_rate, scale_rate: of block-ap (`train.block_ap.Schedule`); weight_rate None is 0.003 for
+            rounding and 0.001 for weights. held_out: the share of the
+            samples, drawn from a part of the text of their own, that choose the state that is kept.
+        units: with "steps", rates are in steps of the grid and errors relative to each token's size; with "absolute",
+            both are as EfficientQAT has them.
         sparsity: None, the share of zeros ("0.5") or kept weights of so many neighbours ("2:4"); mask: how they are
             chosen, resolve and swaps: what is done for the others afterwards; see `core.solve.Choices`.
         bits: 2 .. 8, 1.58 for ternary, or 16 to leave what is not pruned in the checkpoint's dtype; group_size: inputs
@@ -66,7 +78,15 @@ class Recipe:
             which windows.
     """
 
-    method: Method = "gptq"
+    method: RecipeMethod = "gptq"
+    start: Method = "gptq"
+    tune: Literal["weights", "rounding"] = "weights"
+    epochs: int = 4
+    batch: int = 4
+    weight_rate: float | None = None
+    scale_rate: float = 0.002
+    held_out: float = 0.125
+    units: Literal["steps", "absolute"] = "steps"
     sparsity: str | None = None
     mask: Mask = "admm"
     resolve: int = Choices.resolve
@@ -123,10 +143,29 @@ class Recipe:
             raise RequestError(
                 f"scales from updated weights need the natural order, not {self.order}: use --order natural."
             )
+        if self.trains:
+            self._check_training()
         self.rule(torch.float16)
         self.embedding_rule(torch.float16)
-        if self.budget is not None and self.method == "rtn":
+        if self.budget is not None and "rtn" in (self.method, self.trains and self.start):
             raise RequestError("a budget is spent by what calibration text says, and rtn reads none: use gptq.")
+
+    def _check_training(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be 1 or more, not {getattr(self, name)}.")
+        for name, rate in (("weight_rate", self.first_weight_rate), ("scale_rate", self.scale_rate)):
+            if not 0 <= rate < 1:
+                raise RequestError(f"{name} must be at least 0 and less than 1, not {rate}.")
+        if not 0 < self.held_out < 1:
+            raise RequestError(f"held_out must lie between 0 and 1, not {self.held_out}.")
+        if self.samples < 2:
+            raise RequestError(
+                f"block-ap trains on some samples and holds out others, at least 2 in all, and {self.samples} was "
+                "asked for: raise --samples."
+            )
+        if self.target != "original":
+            raise RequestError(f"block-ap trains towards the original model, not target {self.target}: drop --target.")
 
     def rule(self, scale_dtype: torch.dtype) -> Rule:
         """The rule of every matrix, with scales in the dtype the format stores."""
@@ -143,6 +182,20 @@ class Recipe:
         if self.embedding_bits == FLOAT_BITS:
             return None
         return Grid(self.embedding_bits, self.group_size, self.symmetric, self.search, scale_dtype, self.mirror)
+
+    @property
+    def trains(self) -> bool:
+        return self.method == "block-ap"
+
+    @property
+    def first_weight_rate(self) -> float:
+        """`weight_rate`, or what is best for what is tuned where it is left open (docs/log.md)."""
+        return WEIGHT_RATES[self.tune] if self.weight_rate is None else self.weight_rate
+
+    @property
+    def held_out_samples(self) -> int:
+        """How many of the samples are held out: at least one, and not all."""
+        return min(self.samples - 1, max(1, round(self.held_out * self.samples)))
 
     @property
     def prunes(self) -> bool:
@@ -179,9 +232,10 @@ class Recipe:
 
     def choices(self, lowest_zero: int, value_dtype: torch.dtype) -> Choices:
         """What the solver of one layer is told: the recipe's part of it, and the two limits of the format."""
-        names = ("method", "mask", "order", "scales_from", "refine", "resolve", "swaps")
+        names = ("mask", "order", "scales_from", "refine", "resolve", "swaps")
         own = {name: getattr(self, name) for name in names}
-        return Choices(**own, lowest_zero=lowest_zero, value_dtype=value_dtype)
+        method = self.start if self.method == "block-ap" else self.method
+        return Choices(method, **own, lowest_zero=lowest_zero, value_dtype=value_dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -52,15 +52,63 @@ def papers_sparsegpt() -> Recipe:
     return plain.but(sparsity="0.5", bits=16, mask="sparsegpt", resolve=0)
 
 
+def _papers_efficientqat(bits: int, group_size: int) -> Recipe:
+    """Block-AP as published, 4096 samples less what is held out: from rounding on the min-max grid, weights, scales and
+    zeros by straight-through, mean squared error, two epochs of batches of 2. (Its norms stay as they are here.)"""
+    start = Recipe(bits=bits, group_size=group_size, symmetric=False, search="minmax", mirror=False)
+    return start.but(
+        method="block-ap",
+        start="rtn",
+        units="absolute",
+        epochs=2,
+        batch=2,
+        weight_rate=2e-5 if bits == 2 else 1e-5,
+        scale_rate=1e-4,
+        samples=4096 + 64,
+        held_out=64 / (4096 + 64),
+    )
+
+
+def papers_efficientqat_w2g64() -> Recipe:
+    """EfficientQAT's Block-AP at 2 bits, groups of 64."""
+    return _papers_efficientqat(2, 64)
+
+
+def papers_efficientqat_w3g128() -> Recipe:
+    """EfficientQAT's Block-AP at 3 bits, groups of 128."""
+    return _papers_efficientqat(3, 128)
+
+
+def papers_efficientqat_w4g128() -> Recipe:
+    """EfficientQAT's Block-AP at 4 bits, groups of 128."""
+    return _papers_efficientqat(4, 128)
+
+
+def best_2bit() -> Recipe:
+    """2 bits, groups of 64: the default's codes, each moved by one at most where that brings its block nearer to the
+    original's output, and its scales with them. `featherweight tune` afterwards takes it further."""
+    return Recipe(method="block-ap", tune="rounding", bits=2, group_size=64, symmetric=False)
+
+
+def best_3bit() -> Recipe:
+    """`best_2bit` at 3 bits."""
+    return best_2bit().but(bits=3)
+
+
 RECIPES = {
     "default": default,
     "best": best,
     "fast": fast,
     "rtn": rtn,
+    "best_2bit": best_2bit,
+    "best_3bit": best_3bit,
     "papers.rtn": papers_rtn,
     "papers.gptq": papers_gptq,
     "papers.gptq-mse": papers_gptq_mse,
     "papers.sparsegpt": papers_sparsegpt,
+    "papers.efficientqat_w2g64": papers_efficientqat_w2g64,
+    "papers.efficientqat_w3g128": papers_efficientqat_w3g128,
+    "papers.efficientqat_w4g128": papers_efficientqat_w4g128,
 }
 
 

@@ -70,7 +70,7 @@ class Row:
     @property
     def fusion(self) -> str:
         """Equal for the matrices that engines fuse: one input, or all experts of a block."""
-        return f"{self.block}:{'experts' if 'experts.' in self.path else self.inputs}"
+        return f"{self.block}:{'experts' if '.experts.' in f'.{self.path}' else self.inputs}"
 
 
 @dataclass

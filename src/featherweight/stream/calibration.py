@@ -5,9 +5,11 @@ Shapes: S sequences, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from featherweight import data
@@ -15,6 +17,9 @@ from featherweight.errors import RequestError
 from featherweight.models.load import load_tokenizer
 from featherweight.models.tree import ModelTree
 from featherweight.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
 TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer
@@ -31,11 +36,46 @@ def window_length(recipe: Recipe, tree: ModelTree) -> int:
 
 
 def calibration_ids(path: Path, recipe: Recipe) -> Tensor | None:
-    """The recipe's windows of token ids (int64, S x T), or None where it needs none."""
+    """The recipe's windows of token ids (int64, S x T), held-out ones last, or None where it needs none."""
     if recipe.method == "rtn":
         return None
     tokenizer = load_tokenizer(path)
     assert recipe.tokens is not None
-    text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
-    bos = data.bos_of(tokenizer)
-    return data.calibration_windows(data.encoder(tokenizer), text, recipe.samples, recipe.tokens, recipe.seed, bos)
+    if not recipe.trains:
+        encode, bos = data.encoder(tokenizer), data.bos_of(tokenizer)
+        text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
+        return data.calibration_windows(encode, text, recipe.samples, recipe.tokens, recipe.seed, bos)
+    counts = recipe.samples - recipe.held_out_samples, recipe.held_out_samples
+    return torch.cat(
+        windows_apart(
+            tokenizer, recipe.calibration, counts, recipe.held_out, recipe.tokens, recipe.seed, recipe.chat_template
+        )
+    )
+
+
+def windows_apart(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    counts: tuple[int, int],
+    held_out: float,
+    tokens: int,
+    seed: int,
+    chat_template: bool,
+) -> tuple[Tensor, Tensor]:
+    """Windows to train on and windows to hold out (int64, S x T), so many of each, that share no text.
+
+    The end of every source, by the share `held_out`, is where the latter come from. RequestError where it is too short.
+    """
+    heads, tails = [], []
+    for source in sources:
+        text = data.calibration_text(tokenizer, (source,), chat_template)
+        cut = round((1 - held_out) * len(text))
+        heads.append(text[:cut])
+        tails.append(text[cut:])
+    encode, bos = data.encoder(tokenizer), data.bos_of(tokenizer)
+    head_ST = data.calibration_windows(encode, "\n\n".join(heads), counts[0], tokens, seed, bos)
+    try:
+        tail_ST = data.calibration_windows(encode, "\n\n".join(tails), counts[1], tokens, seed, bos)
+    except RequestError as error:
+        raise RequestError(f"of the text held out ({held_out:.3g} of each source), {error}") from error
+    return head_ST, tail_ST

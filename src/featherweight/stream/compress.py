@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from featherweight import data
 from featherweight.core.rules import Rule, grid_of, pattern_of
-from featherweight.core.solution import AnySolution, Solution
-from featherweight.errors import FeatherweightError, RequestError
+from featherweight.core.solution import AnySolution
+from featherweight.errors import RequestError
 from featherweight.formats import Format
 from featherweight.formats import by_name as format_by_name
 from featherweight.models import tree as trees
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
+from featherweight.models.experts import find_experts
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
@@ -35,9 +36,10 @@ from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
-from featherweight.stream.shard import block_tensors, plain_weight, require_all
+from featherweight.stream.shard import block_tensors, plain_weight, require_all, require_same
 from featherweight.stream.states import States
 from featherweight.stream.tokens import round_tokens
+from featherweight.stream.trained import trained
 
 OUTSIDE = -1  # in the journal, the block of what lies in none
 
@@ -116,6 +118,10 @@ class _Job:
             raise RequestError(
                 f"{next(iter(self.tokens))} was to be rounded to {self.recipe.embedding_bits} bits, and "
                 f"{self.format.name} leaves embeddings in {FLOAT_BITS}: use --format compressed-tensors."
+            )
+        if self.recipe.trains and (mixture := next(find_experts(self.tree.model), None)):
+            raise RequestError(
+                f"{mixture[0]} holds {len(mixture[1])} experts, and block-ap trains blocks of 0: use --method gptq."
             )
         for matrix in (*self.tree.matrices, *self.tokens.values()):
             self.format.check(matrix.name, matrix.rows, matrix.columns, self.rule_of(matrix))
@@ -196,7 +202,7 @@ class _Job:
         tensors = block_tensors(self.tree.checkpoint, block, packed, self.format.plain)
         with folder.staged(block.index + 1, tensors) as part, safe_open(part, framework="pt") as file:
             for matrix in block.matrices:
-                _require_same(matrix, solutions[matrix.path], self._read_back(file, matrix))
+                require_same(matrix, solutions[matrix.path], self._read_back(file, matrix))
                 folder.rows.append(self._row(block.index, matrix, solutions[matrix.path], packed[matrix.path], seconds))
 
     def _stored_tokens(self, folder: OutputFolder) -> dict[str, Tensor]:
@@ -220,7 +226,8 @@ class _Job:
         """Solves a block and writes its shard."""
         began, total = time.perf_counter(), len(self.tree.blocks)
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
-        solutions = layerwise(
+        solve_block = trained if self.recipe.trains else layerwise
+        solutions = solve_block(
             view,
             rules,
             self.recipe,
@@ -292,16 +299,3 @@ class _Job:
             config["quantization_config"] = quantization
             extra = {"quantize_config.json": quantization} if self.format.name.startswith("gptq") else {}
         folder.finish(config, extra, self.tree.checkpoint.path, self.tree.checkpoint.side_files())
-
-
-def _require_same(matrix: Matrix, solution: AnySolution, stored: AnySolution) -> None:
-    """The stored bytes must say what the solver found, code by code and scale by scale."""
-    if isinstance(solution, Solution) and not isinstance(stored, Solution):  # a plain format keeps their values
-        dtype = stored.values_RC.dtype
-        solution = replace(stored, values_RC=solution.values().to(dtype))
-    fields = ("codes_RC", "scales_RG", "zeros_RG") if isinstance(solution, Solution) else ("values_RC",)
-    for field in fields:
-        if not torch.equal(getattr(solution, field).cpu(), getattr(stored, field)):
-            raise FeatherweightError(
-                f"{matrix.name}: its {field} read back from the shard differ from the solution's: please report this."
-            )

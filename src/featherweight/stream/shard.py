@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import FeatherweightError
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.headers import read_entries
@@ -86,3 +87,16 @@ def require_all(
             f"{wrong[0]} takes {stored[wrong[0]]} bytes in the shards and {expected[wrong[0]]} in the journal "
             f"({len(wrong)} such matrices): please report this."
         )
+
+
+def require_same(matrix: Matrix, solution: AnySolution, stored: AnySolution) -> None:
+    """The stored bytes must say what the solver found, code by code and scale by scale."""
+    if isinstance(solution, Solution) and not isinstance(stored, Solution):  # a plain format keeps their values
+        dtype = stored.values_RC.dtype
+        solution = replace(stored, values_RC=solution.values().to(dtype))
+    fields = ("codes_RC", "scales_RG", "zeros_RG") if isinstance(solution, Solution) else ("values_RC",)
+    for field in fields:
+        if not torch.equal(getattr(solution, field).cpu(), getattr(stored, field)):
+            raise FeatherweightError(
+                f"{matrix.name}: its {field} read back from the shard differ from the solution's: please report this."
+            )

@@ -1,0 +1,298 @@
+"""E2E-QP: the codes of a whole model frozen, its scales trained on text (2407.11062, section 3.3).
+
+Weights stay packed. Every call unpacks one matrix, multiplies, and lets go of it; so does the way back.
+Shapes: S sequences, T tokens, V vocabulary, R outputs, C inputs, G groups, N inputs of one group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional
+
+from featherweight.core.solution import Solution
+from featherweight.errors import RequestError
+from featherweight.linear import CompressedLinear
+from featherweight.train.fake_quant import stored, whole
+
+Logits = Callable[[Tensor], Tensor]
+SLICE_LOGITS = 1 << 24  # numbers of the vocabulary compared at once in float32
+
+
+class _Multiply(Function):
+    """y = x ((codes - zero) scale)^T; keeps x, scales and zeros, and unpacks the codes again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, scale_RG: Tensor, zero_RG: Tensor, layer: CompressedLinear) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x_TC, scale_RG, zero_RG)
+        ctx.layer = layer
+        return functional.linear(x_TC, _weight(_steps(layer, zero_RG), scale_RG, x_TC.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TR: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:  # type: ignore[override]
+        x_TC, scale_RG, zero_RG = ctx.saved_tensors
+        steps_RGN = _steps(ctx.layer, zero_RG)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = gradient_TR @ _weight(steps_RGN, scale_RG, gradient_TR.dtype)
+        to_weight_RC = gradient_TR.flatten(0, -2).T @ x_TC.flatten(0, -2).to(gradient_TR.dtype)
+        to_weight_RGN = to_weight_RC.float().unflatten(-1, steps_RGN.shape[-2:])
+        to_scale = (to_weight_RGN * steps_RGN).sum(-1)
+        to_zero = -to_weight_RGN.sum(-1) * scale_RG if ctx.needs_input_grad[2] else None
+        return to_x, to_scale, to_zero, None
+
+
+def _steps(layer: CompressedLinear, zero_RG: Tensor) -> Tensor:
+    """codes - zero, float32, R x G x N."""
+    solution = layer.solution()
+    assert isinstance(solution, Solution)
+    return solution.codes_RC.unflatten(-1, (zero_RG.shape[-1], -1)).float() - zero_RG.unsqueeze(-1)
+
+
+def _weight(steps_RGN: Tensor, scale_RG: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values, rounded once, as `kernels.dequantize` has them."""
+    return (steps_RGN * scale_RG.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+class TunedLinear(nn.Module):
+    """A compressed layer whose scales (and zeros) are parameters, in float32, over the same packed codes.
+
+    Scales are held relative to those they began with, so that one rate serves all; the forward pass rounds them to the
+    dtype they are stored in, and zeros to whole numbers the format holds. Raises RequestError for a layer without
+    scales, and for zeros where they cannot be stored.
+    """
+
+    def __init__(self, layer: CompressedLinear, name: str, zeros: bool) -> None:
+        super().__init__()
+        solution = layer.solution()
+        if not isinstance(solution, Solution):
+            raise RequestError(f"{name} is pruned and not rounded: it has no scales to tune; give a folder with bits.")
+        if zeros and solution.grid.symmetric:
+            raise RequestError(
+                f"{name} is symmetric, and its {layer.format.name} file holds no zeros: drop --zeros, or compress "
+                "with --asymmetric."
+            )
+        if zeros and solution.keep_RC is not None:
+            raise RequestError(f"{name} is pruned, and its zeros mark what was: drop --zeros.")
+        self.layer, self.lowest, self.top = layer, layer.format.lowest_zero(solution.grid), solution.grid.top
+        self.stored_dtype = solution.scales_RG.dtype
+        self.register_buffer("unit_RG", solution.scales_RG.float(), persistent=False)
+        self.scale = nn.Parameter(torch.ones_like(solution.scales_RG, dtype=torch.float32))
+        self.zero = nn.Parameter(solution.zeros_RG.float(), requires_grad=zeros)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        """y_TR for x_TC."""
+        y_TR: Tensor = _Multiply.apply(x_TC, self.scales(), self.zeros(), self.layer)
+        return y_TR if self.layer.bias is None else y_TR + self.layer.bias
+
+    def scales(self) -> Tensor:
+        """The scales as they will be stored, float32 with gradients, R x G."""
+        unit_RG = self.get_buffer("unit_RG")
+        return stored(self.scale * unit_RG, self.stored_dtype)
+
+    def zeros(self) -> Tensor:
+        """The zeros as they will be stored, float32 with gradients where they are trained, R x G."""
+        return whole(self.zero, self.lowest, self.top) if self.zero.requires_grad else self.zero
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """The layer's tensors as its format packs them now, by suffix; codes are those that were there."""
+        solution = self.layer.solution()
+        assert isinstance(solution, Solution)
+        scales_RG, zeros_RG = self.scales().to(self.stored_dtype), self.zeros().to(torch.uint8)
+        return self.layer.format.pack(replace(solution, scales_RG=scales_RG, zeros_RG=zeros_RG), dtype=self.layer.dtype)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is tuned.
+
+    Attributes:
+        steps: of the optimizer, in all.
+        batch: sequences in a step; `micro` of them go through the model at a time.
+        rate: Adam's first rate, relative to each scale (of zeros and norms: in their own unit); a cosine ends it at 0
+            after a warm-up.
+        checks: how often in all the held-out text is looked at; training stops when `patience` looks in a row were no
+            better.
+        norm: gradients are shortened to this length.
+        seed: of the order of the sequences.
+    """
+
+    steps: int
+    batch: int
+    micro: int
+    rate: float
+    checks: int = 8
+    patience: int = 3
+    norm: float = 0.3
+    seed: int = 0
+
+
+WARM_UP = 0.03  # of the steps
+
+
+def rate_at(step: int, steps: int) -> float:
+    """The share of the first rate at a step: a line up, then a cosine down to 0."""
+    warm = max(1, math.ceil(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def divergence(logits_STV: Tensor, dense_STV: Tensor | None, ids_ST: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over all predictions of KL(dense || model) (0 without `dense`) and of the cross-entropy, in nats."""
+    logits_NV, targets_N = logits_STV[:, :-1].flatten(0, 1), ids_ST[:, 1:].flatten()
+    dense_NV = None if dense_STV is None else dense_STV[:, :-1].flatten(0, 1)
+    kl = entropy = logits_NV.new_zeros((), dtype=torch.float32)
+    positions = max(1, SLICE_LOGITS // logits_NV.shape[1])
+    for start in range(0, len(targets_N), positions):
+        at = slice(start, start + positions)
+        logp_NV = logits_NV[at].float().log_softmax(-1)
+        entropy = entropy + functional.nll_loss(logp_NV, targets_N[at], reduction="sum")
+        if dense_NV is not None:
+            theirs_NV = dense_NV[at].float().log_softmax(-1)
+            # A vocabulary's padding may be -inf in both: nothing times infinity is nothing here.
+            terms_NV = (theirs_NV.exp() * (theirs_NV - logp_NV)).masked_fill(theirs_NV == -torch.inf, 0.0)
+            kl = kl + terms_NV.sum()
+    return kl / len(targets_N), entropy / len(targets_N)
+
+
+@dataclass
+class State:
+    """Where tuning stands: all that is needed to go on, and the best of what was seen.
+
+    Attributes:
+        step: steps taken.
+        parameters, best: values now, and at the best look; mean, square: Adam's two averages.
+        looks: (step, held-out KL or None, held-out cross-entropy) of every look so far, the first before any step.
+    """
+
+    step: int
+    parameters: list[Tensor]
+    best: list[Tensor]
+    mean: list[Tensor]
+    square: list[Tensor]
+    looks: list[tuple[int, float | None, float]]
+
+    @classmethod
+    def fresh(cls, parameters: Iterable[Tensor]) -> State:
+        """The state before the first step."""
+        now = [parameter.detach() for parameter in parameters]
+        zeros = [torch.zeros_like(value) for value in now]
+        return cls(0, now, [v.clone() for v in now], zeros, [torch.zeros_like(v) for v in now], [])
+
+
+class Tuner:
+    """Trains parameters of a model on text; stopped after any `advance`, it goes on from `state` to the same bits."""
+
+    def __init__(
+        self,
+        model: Logits,
+        dense: Logits | None,
+        parameters: Sequence[nn.Parameter],
+        floors: Sequence[float | None],
+        training_ST: Tensor,
+        held_ST: Tensor,
+        schedule: Schedule,
+        state: State | None = None,
+    ) -> None:
+        """`model` and `dense` give logits for ids; without `dense` the loss is the cross-entropy. `floors`: the least
+        value of each parameter (a scale that vanishes cannot come back), or None."""
+        self.model, self.dense, self.parameters, self.floors = model, dense, list(parameters), list(floors)
+        self.training_ST, self.held_ST, self.schedule = training_ST, held_ST, schedule
+        if state is None:
+            self.state = State.fresh(self.parameters)
+            self.look()
+        else:
+            self.state = state
+            for parameter, value in zip(self.parameters, state.parameters, strict=True):
+                parameter.data.copy_(value)
+        self.state.parameters = [parameter.data for parameter in self.parameters]
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken or the last looks were no better than the best before them."""
+        losses = [self._judged(look) for look in self.state.looks]
+        best = losses.index(min(losses))
+        bad = not math.isfinite(losses[-1])
+        return bad or self.state.step >= self.schedule.steps or len(losses) - 1 - best >= self.schedule.patience
+
+    @property
+    def best_look(self) -> tuple[int, float | None, float]:
+        """Of the state that is kept."""
+        return min(self.state.looks, key=self._judged)
+
+    def _judged(self, look: tuple[int, float | None, float]) -> float:
+        loss = look[2] if look[1] is None else look[1]
+        return loss if math.isfinite(loss) or len(self.state.looks) == 1 else math.inf
+
+    def advance(self, tick: Callable[[int], None]) -> None:
+        """Steps until the next look, and looks; `tick` hears the steps taken."""
+        schedule, state = self.schedule, self.state
+        until = min(schedule.steps, state.step + max(1, schedule.steps // schedule.checks))
+        order_N = self._order()
+        while state.step < until:
+            first = state.step * schedule.batch
+            picks = order_N[first : first + schedule.batch]
+            self._step(self.training_ST[picks])
+            tick(state.step)
+        self.look()
+
+    def _order(self) -> Tensor:
+        """The sequence of every place in every batch: passes over the training ones, each in its own order."""
+        draw = torch.Generator().manual_seed(self.schedule.seed)
+        count, wanted = len(self.training_ST), self.schedule.steps * self.schedule.batch
+        return torch.cat([torch.randperm(count, generator=draw) for _ in range(-(-wanted // count))])
+
+    def _step(self, ids_ST: Tensor) -> None:
+        with torch.enable_grad():
+            for part_ST in ids_ST.split(self.schedule.micro):
+                kl, entropy = self._losses(part_ST)
+                loss = (entropy if self.dense is None else kl) * (len(part_ST) / len(ids_ST))
+                loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, self.schedule.norm)
+        state, rate = self.state, self.schedule.rate * rate_at(self.state.step, self.schedule.steps)
+        state.step += 1
+        for index, parameter in enumerate(self.parameters):
+            _adam(parameter, state.mean[index], state.square[index], state.step, rate, self.floors[index])
+
+    def _losses(self, ids_ST: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            dense_STV = None if self.dense is None else self.dense(ids_ST)
+        logits_STV = self.model(ids_ST)
+        return divergence(logits_STV, dense_STV, ids_ST.to(logits_STV.device))
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Measures the held-out text and keeps the parameters if they are the best so far."""
+        parts = self.held_ST.split(self.schedule.micro)
+        losses = [torch.stack(self._losses(part_ST)) * (len(part_ST) / len(self.held_ST)) for part_ST in parts]
+        kl, entropy = torch.stack(losses).sum(0).tolist()
+        self.state.looks.append((self.state.step, None if self.dense is None else kl, entropy))
+        if self.best_look == self.state.looks[-1]:
+            self.state.best = [parameter.detach().clone() for parameter in self.parameters]
+
+    def finish(self) -> None:
+        """Gives the model the best parameters seen."""
+        for parameter, value in zip(self.parameters, self.state.best, strict=True):
+            parameter.data.copy_(value)
+
+
+@torch.no_grad()
+def _adam(parameter: nn.Parameter, mean: Tensor, square: Tensor, step: int, rate: float, floor: float | None) -> None:
+    """One step of Adam (betas 0.9 and 0.999) in place; the averages are the caller's, to be stored and read back."""
+    gradient = parameter.grad
+    assert gradient is not None
+    mean.lerp_(gradient, 0.1)
+    square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    scale = (square / (1 - 0.999**step)).sqrt_().add_(1e-8)
+    parameter.addcdiv_(mean, scale, value=-rate / (1 - 0.9**step))
+    if floor is not None:
+        parameter.clamp_(min=floor)
+    parameter.grad = None
