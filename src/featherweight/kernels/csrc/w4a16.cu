@@ -1,0 +1,549 @@
+// y_TR = x_TC V^T for 4-bit weights and at most 8 * NT tokens, streamed once from device memory.
+//
+// R rows (outputs), C columns (inputs), T tokens. A *block* is 32 rows x 128 columns: 2048 bytes of codes in the order
+// the tensor cores take them, then its scales, then its zeros (`w4a16_layout.py` packs and describes it). A *tile* is
+// 32 rows: one run of blocks in memory. A cluster of CTAs owns a run of tiles; its CTAs split the columns, so each
+// needs only its slice of x, and the warps of a CTA take a tile each (or split the columns further).
+//
+// Each warp fills its own ring of blocks in shared memory (bulk copies, evict-first) and nobody else reads it: no
+// barrier of the CTA is passed while streaming. Weights depend on no other kernel, so the ring is filled before
+// waiting for the one that makes x (programmatic dependent launch).
+//
+// A code is used as it lies: four bits anded out of a word are the subnormal float16 q * 2^-24, or q * 2^-20 for bits
+// 4..7, exact in a tensor core; even rows of a pair use the first, odd rows the second, and the powers of two are
+// undone once at the end. The lowest eight bits of bfloat16 count in steps of 2^-133 likewise, and x is multiplied by
+// 2^64 to keep products of two far above float32's own subnormals. Zeros enter as -zero * sum(x) of the group, as the
+// first addend of its accumulator; the group's scale multiplies the accumulator.
+//
+// Macros: BF16 (0: float16), GROUP (32, 64, 128), SCALE (0 float16, 1 bfloat16, 2 float32), ZEROS (0: all 8), WARPS.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define BULK (__CUDA_ARCH__ >= 900)
+
+constexpr int ROWS = 32, COLUMNS = 128, CODES = ROWS * COLUMNS / 2, PARTS = COLUMNS / GROUP;
+constexpr int SCALE_BYTES = PARTS * ROWS * (SCALE == 2 ? 4 : 2);
+constexpr int BLOCK = CODES + SCALE_BYTES + (ZEROS ? PARTS * ROWS : 0);
+constexpr int THREADS = WARPS * 32;
+constexpr int RING = 6;  // stages of a ring on GPUs without bulk copies, where the count must be known when compiling
+
+struct Params {
+    const u8* weights;
+    const u16* x;
+    u16* y;
+    const u16* bias;  // or null
+    int tokens, rows, columns;
+    int blocks, tiles;   // of the whole matrix: across and down
+    int warp_splits;     // in how many the warps of a CTA split its columns
+    int stages;          // of each warp's ring
+    int owned_log2;      // of the rows of one pass that a CTA sums up and stores
+    int x_stride;        // bytes
+    int at_barriers, at_x, at_sums, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
+};
+
+// ---- instructions ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ uint4 load_shared4(u32 a) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
+    return v;
+}
+__device__ __forceinline__ uint2 load_shared2(u32 a) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
+    return v;
+}
+__device__ __forceinline__ u32 load_shared(u32 a) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
+    return v;
+}
+__device__ __forceinline__ void store_shared4(u32 a, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_shared_float(u32 a, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory");
+}
+__device__ __forceinline__ float load_shared_float(u32 a) { return __uint_as_float(load_shared(a)); }
+
+__device__ __forceinline__ float half_to_float(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+__device__ __forceinline__ float bfloat_to_float(u16 h) { return __uint_as_float((u32)h << 16); }
+__device__ __forceinline__ float activation_to_float(u16 h) { return BF16 ? bfloat_to_float(h) : half_to_float(h); }
+__device__ __forceinline__ u16 float_to_activation(float f) {
+    u16 h;
+    if (BF16)
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    else
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#endif
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- what Hopper and its successors have: clusters, bulk copies, dependent launches ------------------------------------
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 v = 0;
+#if BULK
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
+#endif
+    return v;
+}
+__device__ __forceinline__ u32 cluster_size() {
+    u32 v = 1;
+#if BULK
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
+#endif
+    return v;
+}
+#if BULK
+__device__ __forceinline__ void init_barrier(u32 barrier) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// The barrier's one arrival: its phase ends when so many bytes have come.
+__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred ready;\nagain:\nmbarrier.try_wait.parity.shared.b64 ready, [%0], %1;\n@!ready bra again;\n}"
+        ::"r"(barrier), "r"(parity) : "memory");
+}
+// Address `a` of our shared memory in that of the cluster's CTA `rank`.
+__device__ __forceinline__ u32 remote_address(u32 a, u32 rank) {
+    u32 v;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(rank));
+    return v;
+}
+#endif
+__device__ __forceinline__ void let_the_next_kernel_start() {
+#if BULK
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if BULK
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// One warp's ring of blocks: `start` fetches, `wait` makes a block readable by the warp.
+struct Ring {
+    u32 base, barriers;
+    int stages, slot_in, slot_out;
+    u32 phase;
+    const u8* source;
+    int run, left_in_run, left;  // blocks: of a tile, of the tile being fetched, of all
+    int jump;                    // blocks from the end of one tile's run to the start of the warp's next
+#if BULK
+    u64 policy;
+#endif
+
+    // Fetches the first blocks, as many as the ring holds: on Hopper each by a lane of its own.
+    __device__ __forceinline__ void begin(int lane) {
+        slot_in = slot_out = 0;
+        phase = 0;
+#if BULK
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        if (lane < stages) init_barrier(barriers + 8 * lane);
+        __syncwarp();
+        int blocks = min(stages, left);
+        if (lane < blocks) fetch(lane, source + (u64)(lane / run * (run + jump) + lane % run) * BLOCK);
+        if (blocks > 0) {
+            source += (u64)(blocks / run * (run + jump) + blocks % run) * BLOCK;
+            left_in_run -= blocks % run;
+            left -= blocks;
+            slot_in = blocks == stages ? 0 : blocks;
+        }
+#else
+        for (int i = 0; i < stages; i++) start(lane);
+#endif
+    }
+
+#if BULK
+    // One thread: block `from` into a slot, which announces its arrival.
+    __device__ __forceinline__ void fetch(int slot, const u8* from) {
+        u32 barrier = barriers + 8 * slot;
+        expect_bytes(barrier, BLOCK);
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+            ::"r"(base + slot * BLOCK), "l"(from), "r"(BLOCK), "r"(barrier), "l"(policy) : "memory");
+    }
+#endif
+
+    __device__ __forceinline__ void start(int lane) {
+        if (left > 0) {
+#if BULK
+            if (lane == 0) fetch(slot_in, source);
+#else
+            for (int i = lane * 16; i < BLOCK; i += 512)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                             ::"r"(base + slot_in * BLOCK + i), "l"(source + i) : "memory");
+#endif
+            source += BLOCK;
+            if (--left_in_run == 0) {
+                left_in_run = run;
+                source += (u64)jump * BLOCK;
+            }
+            left--;
+            if (++slot_in == stages) slot_in = 0;
+        }
+#if !BULK
+        asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+    }
+
+    __device__ __forceinline__ u32 wait() {
+#if BULK
+        wait_barrier(barriers + 8 * slot_out, phase);
+#else
+        asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
+        __syncwarp();
+#endif
+        return base + slot_out * BLOCK;
+    }
+
+    __device__ __forceinline__ void release(int lane) {
+        if (++slot_out == stages) {
+            slot_out = 0;
+            phase ^= 1;
+        }
+        __syncwarp();  // the whole warp has read the block
+        start(lane);
+    }
+};
+
+// ---- the product ----------------------------------------------------------------------------------------------------
+
+#if BF16
+constexpr float STEP = 1.0f / (1ull << 63) / 64;                             // 2^-69: a code's 2^-133 by x's 2^64
+constexpr float X_SCALE = 2.0f * (1ull << 63);
+#else
+constexpr float STEP = 1.0f / (1 << 24), X_SCALE = 1.0f;
+#endif
+
+// x[:, slice] into shared memory, and what zeros cost: -(8 or 1) * sum of x over each group, in steps of a code.
+template <int NT> __device__ __forceinline__ void load_x(const Params& p, int first_block, int blocks, u32 base) {
+    constexpr int BATCH = 4, LANES = GROUP / 8;  // loads under way at once; lanes that hold one group
+    const int chunks = blocks * (COLUMNS / 8), all = p.tokens * chunks;
+    for (int start = threadIdx.x; start < all; start += BATCH * THREADS) {
+        uint4 v[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            int i = start + k * THREADS, token = i / chunks, column = first_block * COLUMNS + (i - token * chunks) * 8;
+            v[k] = make_uint4(0, 0, 0, 0);
+            if (i < all && column < p.columns) v[k] = *(const uint4*)(p.x + (u64)token * p.columns + column);
+        }
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            int i = start + k * THREADS, token = i / chunks, chunk = i - token * chunks;
+            if (i >= all) break;
+            u32* words = (u32*)&v[k];
+            float sum = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float low = activation_to_float((u16)words[j]), high = activation_to_float((u16)(words[j] >> 16));
+                sum += low + high;
+                if (BF16)
+                    words[j] = __float_as_uint(low * X_SCALE) >> 16 | (__float_as_uint(high * X_SCALE) & 0xffff0000u);
+            }
+            store_shared4(base + p.at_x + token * p.x_stride + chunk * 16, v[k]);
+            // A slice is a multiple of 16 chunks, so the lanes of one group sit side by side in one half of a warp.
+#pragma unroll
+            for (int d = 1; d < LANES; d *= 2) sum += __shfl_xor_sync(0xffffu << (threadIdx.x & 16), sum, d);
+            if (chunk % LANES == 0)
+                store_shared_float(base + p.at_sums + (chunk / LANES * NT * 8 + token) * 4, -sum * STEP * (ZEROS ? 1 : 8));
+        }
+    }
+}
+
+struct Scales {
+    float of[2][2];  // half tile, row or row + 8
+};
+
+__device__ __forceinline__ Scales load_scales(u32 block, int part, int g) {
+    Scales s;
+    if (SCALE == 2) {
+        uint4 v = load_shared4(block + CODES + (part * 8 + g) * 16);
+        s.of[0][0] = __uint_as_float(v.x), s.of[0][1] = __uint_as_float(v.y);
+        s.of[1][0] = __uint_as_float(v.z), s.of[1][1] = __uint_as_float(v.w);
+    } else {
+        uint2 v = load_shared2(block + CODES + (part * 8 + g) * 8);
+        u32 words[2] = {v.x, v.y};
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            u16 low = (u16)words[h], high = (u16)(words[h] >> 16);
+            s.of[h][0] = SCALE ? bfloat_to_float(low) : half_to_float(low);
+            s.of[h][1] = SCALE ? bfloat_to_float(high) : half_to_float(high);
+        }
+    }
+    return s;
+}
+
+__device__ __forceinline__ Scales load_zeros(u32 block, int part, int g) {
+    u32 v = load_shared(block + CODES + SCALE_BYTES + (part * 8 + g) * 4);
+    Scales z;
+    z.of[0][0] = (float)(v & 255), z.of[0][1] = (float)(v >> 8 & 255);
+    z.of[1][0] = (float)(v >> 16 & 255), z.of[1][1] = (float)(v >> 24);
+    return z;
+}
+
+// total += one block's 32 rows x 128 columns times x. `x` and `sums` are addresses for this lane and block.
+template <int NT>
+__device__ __forceinline__ void multiply_block(float (&total)[2][NT][4], u32 block, const u32 (&x)[NT], u32 x_at, u32 sums, int lane) {
+    const int g = lane >> 2;
+    uint4 codes[2];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        float acc[2][NT][4];
+        Scales zeros;
+        if (ZEROS) zeros = load_zeros(block, part, g);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            uint2 v = load_shared2(sums + (part * NT + n) * 32);
+            float c0 = __uint_as_float(v.x), c1 = __uint_as_float(v.y);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                acc[h][n][0] = ZEROS ? c0 * zeros.of[h][0] : c0;
+                acc[h][n][1] = ZEROS ? c1 * zeros.of[h][0] : c1;
+                acc[h][n][2] = 16 * c0 * (ZEROS ? zeros.of[h][1] : 1);
+                acc[h][n][3] = 16 * c1 * (ZEROS ? zeros.of[h][1] : 1);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < GROUP / 32; i++) {
+            const int unit = part * (GROUP / 32) + i;  // of 32 columns
+            if (unit % 2 == 0) {
+                codes[0] = load_shared4(block + unit * 256 + lane * 16);
+                codes[1] = load_shared4(block + CODES / 2 + unit * 256 + lane * 16);
+            }
+            uint4 b[NT];
+#pragma unroll
+            for (int n = 0; n < NT; n++) b[n] = load_shared4(x[n] + x_at + unit * 64);
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    u32 w = unit % 2 ? (j ? codes[h].w : codes[h].z) : (j ? codes[h].y : codes[h].x);
+                    u32 a[4] = {w & 0x000f000fu, w & 0x00f000f0u, w >> 8 & 0x000f000fu, w >> 8 & 0x00f000f0u};
+#pragma unroll
+                    for (int n = 0; n < NT; n++) multiply(acc[h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
+                }
+        }
+        Scales scales = load_scales(block, part, g);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) total[h][n][e] += scales.of[h][e / 2] * acc[h][n][e];
+    }
+}
+
+// The sums of a pass travel from every split to the CTA of the cluster that owns their rows: stores into its memory that
+// its barrier counts. Two buffers; one is written again only when the whole cluster has read it (`may_send`).
+struct Exchange {
+    u32 buffers, barriers;
+    int bytes;
+
+    __device__ __forceinline__ void begin() {
+#if BULK
+        if (threadIdx.x < 2) init_barrier(barriers + 8 * threadIdx.x);
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+    }
+    __device__ __forceinline__ u32 buffer(int pass) { return buffers + (pass & 1) * bytes; }
+    __device__ __forceinline__ u32 barrier(int pass) { return barriers + (pass & 1) * 8; }
+
+    // `expected`: bytes of this pass that come to this CTA.
+    __device__ __forceinline__ void may_send(int pass, u32 expected) {
+#if BULK
+        if (threadIdx.x == 0) expect_bytes(barrier(pass), expected);
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+        __syncthreads();
+#endif
+    }
+    __device__ __forceinline__ void wait_for(int pass) {
+#if BULK
+        wait_barrier(barrier(pass), pass >> 1 & 1);
+#else
+        __syncthreads();
+#endif
+    }
+    // After the buffer of `pass` has been read; every arrival is followed by a `may_send`.
+    __device__ __forceinline__ void have_read() {
+#if BULK
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+    }
+};
+
+__device__ __forceinline__ void send(u32 to, float v, u32 barrier) {
+#if BULK
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
+                 ::"r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
+#else
+    store_shared_float(to, v);
+#endif
+}
+
+template <int NT>
+__device__ __forceinline__ void send_partials(const Params& p, const float (&total)[2][NT][4], u32 buffer, u32 barrier, int part, int warp_row, int lane) {
+    const int g = lane >> 2, t = lane & 3, owned = 1 << p.owned_log2, stride = owned + 4;  // 4 more: other banks
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = warp_row + 16 * h;
+        u32 to = buffer + (part * p.tokens * stride + (row & owned - 1) + g) * 4, there = barrier;
+#if BULK
+        to = remote_address(to, row >> p.owned_log2);
+        there = remote_address(barrier, row >> p.owned_log2);
+#endif
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int token = n * 8 + 2 * t + (e & 1);
+                float value = total[h][n][e] * (e / 2 ? 1 / STEP / 16 : 1 / STEP);
+                if (token < p.tokens) send(to + (token * stride + e / 2 * 8) * 4, value, there);
+            }
+    }
+}
+
+// Sums of all splits for the rows this CTA owns, rounded once.
+__device__ __forceinline__ void store_rows(const Params& p, u32 partials, int splits, int first_row, int end_row) {
+    const int owned = 1 << p.owned_log2, stride = owned + 4;
+    for (int i = threadIdx.x; i < p.tokens << p.owned_log2; i += THREADS) {
+        int token = i >> p.owned_log2, r = i & owned - 1, row = first_row + r;
+        float sum = 0;
+        for (int s = 0; s < splits; s++) sum += load_shared_float(partials + ((s * p.tokens + token) * stride + r) * 4);
+        if (row < end_row) {
+            if (p.bias) sum += activation_to_float(p.bias[row]);
+            p.y[(u64)token * p.rows + row] = float_to_activation(sum);
+        }
+    }
+}
+
+template <int NT> __device__ __forceinline__ void product(const Params& p) {
+    extern __shared__ __align__(128) u8 memory[];
+    const u32 base = shared_address(memory);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int rank = cluster_rank(), size = cluster_size(), cluster = blockIdx.x / size, clusters = gridDim.x / size;
+    const int row_warps = WARPS / p.warp_splits, warp_row = warp % row_warps, splits = size * p.warp_splits;
+    const int part = rank * p.warp_splits + warp / row_warps;
+    const int tile0 = (int)((u64)p.tiles * cluster / clusters), tile1 = (int)((u64)p.tiles * (cluster + 1) / clusters);
+    const int passes = (tile1 - tile0 + row_warps - 1) / row_warps;
+    const int first = p.blocks * part / splits, count = p.blocks * (part + 1) / splits - first;
+    const int owned = 1 << p.owned_log2;
+    const int slice = p.blocks * (rank * p.warp_splits) / splits;
+    const int slice_end = p.blocks * ((rank + 1) * p.warp_splits) / splits;
+
+    Ring ring;
+    ring.base = base + warp * p.stages * BLOCK;
+    ring.barriers = base + p.at_barriers + warp * p.stages * 8;
+    ring.stages = BULK ? p.stages : RING;
+    ring.source = p.weights + ((u64)(tile0 + warp_row) * p.blocks + first) * BLOCK;
+    ring.run = ring.left_in_run = count;
+    ring.jump = row_warps * p.blocks - count;
+    ring.left = max(0, (tile1 - tile0 - warp_row + row_warps - 1) / row_warps) * count;
+    ring.begin(lane);
+    Exchange exchange = {base + p.at_partials, base + p.at_barriers + WARPS * p.stages * 8, p.partials_bytes};
+    exchange.begin();
+
+    let_the_next_kernel_start();
+    wait_for_the_kernel_before();
+    load_x<NT>(p, slice, slice_end - slice, base);
+    __syncthreads();
+
+    u32 x[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++)  // columns of the product beyond the last token repeat it, and are not stored
+        x[n] = base + p.at_x + min(n * 8 + (lane >> 2), p.tokens - 1) * p.x_stride + (lane & 3) * 16;
+    const u32 sums = base + p.at_sums + (lane & 3) * 8;
+
+    for (int pass = 0; pass <= passes; pass++) {
+        float total[2][NT][4] = {};
+        const bool mine = pass < passes && tile0 + pass * row_warps + warp_row < tile1;
+        if (mine)
+            for (int i = 0; i < count; i++) {
+                int at = first - slice + i;
+                multiply_block<NT>(total, ring.wait(), x, at * (COLUMNS * 2), sums + at * (PARTS * NT * 32), lane);
+                ring.release(lane);
+            }
+        if (pass < passes) {
+            int rows = min(owned, max(0, (tile1 - tile0 - pass * row_warps) * ROWS - rank * owned));
+            exchange.may_send(pass, splits * p.tokens * rows * 4);
+            if (mine)
+                send_partials<NT>(p, total, exchange.buffer(pass), exchange.barrier(pass), part, warp_row * ROWS, lane);
+        }
+        if (pass > 0) {
+            exchange.wait_for(pass - 1);
+            store_rows(p, exchange.buffer(pass - 1), splits, (tile0 + (pass - 1) * row_warps) * ROWS + rank * owned,
+                       min(tile1 * ROWS, p.rows));
+        }
+        if (pass + 1 < passes) exchange.have_read();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) w4a16_8(const __grid_constant__ Params p) { product<1>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) w4a16_16(const __grid_constant__ Params p) { product<2>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a16_24(const __grid_constant__ Params p) { product<3>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a16_32(const __grid_constant__ Params p) { product<4>(p); }
+
+// ---- many tokens: the weights as floats, for a dense product -----------------------------------------------------------
+
+// One warp a block. y is rows x columns; each weight is rounded once.
+extern "C" __global__ void __launch_bounds__(THREADS) w4a16_dequantize(const __grid_constant__ Params p) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const u64 index = (u64)blockIdx.x * WARPS + (threadIdx.x >> 5);
+    if (index >= (u64)p.tiles * p.blocks) return;
+    const int tile = (int)(index / p.blocks), column0 = (int)(index % p.blocks) * COLUMNS;
+    const u8* block = p.weights + index * BLOCK;
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            uint4 v = *(const uint4*)(block + h * (CODES / 2) + u * 512 + lane * 16);
+            u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int odd = 0; odd < 2; odd++) {
+                    int unit = 2 * u + i, part = unit * 32 / GROUP, at = (part * 8 + g) * 4 + h * 2 + odd;
+                    int row = tile * ROWS + h * 16 + odd * 8 + g, column = column0 + unit * 32 + t * 8;
+                    float scale = SCALE == 2   ? ((const float*)(block + CODES))[at]
+                                  : SCALE == 1 ? bfloat_to_float(((const u16*)(block + CODES))[at])
+                                               : half_to_float(((const u16*)(block + CODES))[at]);
+                    float zero = ZEROS ? (float)(block + CODES + SCALE_BYTES)[at] : 8.0f;
+                    u32 out[4];
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {  // two words of four codes a row: columns 0, 2 low and 1, 3 high
+                        u32 w = words[i * 2 + k / 2] >> (4 * odd + 8 * (k & 1));
+                        u32 low = float_to_activation(((float)(w & 15) - zero) * scale);
+                        u32 high = float_to_activation(((float)(w >> 16 & 15) - zero) * scale);
+                        out[k] = low | high << 16;
+                    }
+                    if (row < p.rows && column < p.columns)
+                        *(uint4*)(p.y + (u64)row * p.columns + column) = make_uint4(out[0], out[1], out[2], out[3]);
+                }
+        }
+}

@@ -1,0 +1,83 @@
+"""csrc/w4a16.cu in plain torch: the same words, lanes, splits and sums, one launch at a time.
+
+Shapes: R rows, C columns, T tokens; blocks [tiles, blocks across, bytes].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from featherweight.kernels.w4a16_layout import CODE_BYTES, COLUMNS, ROWS, Layout
+from featherweight.kernels.w4a16_plan import WARPS, Plan
+
+STEP = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+X_SCALE = {torch.float16: 1.0, torch.bfloat16: 2.0**64}
+
+
+def fragments(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """A lane's words -> its four registers of two 16-bit floats each, as the kernel masks them: [..., 4, 2], float64."""
+    masks = (0x000F000F, 0x00F000F0)
+    registers = [words >> 8 * (r // 2) & masks[r % 2] for r in range(4)]
+    stacked = torch.stack(registers, -1).to(torch.int32).contiguous()
+    return stacked.view(torch.int16).view(dtype).unflatten(-1, (4, 2)).double()
+
+
+def multiply_block(block: Tensor, x_TC: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """32 rows x T of one block: codes as subnormals, zeros as the first addend, scales on the sums."""
+    step, x_scale = STEP[dtype], X_SCALE[dtype]
+    words = block[:CODE_BYTES].view(torch.int32).view(2, 2, 8, 4, 2, 2)  # half, u, g, t, i, j
+    registers = fragments(words, dtype)
+    x = (x_TC.double() * x_scale).to(dtype).double().view(-1, 2, 2, 4, 2, 2, 2)  # T, u, i, t, j, k2, k1
+    scales = block[CODE_BYTES : CODE_BYTES + layout.scale_bytes].view(layout.scales).double()
+    scales = scales.view(layout.parts, 8, 2, 2)
+    zeros = torch.full_like(scales, 8)
+    if layout.zeros:
+        zeros = block[CODE_BYTES + layout.scale_bytes :].double().view(layout.parts, 8, 2, 2)
+    sums = x_TC.double().unflatten(-1, (layout.parts, -1)).sum(-1)  # T, group of the block
+    total = torch.zeros(2, 2, 8, len(x_TC), dtype=torch.float64)
+    for part in range(layout.parts):
+        units = range(part * layout.group // 32, (part + 1) * layout.group // 32)
+        for odd in range(2):
+            planes = 16.0**odd * step * x_scale
+            acc = -zeros[part, :, :, odd].T.unsqueeze(-1) * sums[:, part] * planes
+            for unit in units:
+                u, i = divmod(unit, 2)
+                a = registers[:, u, :, :, i, :, odd::2]  # half, g, t, j, k2, k1
+                acc = acc + torch.einsum("hgtjkl,Ttjkl->hgT", a, x[:, u, i])
+            total[:, odd] += scales[part, :, :, odd].T.unsqueeze(-1) * acc / planes
+    return total.reshape(ROWS, -1)
+
+
+def product(blocks: Tensor, x_TC: Tensor, rows: int, layout: Layout, dtype: torch.dtype, plan: Plan) -> Tensor:
+    """y_TR as the clusters, CTAs and warps of one launch share it out; every sum is counted as the barriers count it."""
+    tiles, across = blocks.shape[:2]
+    x_TC = torch.nn.functional.pad(x_TC, (0, across * COLUMNS - x_TC.shape[1]))
+    row_warps, splits, owned = WARPS // plan.warp_splits, plan.size * plan.warp_splits, 1 << plan.owned_log2
+    y_TR = torch.full((len(x_TC), rows), torch.nan, dtype=torch.float64)
+    for cluster in range(plan.clusters):
+        tile0, tile1 = tiles * cluster // plan.clusters, tiles * (cluster + 1) // plan.clusters
+        for start in range(tile0, tile1, row_warps):
+            sent = torch.zeros(plan.size, owned, len(x_TC), dtype=torch.float64)
+            received = [0] * plan.size
+            for part in range(splits):
+                first, end = across * part // splits, across * (part + 1) // splits
+                for tile in range(start, min(start + row_warps, tile1)):
+                    total = torch.zeros(ROWS, len(x_TC), dtype=torch.float64)
+                    for k in range(first, end):
+                        columns = slice(k * COLUMNS, (k + 1) * COLUMNS)
+                        total += multiply_block(blocks[tile, k], x_TC[:, columns], layout, dtype)
+                    for h in range(2):
+                        row = (tile - start) * ROWS + 16 * h
+                        owner, at = row >> plan.owned_log2, row & owned - 1
+                        sent[owner, at : at + 16] += total[16 * h : 16 * h + 16]
+                        received[owner] += 16 * len(x_TC) * 4
+            for rank in range(plan.size):
+                expected = min(owned, max(0, (tile1 - start) * ROWS - rank * owned))
+                assert received[rank] == splits * len(x_TC) * expected * 4, "a barrier would never open"
+                for r in range(owned):
+                    row = start * ROWS + rank * owned + r
+                    if row < min(tile1 * ROWS, rows):
+                        assert y_TR[:, row].isnan().all(), "a row is stored twice"
+                        y_TR[:, row] = sent[rank, r]
+    return y_TR
