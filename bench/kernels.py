@@ -64,7 +64,7 @@ def solution(rows: int, columns: int, group: int, zeros: bool, dtype: torch.dtyp
 
 def excess_error(got: Tensor, x: Tensor, weights: Solution) -> float:
     """The relative error beyond that of rounding the exact product once."""
-    exact = torch.cat([x.double() @ weights.rows(r, r + 4096).values(torch.float64).T for r in range(0, got.shape[1], 4096)], 1)
+    exact = torch.cat([x.double() @ weights.rows(r, min(r + 4096, got.shape[1])).values(torch.float64).T for r in range(0, got.shape[1], 4096)], 1)
     rounded = (exact.to(got.dtype).double() - exact).norm()
     error = (got.double() - exact).norm()
     return float((error**2 - rounded**2).clamp_min(0).sqrt() / exact.norm())

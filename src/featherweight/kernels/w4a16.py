@@ -108,7 +108,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weights", "x", "y", "bias")),
         *(
             (name, ctypes.c_int)
-            for name in "tokens rows columns blocks tiles warp_splits stages owned_log2 x_stride at_barriers at_x at_sums "
+            for name in "tokens rows columns blocks tiles warp_splits stages chunk owned_log2 x_stride at_barriers at_x "
             "at_partials partials_bytes".split()
         ),
     )
@@ -158,8 +158,8 @@ class Kernels:
             y_TR.data_ptr(),
             None if bias_R is None else bias_R.data_ptr(),
             *(plan.tokens, y_TR.shape[1], x_TC.shape[1], blocks.shape[1], blocks.shape[0]),
-            *(plan.warp_splits, plan.stages, plan.owned_log2, plan.x_stride),
-            *(plan.at_barriers, plan.at_x, plan.at_sums, plan.at_partials, plan.partials_bytes),
+            *(plan.warp_splits, plan.stages, plan.chunk, plan.owned_log2, plan.x_stride),
+            *(plan.at_barriers, plan.at_x, plan.at_partials, plan.partials_bytes),
         )
         clusters = self.limits.has_clusters
         self.module.launch(

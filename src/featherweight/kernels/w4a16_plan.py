@@ -13,6 +13,7 @@ from featherweight.kernels.w4a16_layout import COLUMNS, ROWS, Layout
 WARPS = 8
 TOKENS = 32
 """The most that one launch takes."""
+CHUNK = 2
 FIXED_RING = 6  # stages on GPUs without bulk copies: RING of the source
 STAGES = range(3, 9)  # fewer cannot cover the latency of memory, more have not been seen to help
 
@@ -46,7 +47,7 @@ class Plan:
         tokens: in this launch; the kernel is compiled for `width` (8, 16, 24 or 32).
         size: CTAs of a cluster, which split the columns; warp_splits: warps of a CTA that split them further.
         clusters: how many share the tiles.
-        stages: blocks in each warp's ring.
+        stages: chunks in each warp's ring; chunk: blocks in one.
         x_stride, at_*, partials_bytes, bytes: shared memory, as the source's Params has it.
     """
 
@@ -55,10 +56,10 @@ class Plan:
     warp_splits: int
     clusters: int
     stages: int
+    chunk: int
     x_stride: int
     at_barriers: int
     at_x: int
-    at_sums: int
     at_partials: int
     partials_bytes: int
     bytes: int
@@ -73,16 +74,14 @@ class Plan:
         return (WARPS // self.warp_splits * ROWS // self.size).bit_length() - 1
 
 
-def split(tiles: int, blocks: int, device: Device) -> tuple[int, int]:
-    """CTAs of a cluster and warps of a CTA that split the columns."""
-    if not device.has_clusters:
-        return 1, WARPS
-    available = dict(device.clusters)
-    return max(size for size in available if size <= 8), 1
+def splits(device: Device) -> list[tuple[int, int]]:
+    """CTAs of a cluster and warps of a CTA that may split the columns, the best first."""
+    pairs = [(1, WARPS), (2, WARPS // 2), (4, WARPS // 4), (8, WARPS // 8)]
+    return [(size, warps) for size, warps in pairs if dict(device.clusters).get(size)]
 
 
 def lay_out(
-    tokens: int, tiles: int, blocks: int, layout: Layout, device: Device, size: int, warp_splits: int, stages: int
+    tokens: int, tiles: int, blocks: int, layout: Layout, device: Device, size: int, warp_splits: int, stages: int, chunk: int
 ) -> Plan:
     """The plan with these splits and stages, whether or not it fits."""
     row_warps, splits = WARPS // warp_splits, size * warp_splits
@@ -91,14 +90,13 @@ def lay_out(
     slice_blocks = max(blocks * (r + warp_splits) // splits - blocks * r // splits for r in range(0, splits, warp_splits))
     stride = slice_blocks * COLUMNS * 2 + 64  # 64: rows of x fall on different banks
     owned = row_warps * ROWS // size
-    at_barriers = WARPS * stages * layout.block_bytes
-    at_x = _aligned(at_barriers + (WARPS * stages + 2) * 8)
-    at_sums = at_x + tokens * stride
-    at_partials = _aligned(at_sums + slice_blocks * layout.parts * -(-tokens // 8) * 8 * 4)
+    at_barriers = WARPS * stages * chunk * layout.block_bytes
+    at_x = _aligned(at_barriers + (WARPS * stages + 3) * 8)
+    at_partials = _aligned(at_x + tokens * stride)
     partials = splits * tokens * (owned + 4) * 4
     total = at_partials + min(passes, 2) * partials
     return Plan(
-        tokens, size, warp_splits, clusters, stages, stride, at_barriers, at_x, at_sums, at_partials, partials, total
+        tokens, size, warp_splits, clusters, stages, chunk, stride, at_barriers, at_x, at_partials, partials, total
     )
 
 
@@ -108,12 +106,14 @@ def choose(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device)
 
     Two CTAs are to fit on a multiprocessor if they can: then the next kernel fetches its weights while this one ends.
     """
-    size, warp_splits = split(tiles, blocks, device)
     stages = STAGES if device.has_clusters else range(FIXED_RING, FIXED_RING + 1)
-    plans = [lay_out(tokens, tiles, blocks, layout, device, size, warp_splits, n) for n in stages]
-    pair = [plan for plan in plans[1:] if 2 * (plan.bytes + 1024) <= device.processor_bytes]
-    alone = [plan for plan in plans if plan.bytes <= device.block_bytes]
-    return (pair or alone or [None])[-1]
+    for size, warp_splits in splits(device):
+        plans = [lay_out(tokens, tiles, blocks, layout, device, size, warp_splits, n, CHUNK) for n in stages]
+        pair = [plan for plan in plans if 2 * (plan.bytes + 1024) <= device.processor_bytes]
+        alone = [plan for plan in plans if plan.bytes <= device.block_bytes]
+        if pair or alone:
+            return (pair or alone)[-1]
+    return None
 
 
 @cache

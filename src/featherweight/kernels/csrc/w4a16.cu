@@ -12,8 +12,8 @@
 // A code is used as it lies: four bits anded out of a word are the subnormal float16 q * 2^-24, or q * 2^-20 for bits
 // 4..7, exact in a tensor core; even rows of a pair use the first, odd rows the second, and the powers of two are
 // undone once at the end. The lowest eight bits of bfloat16 count in steps of 2^-133 likewise, and x is multiplied by
-// 2^64 to keep products of two far above float32's own subnormals. Zeros enter as -zero * sum(x) of the group, as the
-// first addend of its accumulator; the group's scale multiplies the accumulator.
+// 2^64 to keep products of two far above float32's own subnormals. Zeros are one more row pair of codes, all -8 (or -1,
+// to be multiplied by each row's zero), whose product is added before the group's scale multiplies the sum.
 //
 // Macros: BF16 (0: float16), GROUP (32, 64, 128), SCALE (0 float16, 1 bfloat16, 2 float32), ZEROS (0: all 8), WARPS.
 
@@ -28,6 +28,15 @@ constexpr int ROWS = 32, COLUMNS = 128, CODES = ROWS * COLUMNS / 2, PARTS = COLU
 constexpr int SCALE_BYTES = PARTS * ROWS * (SCALE == 2 ? 4 : 2);
 constexpr int BLOCK = CODES + SCALE_BYTES + (ZEROS ? PARTS * ROWS : 0);
 constexpr int THREADS = WARPS * 32;
+#ifndef CHAINS
+#define CHAINS 1
+#endif
+#ifndef PAIR
+#define PAIR 2
+#endif
+#ifndef UNROLL
+#define UNROLL 2
+#endif
 constexpr int RING = 6;  // stages of a ring on GPUs without bulk copies, where the count must be known when compiling
 
 struct Params {
@@ -38,33 +47,20 @@ struct Params {
     int tokens, rows, columns;
     int blocks, tiles;   // of the whole matrix: across and down
     int warp_splits;     // in how many the warps of a CTA split its columns
-    int stages;          // of each warp's ring
+    int stages, chunk;   // of each warp's ring: chunks, and blocks in a chunk
     int owned_log2;      // of the rows of one pass that a CTA sums up and stores
     int x_stride;        // bytes
-    int at_barriers, at_x, at_sums, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
+    int at_barriers, at_x, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
 };
 
 // ---- instructions ---------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ uint4 load_shared4(u32 a) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
-    return v;
-}
-__device__ __forceinline__ uint2 load_shared2(u32 a) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
-    return v;
-}
 __device__ __forceinline__ u32 load_shared(u32 a) {
     u32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
     return v;
-}
-__device__ __forceinline__ void store_shared4(u32 a, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 __device__ __forceinline__ void store_shared_float(u32 a, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory");
@@ -146,63 +142,68 @@ __device__ __forceinline__ void wait_for_the_kernel_before() {
 #endif
 }
 
-// One warp's ring of blocks: `start` fetches, `wait` makes a block readable by the warp.
+// One warp's ring of chunks, each a few blocks of a tile: `start` fetches, `wait` makes one readable by the warp.
 struct Ring {
-    u32 base, barriers;
-    int stages, slot_in, slot_out;
+    u8* slots;
+    u32 barriers;
+    int stages, chunk, run, chunks;  // run: blocks of a tile that are ours; chunks: what they are fetched in
+    int slot_in, chunk_in, left;     // next to fetch; left: chunks of all tiles
+    int slot_out;
     u32 phase;
-    const u8* source;
-    int run, left_in_run, left;  // blocks: of a tile, of the tile being fetched, of all
-    int jump;                    // blocks from the end of one tile's run to the start of the warp's next
+    const u8* source;                // our part of the tile being fetched
+    u64 step;                        // from there to the same part of our next tile
 #if BULK
     u64 policy;
 #endif
 
-    // Fetches the first blocks, as many as the ring holds: on Hopper each by a lane of its own.
+    // Fetches as many chunks as the ring holds: on Hopper each by a lane of its own.
     __device__ __forceinline__ void begin(int lane) {
-        slot_in = slot_out = 0;
+        slot_in = slot_out = chunk_in = 0;
         phase = 0;
 #if BULK
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         if (lane < stages) init_barrier(barriers + 8 * lane);
         __syncwarp();
-        int blocks = min(stages, left);
-        if (lane < blocks) fetch(lane, source + (u64)(lane / run * (run + jump) + lane % run) * BLOCK);
-        if (blocks > 0) {
-            source += (u64)(blocks / run * (run + jump) + blocks % run) * BLOCK;
-            left_in_run -= blocks % run;
-            left -= blocks;
-            slot_in = blocks == stages ? 0 : blocks;
+        int n = min(stages, left);
+        if (lane < n) fetch(lane, lane % chunks, source + lane / chunks * step);
+        if (n > 0) {
+            source += n / chunks * step;
+            chunk_in = n % chunks;
+            left -= n;
+            slot_in = n == stages ? 0 : n;
         }
 #else
         for (int i = 0; i < stages; i++) start(lane);
 #endif
     }
 
+    __device__ __forceinline__ int blocks_of(int i) { return min(chunk, run - i * chunk); }
+
 #if BULK
-    // One thread: block `from` into a slot, which announces its arrival.
-    __device__ __forceinline__ void fetch(int slot, const u8* from) {
-        u32 barrier = barriers + 8 * slot;
-        expect_bytes(barrier, BLOCK);
+    // One thread: chunk `i` of the tile `from` into a slot, which announces its arrival.
+    __device__ __forceinline__ void fetch(int slot, int i, const u8* from) {
+        u32 bytes = blocks_of(i) * BLOCK, barrier = barriers + 8 * slot;
+        expect_bytes(barrier, bytes);
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-            ::"r"(base + slot * BLOCK), "l"(from), "r"(BLOCK), "r"(barrier), "l"(policy) : "memory");
+            ::"r"(shared_address(slots) + slot * chunk * BLOCK), "l"(from + i * chunk * BLOCK), "r"(bytes), "r"(barrier), "l"(policy)
+            : "memory");
     }
 #endif
 
     __device__ __forceinline__ void start(int lane) {
         if (left > 0) {
 #if BULK
-            if (lane == 0) fetch(slot_in, source);
+            if (lane == 0) fetch(slot_in, chunk_in, source);
 #else
-            for (int i = lane * 16; i < BLOCK; i += 512)
+            for (int i = lane * 16; i < blocks_of(chunk_in) * BLOCK; i += 512)
                 asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                             ::"r"(base + slot_in * BLOCK + i), "l"(source + i) : "memory");
+                             ::"r"(shared_address(slots) + slot_in * chunk * BLOCK + i), "l"(source + chunk_in * chunk * BLOCK + i)
+                             : "memory");
 #endif
-            source += BLOCK;
-            if (--left_in_run == 0) {
-                left_in_run = run;
-                source += (u64)jump * BLOCK;
+            if (++chunk_in == chunks) {
+                chunk_in = 0;
+                source += step;
             }
             left--;
             if (++slot_in == stages) slot_in = 0;
@@ -212,14 +213,14 @@ struct Ring {
 #endif
     }
 
-    __device__ __forceinline__ u32 wait() {
+    __device__ __forceinline__ const u8* wait() {
 #if BULK
         wait_barrier(barriers + 8 * slot_out, phase);
 #else
         asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
         __syncwarp();
 #endif
-        return base + slot_out * BLOCK;
+        return slots + slot_out * chunk * BLOCK;
     }
 
     __device__ __forceinline__ void release(int lane) {
@@ -227,7 +228,7 @@ struct Ring {
             slot_out = 0;
             phase ^= 1;
         }
-        __syncwarp();  // the whole warp has read the block
+        __syncwarp();  // the whole warp has read the chunk
         start(lane);
     }
 };
@@ -241,53 +242,47 @@ constexpr float X_SCALE = 2.0f * (1ull << 63);
 constexpr float STEP = 1.0f / (1 << 24), X_SCALE = 1.0f;
 #endif
 
-// x[:, slice] into shared memory, and what zeros cost: -(8 or 1) * sum of x over each group, in steps of a code.
-template <int NT> __device__ __forceinline__ void load_x(const Params& p, int first_block, int blocks, u32 base) {
-    constexpr int BATCH = 4, LANES = GROUP / 8;  // loads under way at once; lanes that hold one group
-    const int chunks = blocks * (COLUMNS / 8), all = p.tokens * chunks;
-    for (int start = threadIdx.x; start < all; start += BATCH * THREADS) {
-        uint4 v[BATCH];
-#pragma unroll
-        for (int k = 0; k < BATCH; k++) {
-            int i = start + k * THREADS, token = i / chunks, column = first_block * COLUMNS + (i - token * chunks) * 8;
-            v[k] = make_uint4(0, 0, 0, 0);
-            if (i < all && column < p.columns) v[k] = *(const uint4*)(p.x + (u64)token * p.columns + column);
-        }
-#pragma unroll
-        for (int k = 0; k < BATCH; k++) {
-            int i = start + k * THREADS, token = i / chunks, chunk = i - token * chunks;
-            if (i >= all) break;
-            u32* words = (u32*)&v[k];
-            float sum = 0;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float low = activation_to_float((u16)words[j]), high = activation_to_float((u16)(words[j] >> 16));
-                sum += low + high;
-                if (BF16)
-                    words[j] = __float_as_uint(low * X_SCALE) >> 16 | (__float_as_uint(high * X_SCALE) & 0xffff0000u);
-            }
-            store_shared4(base + p.at_x + token * p.x_stride + chunk * 16, v[k]);
-            // A slice is a multiple of 16 chunks, so the lanes of one group sit side by side in one half of a warp.
-#pragma unroll
-            for (int d = 1; d < LANES; d *= 2) sum += __shfl_xor_sync(0xffffu << (threadIdx.x & 16), sum, d);
-            if (chunk % LANES == 0)
-                store_shared_float(base + p.at_sums + (chunk / LANES * NT * 8 + token) * 4, -sum * STEP * (ZEROS ? 1 : 8));
-        }
+__device__ __forceinline__ u32 scaled(u32 pair) {
+    float low = activation_to_float((u16)pair) * X_SCALE, high = activation_to_float((u16)(pair >> 16)) * X_SCALE;
+    return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);  // exact: bfloat16 is half a float
+}
+
+// x[:, slice] into shared memory, for bfloat16 times 2^64. The caller waits for all threads afterwards.
+__device__ __forceinline__ void load_x(const Params& p, int first_column, int columns, u8* x, u32 barrier) {
+    const int present = min(columns, p.columns - first_column), chunks = columns / 8;
+#if BULK
+    if (threadIdx.x < 32) {
+        if (threadIdx.x == 0) expect_bytes(barrier, p.tokens * present * 2);
+        __syncwarp();
+        if (threadIdx.x < p.tokens)
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         ::"r"(shared_address(x + threadIdx.x * p.x_stride)), "l"(p.x + (u64)threadIdx.x * p.columns + first_column),
+                         "r"(present * 2), "r"(barrier) : "memory");
+    }
+    wait_barrier(barrier, 0);
+#endif
+    if (BULK && !BF16 && present == columns) return;
+    for (int i = threadIdx.x; i < p.tokens * chunks; i += THREADS) {
+        int token = i / chunks, column = (i - token * chunks) * 8;
+        uint4* at = (uint4*)(x + token * p.x_stride + column * 2);
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (column < present) v = BULK ? *at : *(const uint4*)(p.x + (u64)token * p.columns + first_column + column);
+        if (BF16) v.x = scaled(v.x), v.y = scaled(v.y), v.z = scaled(v.z), v.w = scaled(v.w);
+        *at = v;
     }
 }
 
-struct Scales {
-    float of[2][2];  // half tile, row or row + 8
+struct Four {
+    float of[2][2];  // half tile; row or row + 8
 };
 
-__device__ __forceinline__ Scales load_scales(u32 block, int part, int g) {
-    Scales s;
+__device__ __forceinline__ Four load_scales(const u8* block, int part, int g) {
+    Four s;
     if (SCALE == 2) {
-        uint4 v = load_shared4(block + CODES + (part * 8 + g) * 16);
-        s.of[0][0] = __uint_as_float(v.x), s.of[0][1] = __uint_as_float(v.y);
-        s.of[1][0] = __uint_as_float(v.z), s.of[1][1] = __uint_as_float(v.w);
+        float4 v = *(const float4*)(block + CODES + (part * 8 + g) * 16);
+        s.of[0][0] = v.x, s.of[0][1] = v.y, s.of[1][0] = v.z, s.of[1][1] = v.w;
     } else {
-        uint2 v = load_shared2(block + CODES + (part * 8 + g) * 8);
+        uint2 v = *(const uint2*)(block + CODES + (part * 8 + g) * 8);
         u32 words[2] = {v.x, v.y};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -299,63 +294,61 @@ __device__ __forceinline__ Scales load_scales(u32 block, int part, int g) {
     return s;
 }
 
-__device__ __forceinline__ Scales load_zeros(u32 block, int part, int g) {
-    u32 v = load_shared(block + CODES + SCALE_BYTES + (part * 8 + g) * 4);
-    Scales z;
+__device__ __forceinline__ Four load_zeros(const u8* block, int part, int g) {
+    u32 v = *(const u32*)(block + CODES + SCALE_BYTES + (part * 8 + g) * 4);
+    Four z;
     z.of[0][0] = (float)(v & 255), z.of[0][1] = (float)(v >> 8 & 255);
     z.of[1][0] = (float)(v >> 16 & 255), z.of[1][1] = (float)(v >> 24);
     return z;
 }
 
-// total += one block's 32 rows x 128 columns times x. `x` and `sums` are addresses for this lane and block.
+// total += one block's 32 rows x 128 columns times x; `x` is this lane's first 16 bytes of each 8 tokens.
 template <int NT>
-__device__ __forceinline__ void multiply_block(float (&total)[2][NT][4], u32 block, const u32 (&x)[NT], u32 x_at, u32 sums, int lane) {
+__device__ __forceinline__ void multiply_block(float (&total)[2][NT][4], const u8* block, const u8* const (&x)[NT], int x_at, int lane) {
     const int g = lane >> 2;
+    // -8 (or -1) in the steps of even and odd rows' codes: its product with x is what zeros take away.
+    const u32 even = ZEROS ? 0x80018001u : 0x80088008u, odd = ZEROS ? 0x80108010u : 0x80808080u, away[4] = {even, odd, even, odd};
     uint4 codes[2];
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-        float acc[2][NT][4];
-        Scales zeros;
-        if (ZEROS) zeros = load_zeros(block, part, g);
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            uint2 v = load_shared2(sums + (part * NT + n) * 32);
-            float c0 = __uint_as_float(v.x), c1 = __uint_as_float(v.y);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                acc[h][n][0] = ZEROS ? c0 * zeros.of[h][0] : c0;
-                acc[h][n][1] = ZEROS ? c1 * zeros.of[h][0] : c1;
-                acc[h][n][2] = 16 * c0 * (ZEROS ? zeros.of[h][1] : 1);
-                acc[h][n][3] = 16 * c1 * (ZEROS ? zeros.of[h][1] : 1);
-            }
-        }
+        float acc[CHAINS][2][NT][4] = {}, zero[NT][4] = {};
 #pragma unroll
         for (int i = 0; i < GROUP / 32; i++) {
             const int unit = part * (GROUP / 32) + i;  // of 32 columns
             if (unit % 2 == 0) {
-                codes[0] = load_shared4(block + unit * 256 + lane * 16);
-                codes[1] = load_shared4(block + CODES / 2 + unit * 256 + lane * 16);
+                codes[0] = *(const uint4*)(block + unit * 256 + lane * 16);
+                codes[1] = *(const uint4*)(block + CODES / 2 + unit * 256 + lane * 16);
             }
             uint4 b[NT];
 #pragma unroll
-            for (int n = 0; n < NT; n++) b[n] = load_shared4(x[n] + x_at + unit * 64);
+            for (int n = 0; n < NT; n++) b[n] = *(const uint4*)(x[n] + x_at + unit * 64);
 #pragma unroll
-            for (int j = 0; j < 2; j++)
+            for (int j = 0; j < 2; j++) {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     u32 w = unit % 2 ? (j ? codes[h].w : codes[h].z) : (j ? codes[h].y : codes[h].x);
                     u32 a[4] = {w & 0x000f000fu, w & 0x00f000f0u, w >> 8 & 0x000f000fu, w >> 8 & 0x00f000f0u};
 #pragma unroll
-                    for (int n = 0; n < NT; n++) multiply(acc[h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
+                    for (int n = 0; n < NT; n++)
+                        multiply(acc[i % CHAINS][h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
                 }
+#pragma unroll
+                for (int n = 0; n < NT; n++) multiply(zero[n], away, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
+            }
         }
-        Scales scales = load_scales(block, part, g);
+        Four scales = load_scales(block, part, g), zeros;
+        if (ZEROS) zeros = load_zeros(block, part, g);
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) total[h][n][e] += scales.of[h][e / 2] * acc[h][n][e];
+                for (int e = 0; e < 4; e++) {
+                    float sum = acc[0][h][n][e];
+                    if (CHAINS > 1) sum += acc[CHAINS - 1][h][n][e];
+                    sum += ZEROS ? zeros.of[h][e / 2] * zero[n][e] : zero[n][e];
+                    total[h][n][e] += scales.of[h][e / 2] * sum;
+                }
     }
 }
 
@@ -367,7 +360,7 @@ struct Exchange {
 
     __device__ __forceinline__ void begin() {
 #if BULK
-        if (threadIdx.x < 2) init_barrier(barriers + 8 * threadIdx.x);
+        if (threadIdx.x < 3) init_barrier(barriers + 8 * threadIdx.x);  // the third is for x
         asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
     }
@@ -377,8 +370,9 @@ struct Exchange {
     // `expected`: bytes of this pass that come to this CTA.
     __device__ __forceinline__ void may_send(int pass, u32 expected) {
 #if BULK
-        if (threadIdx.x == 0) expect_bytes(barrier(pass), expected);
         asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        // Only now: expecting no bytes ends the phase, and a thread may have been waiting for the one before.
+        if (threadIdx.x == 0) expect_bytes(barrier(pass), expected);
 #else
         __syncthreads();
 #endif
@@ -458,35 +452,43 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     const int slice_end = p.blocks * ((rank + 1) * p.warp_splits) / splits;
 
     Ring ring;
-    ring.base = base + warp * p.stages * BLOCK;
+    ring.slots = memory + warp * p.stages * p.chunk * BLOCK;
     ring.barriers = base + p.at_barriers + warp * p.stages * 8;
     ring.stages = BULK ? p.stages : RING;
+    ring.chunk = p.chunk;
+    ring.run = count;
+    ring.chunks = (count + p.chunk - 1) / p.chunk;
     ring.source = p.weights + ((u64)(tile0 + warp_row) * p.blocks + first) * BLOCK;
-    ring.run = ring.left_in_run = count;
-    ring.jump = row_warps * p.blocks - count;
-    ring.left = max(0, (tile1 - tile0 - warp_row + row_warps - 1) / row_warps) * count;
+    ring.step = (u64)row_warps * p.blocks * BLOCK;
+    ring.left = max(0, (tile1 - tile0 - warp_row + row_warps - 1) / row_warps) * ring.chunks;
     ring.begin(lane);
     Exchange exchange = {base + p.at_partials, base + p.at_barriers + WARPS * p.stages * 8, p.partials_bytes};
     exchange.begin();
+    __syncthreads();
 
     let_the_next_kernel_start();
     wait_for_the_kernel_before();
-    load_x<NT>(p, slice, slice_end - slice, base);
+    load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barriers + 16);
     __syncthreads();
 
-    u32 x[NT];
+    const u8* x[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++)  // columns of the product beyond the last token repeat it, and are not stored
-        x[n] = base + p.at_x + min(n * 8 + (lane >> 2), p.tokens - 1) * p.x_stride + (lane & 3) * 16;
-    const u32 sums = base + p.at_sums + (lane & 3) * 8;
+        x[n] = memory + p.at_x + min(n * 8 + (lane >> 2), p.tokens - 1) * p.x_stride + (lane & 3) * 16;
 
     for (int pass = 0; pass <= passes; pass++) {
         float total[2][NT][4] = {};
         const bool mine = pass < passes && tile0 + pass * row_warps + warp_row < tile1;
         if (mine)
-            for (int i = 0; i < count; i++) {
-                int at = first - slice + i;
-                multiply_block<NT>(total, ring.wait(), x, at * (COLUMNS * 2), sums + at * (PARTS * NT * 32), lane);
+            for (int i = 0; i < ring.chunks; i++) {
+                const u8* block = ring.wait();
+                int x_at = (first - slice + i * p.chunk) * (COLUMNS * 2);
+#pragma unroll UNROLL
+                for (int k = ring.blocks_of(i); k > 0; k--) {
+                    multiply_block<NT>(total, block, x, x_at, lane);
+                    block += BLOCK;
+                    x_at += COLUMNS * 2;
+                }
                 ring.release(lane);
             }
         if (pass < passes) {
@@ -504,8 +506,8 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) w4a16_8(const __grid_constant__ Params p) { product<1>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) w4a16_16(const __grid_constant__ Params p) { product<2>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, PAIR) w4a16_8(const __grid_constant__ Params p) { product<1>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, PAIR) w4a16_16(const __grid_constant__ Params p) { product<2>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a16_24(const __grid_constant__ Params p) { product<3>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a16_32(const __grid_constant__ Params p) { product<4>(p); }
 
