@@ -75,7 +75,7 @@ def ours(weights: Solution, dtype: torch.dtype, early: bool = True) -> tuple[lis
     blocks, layout = w4a16.repack(weights)
     w4a16.register()
     loaded = w4a16.kernels(blocks.device, dtype, layout)
-    loaded.load(*blocks.shape[:2])
+    loaded.load()
     loaded.early = early
     sets = [blocks, *(blocks.clone() for _ in range(copies(blocks.numel()) - 1))]
     static = (len(weights.codes_RC), layout.group, layout.scales, layout.zeros)

@@ -51,7 +51,7 @@ def multiply_block(block: Tensor, x_TC: Tensor, layout: Layout, dtype: torch.dty
 
 def product(blocks: Tensor, x_TC: Tensor, rows: int, layout: Layout, dtype: torch.dtype, plan: Plan) -> Tensor:
     """y_TR as the clusters, CTAs and warps of one launch share it out; every sum is counted as the barriers count it."""
-    tiles, across = blocks.shape[:2]
+    tiles, across = blocks.shape[:2]  # as blocks_of returns them
     x_TC = torch.nn.functional.pad(x_TC, (0, across * COLUMNS - x_TC.shape[1]))
     row_warps, splits, owned = WARPS // plan.warp_splits, plan.size * plan.warp_splits, 1 << plan.owned_log2
     y_TR = torch.full((len(x_TC), rows), torch.nan, dtype=torch.float64)

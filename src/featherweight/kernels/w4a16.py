@@ -28,7 +28,7 @@ from featherweight.kernels import nvrtc, w4a16_layout
 from featherweight.kernels.base import Case, Kernel, Run
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
-from featherweight.kernels.w4a16_layout import GROUPS, MIDDLE, SCALE_DTYPES, Layout
+from featherweight.kernels.w4a16_layout import CHUNK, GROUPS, MIDDLE, SCALE_DTYPES, Layout, extent
 from featherweight.kernels.w4a16_plan import TOKENS, WARPS, Device, Plan, choose, most_tokens
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -62,14 +62,14 @@ class W4A16(Kernel):
         solution = format.unpack(tensors, rule)
         assert isinstance(solution, Solution)
         rows, columns = solution.codes_RC.shape
-        blocks, layout = repack(solution)
-        if blocks.is_cuda:
+        weights, layout = repack(solution)
+        if weights.is_cuda:
             try:
-                kernels(blocks.device, dtype, layout).load(blocks.shape[0], blocks.shape[1])
+                kernels(weights.device, dtype, layout).load()
             except nvrtc.CompileError as error:
                 warnings.warn(f"w4a16 gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
                 return Reference().prepare(format, rule, tensors, dtype)
-            torch.cuda.synchronize(blocks.device)  # a launch reads weights before it waits for the kernels in front
+            torch.cuda.synchronize(weights.device)  # a launch reads weights before it waits for the kernels in front
         register()
         static = (rows, layout.group, layout.scales, layout.zeros)
 
@@ -80,7 +80,7 @@ class W4A16(Kernel):
                 raise RequestError(
                     f"the input is {x_TC.dtype} with {x_TC.shape[-1]} columns, and the layer takes {dtype} and {columns}."
                 )
-            return torch.ops.featherweight.w4a16(x_TC, blocks, bias_R, *static)
+            return torch.ops.featherweight.w4a16(x_TC, weights, bias_R, *static)
 
         return run
 
@@ -129,35 +129,34 @@ class Kernels:
     early: bool = True
     _loaded: set[str] = field(default_factory=set)
 
-    def load(self, tiles: int, blocks: int) -> None:
+    def load(self) -> None:
         """Everything that a call must not do: code onto the device, limits raised. Raises CompileError."""
         for width in range(8, TOKENS + 1, 8):
             self.module.function(f"w4a16_{width}", self.limits.block_bytes)
         self.module.function("w4a16_dequantize")
-        most_tokens(tiles, blocks, self.layout, self.limits)
 
-    def product(self, x_TC: Tensor, blocks: Tensor, bias_R: Tensor | None, rows: int) -> Tensor:
+    def product(self, x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int) -> Tensor:
         """y_TR for contiguous x_TC of any number of rows."""
-        tokens = x_TC.shape[0]
-        most = most_tokens(blocks.shape[0], blocks.shape[1], self.layout, self.limits)
+        tokens, extents = len(x_TC), extent(rows, x_TC.shape[1])
+        most = most_tokens(*extents, self.layout, self.limits)
         if tokens > DENSE_ABOVE or most == 0:
-            return functional.linear(x_TC, self.dequantize(blocks, x_TC, rows), bias_R)
+            return functional.linear(x_TC, self.dequantize(weights, x_TC, rows), bias_R)
         y_TR = torch.empty(tokens, rows, dtype=x_TC.dtype, device=x_TC.device)
         for start in range(0, tokens, most):
             stop = min(start + most, tokens)
-            plan = choose(stop - start, blocks.shape[0], blocks.shape[1], self.layout, self.limits)
+            plan = choose(stop - start, *extents, self.layout, self.limits)
             assert plan is not None
-            self.launch(plan, x_TC[start:stop], blocks, bias_R, y_TR[start:stop])
+            self.launch(plan, x_TC[start:stop], weights, bias_R, y_TR[start:stop])
         return y_TR
 
-    def launch(self, plan: Plan, x_TC: Tensor, blocks: Tensor, bias_R: Tensor | None, y_TR: Tensor) -> None:
+    def launch(self, plan: Plan, x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, y_TR: Tensor) -> None:
         """One launch: y_TR of at most `TOKENS` tokens."""
         params = Params(
-            blocks.data_ptr(),
+            weights.data_ptr(),
             x_TC.data_ptr(),
             y_TR.data_ptr(),
             None if bias_R is None else bias_R.data_ptr(),
-            *(plan.tokens, y_TR.shape[1], x_TC.shape[1], blocks.shape[1], blocks.shape[0]),
+            *(plan.tokens, y_TR.shape[1], x_TC.shape[1], *extent(y_TR.shape[1], x_TC.shape[1])[::-1]),
             *(plan.warp_splits, plan.stages, plan.chunk, plan.owned_log2, plan.x_stride),
             *(plan.at_barriers, plan.at_x, plan.at_partials, plan.partials_bytes),
         )
@@ -172,12 +171,12 @@ class Kernels:
             early=self.early and clusters,
         )
 
-    def dequantize(self, blocks: Tensor, like: Tensor, rows: int) -> Tensor:
+    def dequantize(self, weights: Tensor, like: Tensor, rows: int) -> Tensor:
         """The weights V_RC as floats."""
-        tiles, across = blocks.shape[:2]
-        weight_RC = torch.empty(rows, like.shape[1], dtype=like.dtype, device=like.device)
-        params = Params(blocks.data_ptr(), None, weight_RC.data_ptr(), None, 0, rows, like.shape[1], across, tiles)
-        self.module.launch("w4a16_dequantize", -(-tiles * across // WARPS), WARPS * 32, 0, params, cluster=0, early=False)
+        (tiles, blocks), columns = extent(rows, like.shape[1]), like.shape[1]
+        weight_RC = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
+        params = Params(weights.data_ptr(), None, weight_RC.data_ptr(), None, 0, rows, columns, blocks, tiles, chunk=CHUNK)
+        self.module.launch("w4a16_dequantize", -(-tiles * blocks // WARPS), WARPS * 32, 0, params, cluster=0, early=False)
         return weight_RC
 
 
@@ -221,7 +220,7 @@ def register() -> torch.library.Library:
     """Make the operator known to torch, once; the library must stay alive."""
     library = torch.library.Library("featherweight", "DEF")
     library.define(
-        "w4a16(Tensor x, Tensor blocks, Tensor? bias, int rows, int group, ScalarType scales, bool zeros) -> Tensor"
+        "w4a16(Tensor x, Tensor weights, Tensor? bias, int rows, int group, ScalarType scales, bool zeros) -> Tensor"
     )
     library.impl("w4a16", _on_cuda, "CUDA")
     library.impl("w4a16", _on_cpu, "CPU")
@@ -230,20 +229,20 @@ def register() -> torch.library.Library:
 
 
 def _on_cuda(
-    x_TC: Tensor, blocks: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
+    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
 ) -> Tensor:
     flat_TC = x_TC.reshape(-1, x_TC.shape[-1]).contiguous()
     if flat_TC.data_ptr() % 16:
         flat_TC = flat_TC.clone()
-    y_TR = kernels(x_TC.device, x_TC.dtype, Layout(group, scales, zeros)).product(flat_TC, blocks, bias_R, rows)
+    y_TR = kernels(x_TC.device, x_TC.dtype, Layout(group, scales, zeros)).product(flat_TC, weights, bias_R, rows)
     return y_TR.view(*x_TC.shape[:-1], rows)
 
 
 def _on_cpu(
-    x_TC: Tensor, blocks: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
+    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
 ) -> Tensor:
     layout = Layout(group, scales, zeros)
-    codes_RC, scales_RG, zeros_RG = w4a16_layout.unpack(blocks, rows, x_TC.shape[-1], layout)
+    codes_RC, scales_RG, zeros_RG = w4a16_layout.unpack(weights, rows, x_TC.shape[-1], layout)
     grouped = codes_RC.unflatten(-1, (-1, group)).double() - zeros_RG.unsqueeze(-1)
     weight_RC = (grouped * scales_RG.unsqueeze(-1)).flatten(-2)
     bias = None if bias_R is None else bias_R.double()
@@ -251,6 +250,6 @@ def _on_cpu(
 
 
 def _shape(
-    x_TC: Tensor, blocks: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
+    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
 ) -> Tensor:
     return x_TC.new_empty(*x_TC.shape[:-1], rows)

@@ -1,4 +1,7 @@
-"""The order in which `csrc/w4a16.cu` reads 4-bit weights: tiles of 32 rows, each a run of blocks of 128 columns.
+"""The order in which `csrc/w4a16.cu` reads 4-bit weights: blocks of 32 rows (a tile) by 128 columns.
+
+A chunk is `CHUNK` neighbouring blocks of a tile (fewer at the end of one). In memory lie the first chunks of all tiles,
+then their second chunks, and so on.
 
 A block is bytes: 2048 of codes, then its scales, then (where zeros differ from 8) its zeros. A word of codes is what one
 lane (g = lane / 4, t = lane % 4) feeds into one 16 x 16 x 16 product: rows g and g + 8 of a half tile, four columns that
@@ -7,7 +10,7 @@ four one column on. Words lie in the order half tile, u, g, t, i, j: a warp read
 
 Scales, and zeros as bytes, lie in the order group, g, half tile, (row g, row g + 8).
 
-Shapes: R rows, C columns, G groups of a row, T tiles, K blocks of a tile, B bytes of a block.
+Shapes: R rows, C columns, G groups of a row, T tiles, K blocks of a tile, B bytes of a block; weights are flat bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ CODE_BYTES = ROWS * COLUMNS // 2
 GROUPS = (32, 64, 128)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIDDLE = 8
+CHUNK = 4
 # Axes of codes split as (T, half, odd row, g, K, u, i, t, j, k2, k1) in the order of memory, nibbles last.
 ORDER = (0, 4, 1, 5, 3, 7, 6, 8, 10, 9, 2)
 
@@ -56,7 +60,7 @@ class Layout:
 
 
 def pack(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout) -> Tensor:
-    """Blocks [T, K, B] as uint8; rows and columns are padded to whole blocks by weights of scale zero."""
+    """The bytes of all blocks; rows and columns are padded to whole blocks by weights of scale zero."""
     (rows, columns), groups = codes_RC.shape, scales_RG.shape[1]
     assert columns == groups * layout.group, "groups disagree with the layout"
     more_rows, more_columns = -rows % ROWS, -columns % COLUMNS
@@ -67,11 +71,26 @@ def pack(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout) 
     parts = [split[..., 0] | split[..., 1] << 4, _by_group(functional.pad(scales_RG, pad), layout).view(torch.uint8)]
     if layout.zeros:
         parts.append(_by_group(functional.pad(zeros_RG, pad), layout))
-    return torch.cat(parts, dim=-1).contiguous()
+    blocks_TKB = torch.cat(parts, dim=-1)
+    return torch.cat([chunk.flatten() for chunk in blocks_TKB.split(CHUNK, dim=1)])
 
 
-def unpack(blocks_TKB: Tensor, rows: int, columns: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def extent(rows: int, columns: int) -> tuple[int, int]:
+    """Tiles, and blocks of a tile, of a matrix."""
+    return -(-rows // ROWS), -(-columns // COLUMNS)
+
+
+def blocks_of(weights: Tensor, rows: int, columns: int, layout: Layout) -> Tensor:
+    """The blocks [T, K, B] in the bytes that `pack` made."""
+    tiles, blocks = extent(rows, columns)
+    widths = [min(CHUNK, blocks - k) for k in range(0, blocks, CHUNK)]
+    chunks = weights.split([tiles * width * layout.block_bytes for width in widths])
+    return torch.cat([chunk.view(tiles, width, -1) for chunk, width in zip(chunks, widths, strict=True)], dim=1)
+
+
+def unpack(weights: Tensor, rows: int, columns: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """codes_RC, scales_RG, zeros_RG: what `pack` was given."""
+    blocks_TKB = blocks_of(weights, rows, columns, layout)
     tiles, blocks = blocks_TKB.shape[:2]
     at_zeros = CODE_BYTES + layout.scale_bytes
     packed = blocks_TKB[..., :CODE_BYTES]

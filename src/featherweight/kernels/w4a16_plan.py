@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from featherweight.kernels.w4a16_layout import COLUMNS, ROWS, Layout
+from featherweight.kernels.w4a16_layout import CHUNK, COLUMNS, ROWS, Layout
 
 WARPS = 8
 TOKENS = 32
 """The most that one launch takes."""
-CHUNK = 2
 FIXED_RING = 6  # stages on GPUs without bulk copies: RING of the source
-STAGES = range(3, 9)  # fewer cannot cover the latency of memory, more have not been seen to help
+STAGES = range(2, 9)  # fewer cannot cover the latency of memory, more have not been seen to help
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,15 @@ def splits(device: Device) -> list[tuple[int, int]]:
 
 
 def lay_out(
-    tokens: int, tiles: int, blocks: int, layout: Layout, device: Device, size: int, warp_splits: int, stages: int, chunk: int
+    tokens: int, tiles: int, blocks: int, layout: Layout, device: Device, size: int, warp_splits: int, stages: int, chunk: int = CHUNK
 ) -> Plan:
     """The plan with these splits and stages, whether or not it fits."""
     row_warps, splits = WARPS // warp_splits, size * warp_splits
-    clusters = min(dict(device.clusters)[size], -(-tiles // row_warps))
+    clusters = min(dict(device.clusters)[size], tiles)
     passes = -(-(-(-tiles // clusters)) // row_warps)
-    slice_blocks = max(blocks * (r + warp_splits) // splits - blocks * r // splits for r in range(0, splits, warp_splits))
+    chunks = -(-blocks // chunk)
+    ends = [chunks * r // splits for r in range(0, splits + 1, warp_splits)]
+    slice_blocks = max(end - start for start, end in zip(ends, ends[1:], strict=False)) * chunk
     stride = slice_blocks * COLUMNS * 2 + 64  # 64: rows of x fall on different banks
     owned = row_warps * ROWS // size
     at_barriers = WARPS * stages * chunk * layout.block_bytes
@@ -108,7 +109,7 @@ def choose(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device)
     """
     stages = STAGES if device.has_clusters else range(FIXED_RING, FIXED_RING + 1)
     for size, warp_splits in splits(device):
-        plans = [lay_out(tokens, tiles, blocks, layout, device, size, warp_splits, n, CHUNK) for n in stages]
+        plans = [lay_out(tokens, tiles, blocks, layout, device, size, warp_splits, n) for n in stages]
         pair = [plan for plan in plans if 2 * (plan.bytes + 1024) <= device.processor_bytes]
         alone = [plan for plan in plans if plan.bytes <= device.block_bytes]
         if pair or alone:

@@ -2,8 +2,11 @@
 //
 // R rows (outputs), C columns (inputs), T tokens. A *block* is 32 rows x 128 columns: 2048 bytes of codes in the order
 // the tensor cores take them, then its scales, then its zeros (`w4a16_layout.py` packs and describes it). A *tile* is
-// 32 rows: one run of blocks in memory. A cluster of CTAs owns a run of tiles; its CTAs split the columns, so each
-// needs only its slice of x, and the warps of a CTA take a tile each (or split the columns further).
+// 32 rows, a *chunk* a few neighbouring blocks of one: what is fetched at a time. Memory holds the first chunk of every
+// tile, then the second of every tile: warps that run side by side read one stretch of it, as DRAM likes best.
+//
+// A cluster of CTAs owns every so many-th tile; its CTAs split the columns, so each needs only its slice of x, and the
+// warps of a CTA take a tile each (or split the columns further).
 //
 // Each warp fills its own ring of blocks in shared memory (bulk copies, evict-first) and nobody else reads it: no
 // barrier of the CTA is passed while streaming. Weights depend on no other kernel, so the ring is filled before
@@ -47,7 +50,7 @@ struct Params {
     int tokens, rows, columns;
     int blocks, tiles;   // of the whole matrix: across and down
     int warp_splits;     // in how many the warps of a CTA split its columns
-    int stages, chunk;   // of each warp's ring: chunks, and blocks in a chunk
+    int stages, chunk;   // of each warp's ring: chunks; blocks in a chunk
     int owned_log2;      // of the rows of one pass that a CTA sums up and stores
     int x_stride;        // bytes
     int at_barriers, at_x, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
@@ -146,12 +149,13 @@ __device__ __forceinline__ void wait_for_the_kernel_before() {
 struct Ring {
     u8* slots;
     u32 barriers;
-    int stages, chunk, run, chunks;  // run: blocks of a tile that are ours; chunks: what they are fetched in
-    int slot_in, chunk_in, left;     // next to fetch; left: chunks of all tiles
+    int stages, chunk, blocks, tiles;       // blocks in a chunk; blocks and tiles of the whole matrix
+    const u8* weights;
+    int first, chunks;                      // the chunks of every tile that are ours
+    int tile, tile_step;                    // being fetched; to our next one
+    int slot_in, chunk_in, left;            // next to fetch, of the tile; left: chunks of all tiles
     int slot_out;
     u32 phase;
-    const u8* source;                // our part of the tile being fetched
-    u64 step;                        // from there to the same part of our next tile
 #if BULK
     u64 policy;
 #endif
@@ -165,9 +169,9 @@ struct Ring {
         if (lane < stages) init_barrier(barriers + 8 * lane);
         __syncwarp();
         int n = min(stages, left);
-        if (lane < n) fetch(lane, lane % chunks, source + lane / chunks * step);
+        if (lane < n) fetch(lane, first + lane % chunks, tile + lane / chunks * tile_step);
         if (n > 0) {
-            source += n / chunks * step;
+            tile += n / chunks * tile_step;
             chunk_in = n % chunks;
             left -= n;
             slot_in = n == stages ? 0 : n;
@@ -177,33 +181,38 @@ struct Ring {
 #endif
     }
 
-    __device__ __forceinline__ int blocks_of(int i) { return min(chunk, run - i * chunk); }
+    // The last chunk of a tile may be short.
+    __device__ __forceinline__ int blocks_of(int c) { return min(chunk, blocks - c * chunk); }
+    // Chunk c of all tiles lies together: CTAs that work side by side read side by side.
+    __device__ __forceinline__ const u8* address(int c, int t) {
+        return weights + ((u64)tiles * (c * chunk) + (u64)t * blocks_of(c)) * BLOCK;
+    }
 
 #if BULK
-    // One thread: chunk `i` of the tile `from` into a slot, which announces its arrival.
-    __device__ __forceinline__ void fetch(int slot, int i, const u8* from) {
-        u32 bytes = blocks_of(i) * BLOCK, barrier = barriers + 8 * slot;
+    // One thread: a chunk into a slot, which announces its arrival.
+    __device__ __forceinline__ void fetch(int slot, int c, int t) {
+        u32 bytes = blocks_of(c) * BLOCK, barrier = barriers + 8 * slot;
         expect_bytes(barrier, bytes);
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-            ::"r"(shared_address(slots) + slot * chunk * BLOCK), "l"(from + i * chunk * BLOCK), "r"(bytes), "r"(barrier), "l"(policy)
+            ::"r"(shared_address(slots) + slot * chunk * BLOCK), "l"(address(c, t)), "r"(bytes), "r"(barrier), "l"(policy)
             : "memory");
     }
 #endif
 
     __device__ __forceinline__ void start(int lane) {
         if (left > 0) {
+            const int c = first + chunk_in;
 #if BULK
-            if (lane == 0) fetch(slot_in, chunk_in, source);
+            if (lane == 0) fetch(slot_in, c, tile);
 #else
-            for (int i = lane * 16; i < blocks_of(chunk_in) * BLOCK; i += 512)
+            for (int i = lane * 16; i < blocks_of(c) * BLOCK; i += 512)
                 asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                             ::"r"(shared_address(slots) + slot_in * chunk * BLOCK + i), "l"(source + chunk_in * chunk * BLOCK + i)
-                             : "memory");
+                             ::"r"(shared_address(slots) + slot_in * chunk * BLOCK + i), "l"(address(c, tile) + i) : "memory");
 #endif
             if (++chunk_in == chunks) {
                 chunk_in = 0;
-                source += step;
+                tile += tile_step;
             }
             left--;
             if (++slot_in == stages) slot_in = 0;
@@ -423,14 +432,16 @@ __device__ __forceinline__ void send_partials(const Params& p, const float (&tot
     }
 }
 
-// Sums of all splits for the rows this CTA owns, rounded once.
-__device__ __forceinline__ void store_rows(const Params& p, u32 partials, int splits, int first_row, int end_row) {
+// Sums of all splits for the rows this CTA owns, rounded once. Of the cluster's tiles, which lie `clusters` apart, `here`
+// are in this pass, from `tile` on; ours begin at row `at` of theirs.
+__device__ __forceinline__ void store_rows(const Params& p, u32 partials, int splits, int tile, int clusters, int here, int at) {
     const int owned = 1 << p.owned_log2, stride = owned + 4;
     for (int i = threadIdx.x; i < p.tokens << p.owned_log2; i += THREADS) {
-        int token = i >> p.owned_log2, r = i & owned - 1, row = first_row + r;
+        int token = i >> p.owned_log2, r = i & owned - 1, slot = (at + r) / ROWS;
+        int row = (tile + slot * clusters) * ROWS + (at + r) % ROWS;
         float sum = 0;
         for (int s = 0; s < splits; s++) sum += load_shared_float(partials + ((s * p.tokens + token) * stride + r) * 4);
-        if (row < end_row) {
+        if (slot < here && row < p.rows) {
             if (p.bias) sum += activation_to_float(p.bias[row]);
             p.y[(u64)token * p.rows + row] = float_to_activation(sum);
         }
@@ -444,23 +455,23 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     const int rank = cluster_rank(), size = cluster_size(), cluster = blockIdx.x / size, clusters = gridDim.x / size;
     const int row_warps = WARPS / p.warp_splits, warp_row = warp % row_warps, splits = size * p.warp_splits;
     const int part = rank * p.warp_splits + warp / row_warps;
-    const int tile0 = (int)((u64)p.tiles * cluster / clusters), tile1 = (int)((u64)p.tiles * (cluster + 1) / clusters);
-    const int passes = (tile1 - tile0 + row_warps - 1) / row_warps;
-    const int first = p.blocks * part / splits, count = p.blocks * (part + 1) / splits - first;
+    const int tiles = (p.tiles - cluster + clusters - 1) / clusters;  // ours: cluster, cluster + clusters, ...
+    const int passes = (tiles + row_warps - 1) / row_warps;
     const int owned = 1 << p.owned_log2;
-    const int slice = p.blocks * (rank * p.warp_splits) / splits;
-    const int slice_end = p.blocks * ((rank + 1) * p.warp_splits) / splits;
+    const int chunks = (p.blocks + p.chunk - 1) / p.chunk, first = chunks * part / splits;
+    const int slice = chunks * (rank * p.warp_splits) / splits * p.chunk;  // blocks, first and last, that this CTA needs
+    const int slice_end = min(chunks * ((rank + 1) * p.warp_splits) / splits * p.chunk, p.blocks);
 
     Ring ring;
     ring.slots = memory + warp * p.stages * p.chunk * BLOCK;
     ring.barriers = base + p.at_barriers + warp * p.stages * 8;
     ring.stages = BULK ? p.stages : RING;
-    ring.chunk = p.chunk;
-    ring.run = count;
-    ring.chunks = (count + p.chunk - 1) / p.chunk;
-    ring.source = p.weights + ((u64)(tile0 + warp_row) * p.blocks + first) * BLOCK;
-    ring.step = (u64)row_warps * p.blocks * BLOCK;
-    ring.left = max(0, (tile1 - tile0 - warp_row + row_warps - 1) / row_warps) * ring.chunks;
+    ring.chunk = p.chunk, ring.blocks = p.blocks, ring.tiles = p.tiles, ring.weights = p.weights;
+    ring.first = first;
+    ring.chunks = chunks * (part + 1) / splits - first;
+    ring.tile = warp_row * clusters + cluster;
+    ring.tile_step = row_warps * clusters;
+    ring.left = max(0, (tiles - warp_row + row_warps - 1) / row_warps) * ring.chunks;
     ring.begin(lane);
     Exchange exchange = {base + p.at_partials, base + p.at_barriers + WARPS * p.stages * 8, p.partials_bytes};
     exchange.begin();
@@ -478,29 +489,34 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
 
     for (int pass = 0; pass <= passes; pass++) {
         float total[2][NT][4] = {};
-        const bool mine = pass < passes && tile0 + pass * row_warps + warp_row < tile1;
+        const bool mine = pass * row_warps + warp_row < tiles;
         if (mine)
             for (int i = 0; i < ring.chunks; i++) {
                 const u8* block = ring.wait();
-                int x_at = (first - slice + i * p.chunk) * (COLUMNS * 2);
+                int x_at = ((first + i) * p.chunk - slice) * (COLUMNS * 2);
 #pragma unroll UNROLL
-                for (int k = ring.blocks_of(i); k > 0; k--) {
+                for (int k = ring.blocks_of(first + i); k > 0; k--) {
+#ifdef EMPTY
+                    total[0][0][0] += *(const float*)(block + lane * 4);
+#else
                     multiply_block<NT>(total, block, x, x_at, lane);
+#endif
                     block += BLOCK;
                     x_at += COLUMNS * 2;
                 }
                 ring.release(lane);
             }
         if (pass < passes) {
-            int rows = min(owned, max(0, (tile1 - tile0 - pass * row_warps) * ROWS - rank * owned));
+            int rows = min(owned, max(0, (tiles - pass * row_warps) * ROWS - rank * owned));
             exchange.may_send(pass, splits * p.tokens * rows * 4);
             if (mine)
                 send_partials<NT>(p, total, exchange.buffer(pass), exchange.barrier(pass), part, warp_row * ROWS, lane);
         }
         if (pass > 0) {
             exchange.wait_for(pass - 1);
-            store_rows(p, exchange.buffer(pass - 1), splits, (tile0 + (pass - 1) * row_warps) * ROWS + rank * owned,
-                       min(tile1 * ROWS, p.rows));
+            const int before = (pass - 1) * row_warps;
+            store_rows(p, exchange.buffer(pass - 1), splits, before * clusters + cluster, clusters,
+                       min(row_warps, tiles - before), rank * owned);
         }
         if (pass + 1 < passes) exchange.have_read();
     }
@@ -518,8 +534,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4a16_dequantize(const __g
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const u64 index = (u64)blockIdx.x * WARPS + (threadIdx.x >> 5);
     if (index >= (u64)p.tiles * p.blocks) return;
-    const int tile = (int)(index / p.blocks), column0 = (int)(index % p.blocks) * COLUMNS;
-    const u8* block = p.weights + index * BLOCK;
+    const int k = (int)(index / p.tiles), tile = (int)(index % p.tiles), column0 = k * COLUMNS;
+    const int c = k / p.chunk * p.chunk, run = min(p.chunk, p.blocks - c);
+    const u8* block = p.weights + ((u64)p.tiles * c + (u64)tile * run + k - c) * BLOCK;
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -538,11 +555,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4a16_dequantize(const __g
                     float zero = ZEROS ? (float)(block + CODES + SCALE_BYTES)[at] : 8.0f;
                     u32 out[4];
 #pragma unroll
-                    for (int k = 0; k < 4; k++) {  // two words of four codes a row: columns 0, 2 low and 1, 3 high
-                        u32 w = words[i * 2 + k / 2] >> (4 * odd + 8 * (k & 1));
+                    for (int q = 0; q < 4; q++) {  // two words of four codes a row: columns 0, 2 low and 1, 3 high
+                        u32 w = words[i * 2 + q / 2] >> (4 * odd + 8 * (q & 1));
                         u32 low = float_to_activation(((float)(w & 15) - zero) * scale);
                         u32 high = float_to_activation(((float)(w >> 16 & 15) - zero) * scale);
-                        out[k] = low | high << 16;
+                        out[q] = low | high << 16;
                     }
                     if (row < p.rows && column < p.columns)
                         *(uint4*)(p.y + (u64)row * p.columns + column) = make_uint4(out[0], out[1], out[2], out[3]);
