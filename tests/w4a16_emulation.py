@@ -1,15 +1,17 @@
 """csrc/w4a16.cu in plain torch: the same words, lanes, splits and sums, one launch at a time.
 
-Shapes: R rows, C columns, T tokens; blocks [tiles, blocks across, bytes].
+Shapes: R rows, C columns, T tokens; blocks [tiles, blocks of a tile, bytes].
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from featherweight.kernels.w4a16_layout import CODE_BYTES, COLUMNS, ROWS, Layout
-from featherweight.kernels.w4a16_plan import WARPS, Plan
+from featherweight.kernels.w4a16_layout import CODE_BYTES, COLUMNS, ROWS, Layout, blocks_of
+from featherweight.kernels.w4a16_plan import Plan
 
 STEP = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 X_SCALE = {torch.float16: 1.0, torch.bfloat16: 2.0**64}
@@ -49,35 +51,41 @@ def multiply_block(block: Tensor, x_TC: Tensor, layout: Layout, dtype: torch.dty
     return total.reshape(ROWS, -1)
 
 
-def product(blocks: Tensor, x_TC: Tensor, rows: int, layout: Layout, dtype: torch.dtype, plan: Plan) -> Tensor:
+def product(weights: Tensor, x_TC: Tensor, rows: int, layout: Layout, plan: Plan) -> Tensor:
     """y_TR as the clusters, CTAs and warps of one launch share it out; every sum is counted as the barriers count it."""
-    tiles, across = blocks.shape[:2]  # as blocks_of returns them
+    blocks_TKB = blocks_of(weights, rows, x_TC.shape[1], layout)
+    tiles, across = blocks_TKB.shape[:2]
     x_TC = torch.nn.functional.pad(x_TC, (0, across * COLUMNS - x_TC.shape[1]))
-    row_warps, splits, owned = WARPS // plan.warp_splits, plan.size * plan.warp_splits, 1 << plan.owned_log2
     y_TR = torch.full((len(x_TC), rows), torch.nan, dtype=torch.float64)
     for cluster in range(plan.clusters):
-        tile0, tile1 = tiles * cluster // plan.clusters, tiles * (cluster + 1) // plan.clusters
-        for start in range(tile0, tile1, row_warps):
-            sent = torch.zeros(plan.size, owned, len(x_TC), dtype=torch.float64)
-            received = [0] * plan.size
-            for part in range(splits):
-                first, end = across * part // splits, across * (part + 1) // splits
-                for tile in range(start, min(start + row_warps, tile1)):
-                    total = torch.zeros(ROWS, len(x_TC), dtype=torch.float64)
-                    for k in range(first, end):
-                        columns = slice(k * COLUMNS, (k + 1) * COLUMNS)
-                        total += multiply_block(blocks[tile, k], x_TC[:, columns], layout, dtype)
-                    for h in range(2):
-                        row = (tile - start) * ROWS + 16 * h
-                        owner, at = row >> plan.owned_log2, row & owned - 1
-                        sent[owner, at : at + 16] += total[16 * h : 16 * h + 16]
-                        received[owner] += 16 * len(x_TC) * 4
-            for rank in range(plan.size):
-                expected = min(owned, max(0, (tile1 - start) * ROWS - rank * owned))
-                assert received[rank] == splits * len(x_TC) * expected * 4, "a barrier would never open"
-                for r in range(owned):
-                    row = start * ROWS + rank * owned + r
-                    if row < min(tile1 * ROWS, rows):
-                        assert y_TR[:, row].isnan().all(), "a row is stored twice"
-                        y_TR[:, row] = sent[rank, r]
+        ours = range(cluster, tiles, plan.clusters)
+        for start in range(0, len(ours), plan.split.row_warps):
+            here = ours[start : start + plan.split.row_warps]
+            for row, total in one_pass(blocks_TKB, x_TC, layout, plan, here):
+                if row < rows:
+                    assert y_TR[:, row].isnan().all(), "a row is stored twice"
+                    y_TR[:, row] = total
     return y_TR
+
+
+def one_pass(
+    blocks_TKB: Tensor, x_TC: Tensor, layout: Layout, plan: Plan, here: range
+) -> Iterator[tuple[int, Tensor]]:
+    """Row numbers and their sums for the tiles `here`, a warp each in every split of the columns."""
+    chunks, splits, owned = -(-blocks_TKB.shape[1] // plan.chunk), plan.split.parts, 1 << plan.owned_log2
+    sent = torch.zeros(plan.split.size * owned, len(x_TC), dtype=torch.float64)
+    received = [0] * plan.split.size
+    for part in range(splits):
+        first, end = (chunks * n // splits * plan.chunk for n in (part, part + 1))
+        for slot, tile in enumerate(here):
+            for k in range(first, min(end, blocks_TKB.shape[1])):
+                x = x_TC[:, k * COLUMNS : (k + 1) * COLUMNS]
+                sent[slot * ROWS : (slot + 1) * ROWS] += multiply_block(blocks_TKB[tile, k], x, layout, x_TC.dtype)
+            for h in range(2):
+                received[slot * ROWS + 16 * h >> plan.owned_log2] += 16 * len(x_TC) * 4
+    for rank in range(plan.split.size):
+        expected = min(owned, max(0, len(here) * ROWS - rank * owned))
+        assert received[rank] == splits * len(x_TC) * expected * 4, "a barrier would never open, or too early"
+    for slot, tile in enumerate(here):
+        for r in range(ROWS):
+            yield tile * ROWS + r, sent[slot * ROWS + r]

@@ -29,7 +29,7 @@ from featherweight.kernels.base import Case, Kernel, Run
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.w4a16_layout import CHUNK, GROUPS, MIDDLE, SCALE_DTYPES, Layout, extent
-from featherweight.kernels.w4a16_plan import TOKENS, WARPS, Device, Plan, choose, most_tokens
+from featherweight.kernels.w4a16_plan import TOKENS, Device, Plan, choose, most_tokens
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -109,7 +109,7 @@ class Params(ctypes.Structure):
         *(
             (name, ctypes.c_int)
             for name in "tokens rows columns blocks tiles warp_splits stages chunk owned_log2 x_stride at_barriers at_x "
-            "at_partials partials_bytes".split()
+            "at_sums at_partials partials_bytes".split()
         ),
     )
 
@@ -157,17 +157,17 @@ class Kernels:
             y_TR.data_ptr(),
             None if bias_R is None else bias_R.data_ptr(),
             *(plan.tokens, y_TR.shape[1], x_TC.shape[1], *extent(y_TR.shape[1], x_TC.shape[1])[::-1]),
-            *(plan.warp_splits, plan.stages, plan.chunk, plan.owned_log2, plan.x_stride),
-            *(plan.at_barriers, plan.at_x, plan.at_partials, plan.partials_bytes),
+            *(plan.split.warp_splits, plan.stages, plan.chunk, plan.owned_log2, plan.x_stride),
+            *(plan.at_barriers, plan.at_x, plan.at_sums, plan.at_partials, plan.partials_bytes),
         )
         clusters = self.limits.has_clusters
         self.module.launch(
             f"w4a16_{plan.width}",
-            plan.clusters * plan.size,
-            WARPS * 32,
+            plan.clusters * plan.split.size,
+            plan.split.warps * 32,
             plan.bytes,
             params,
-            cluster=plan.size if clusters else 0,
+            cluster=plan.split.size if clusters else 0,
             early=self.early and clusters,
         )
 
@@ -176,7 +176,7 @@ class Kernels:
         (tiles, blocks), columns = extent(rows, like.shape[1]), like.shape[1]
         weight_RC = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
         params = Params(weights.data_ptr(), None, weight_RC.data_ptr(), None, 0, rows, columns, blocks, tiles, chunk=CHUNK)
-        self.module.launch("w4a16_dequantize", -(-tiles * blocks // WARPS), WARPS * 32, 0, params, cluster=0, early=False)
+        self.module.launch("w4a16_dequantize", -(-tiles * blocks // 8), 256, 0, params, cluster=0, early=False)
         return weight_RC
 
 
@@ -187,7 +187,6 @@ def macros(dtype: torch.dtype, layout: Layout) -> tuple[str, ...]:
         f"GROUP={layout.group}",
         f"SCALE={SCALE_DTYPES.index(layout.scales)}",
         f"ZEROS={int(layout.zeros)}",
-        f"WARPS={WARPS}",
     )
 
 
@@ -200,7 +199,7 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     block_bytes, processors = properties.shared_memory_per_block_optin, properties.multi_processor_count
     sizes: tuple[tuple[int, int], ...] = ((1, processors),)
     if properties.major >= 9:
-        sizes = tuple((n, module.clusters("w4a16_32", WARPS * 32, block_bytes, n)) for n in (1, 2, 4, 8))
+        sizes = tuple((n, module.clusters("w4a16_32", 256, block_bytes, n)) for n in (1, 2, 4, 8))
     limits = Device(processors, block_bytes, properties.shared_memory_per_multiprocessor, sizes)
     return Kernels(device, layout, module, limits)
 

@@ -26,7 +26,7 @@ CODE_BYTES = ROWS * COLUMNS // 2
 GROUPS = (32, 64, 128)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIDDLE = 8
-CHUNK = 4
+CHUNK = 2
 # Axes of codes split as (T, half, odd row, g, K, u, i, t, j, k2, k1) in the order of memory, nibbles last.
 ORDER = (0, 4, 1, 5, 3, 7, 6, 8, 10, 9, 2)
 

@@ -1,20 +1,24 @@
 """How `csrc/w4a16.cu` is launched for a matrix and a number of tokens: who takes which rows and columns, and memory.
 
-Pure arithmetic on the limits of a device, so that every case can be checked without one.
+Pure arithmetic on the limits of a device, so that every case can be checked without one. The preferences are what was
+fastest on an H100 (bench/results).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 from featherweight.kernels.w4a16_layout import CHUNK, COLUMNS, ROWS, Layout
 
-WARPS = 8
 TOKENS = 32
 """The most that one launch takes."""
-FIXED_RING = 6  # stages on GPUs without bulk copies: RING of the source
-STAGES = range(2, 9)  # fewer cannot cover the latency of memory, more have not been seen to help
+NARROW = 8
+"""Tokens up to which a launch is kept small enough for two CTAs on a multiprocessor."""
+FIXED_RING = 3  # stages on GPUs without bulk copies: RING of the source
+PAIRED, ALONE = (3, 2), (6, 5, 4, 3, 2)
+"""Stages to try, for two CTAs on a multiprocessor and for one. More fetches than memory can serve only delay the first."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Device:
         processors: streaming multiprocessors.
         block_bytes: shared memory that one CTA may take.
         processor_bytes: shared memory of one multiprocessor, of which each CTA also takes 1024 bytes for itself.
-        clusters: CTAs of a cluster -> clusters that can run at once; {1: processors} before Hopper.
+        clusters: CTAs of a cluster -> clusters that can run at once; 1 -> processors before Hopper.
     """
 
     processors: int
@@ -39,26 +43,44 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Who takes what: warps of a CTA, CTAs of a cluster (which split the columns), warps that split them further."""
+
+    warps: int
+    size: int
+    warp_splits: int
+
+    @property
+    def row_warps(self) -> int:
+        """Tiles that a cluster takes at once."""
+        return self.warps // self.warp_splits
+
+    @property
+    def parts(self) -> int:
+        """Of the columns."""
+        return self.size * self.warp_splits
+
+
+@dataclass(frozen=True)
 class Plan:
     """One launch.
 
     Attributes:
         tokens: in this launch; the kernel is compiled for `width` (8, 16, 24 or 32).
-        size: CTAs of a cluster, which split the columns; warp_splits: warps of a CTA that split them further.
         clusters: how many share the tiles.
         stages: chunks in each warp's ring; chunk: blocks in one.
         x_stride, at_*, partials_bytes, bytes: shared memory, as the source's Params has it.
     """
 
     tokens: int
-    size: int
-    warp_splits: int
+    split: Split
     clusters: int
     stages: int
     chunk: int
     x_stride: int
     at_barriers: int
     at_x: int
+    at_sums: int
     at_partials: int
     partials_bytes: int
     bytes: int
@@ -70,34 +92,42 @@ class Plan:
     @property
     def owned_log2(self) -> int:
         """Of the rows of a pass, those that one CTA sums up."""
-        return (WARPS // self.warp_splits * ROWS // self.size).bit_length() - 1
+        return (self.split.row_warps * ROWS // self.split.size).bit_length() - 1
 
 
-def splits(device: Device) -> list[tuple[int, int]]:
-    """CTAs of a cluster and warps of a CTA that may split the columns, the best first."""
-    pairs = [(1, WARPS), (2, WARPS // 2), (4, WARPS // 4), (8, WARPS // 8)]
-    return [(size, warps) for size, warps in pairs if dict(device.clusters).get(size)]
+def splits(tokens: int, tiles: int, device: Device) -> Iterator[Split]:
+    """Splits to try, the best first: a tile for every warp with the columns split as little as that needs, and for
+    many tokens (or columns) more CTAs a cluster, whose slices of x are smaller."""
+    if not device.has_clusters:
+        yield Split(4, 1, 4)
+        return
+    parts = 1
+    while parts < 8 and tiles * parts * 2 <= device.processors * 8:
+        parts *= 2
+    few = [Split(8, min(parts, 2), max(parts // 2, 1)), Split(8, 2, 1), Split(8, 4, 1), Split(8, 8, 1)]
+    many = [Split(8, 2, 4)] if parts == 8 else []
+    many += [Split(16, 4, 1), Split(8, 4, 1), Split(8, 8, 1)] if tokens <= 16 else few[-2:]
+    yield from (s for s in (few if tokens <= NARROW else many) if dict(device.clusters).get(s.size))
 
 
 def lay_out(
-    tokens: int, tiles: int, blocks: int, layout: Layout, device: Device, size: int, warp_splits: int, stages: int, chunk: int = CHUNK
+    tokens: int, tiles: int, blocks: int, layout: Layout, device: Device, split: Split, stages: int, chunk: int = CHUNK
 ) -> Plan:
-    """The plan with these splits and stages, whether or not it fits."""
-    row_warps, splits = WARPS // warp_splits, size * warp_splits
-    clusters = min(dict(device.clusters)[size], tiles)
-    passes = -(-(-(-tiles // clusters)) // row_warps)
+    """The plan with this split and so many stages, whether or not it fits."""
+    clusters = min(dict(device.clusters)[split.size], tiles)
+    passes = -(-(-(-tiles // clusters)) // split.row_warps)
     chunks = -(-blocks // chunk)
-    ends = [chunks * r // splits for r in range(0, splits + 1, warp_splits)]
+    ends = [chunks * r // split.parts for r in range(0, split.parts + 1, split.warp_splits)]
     slice_blocks = max(end - start for start, end in zip(ends, ends[1:], strict=False)) * chunk
     stride = slice_blocks * COLUMNS * 2 + 64  # 64: rows of x fall on different banks
-    owned = row_warps * ROWS // size
-    at_barriers = WARPS * stages * chunk * layout.block_bytes
-    at_x = _aligned(at_barriers + (WARPS * stages + 3) * 8)
-    at_partials = _aligned(at_x + tokens * stride)
-    partials = splits * tokens * (owned + 4) * 4
+    at_barriers = split.warps * stages * chunk * layout.block_bytes
+    at_x = _aligned(at_barriers + (split.warps * stages + 3) * 8)
+    at_sums = _aligned(at_x + tokens * stride)
+    at_partials = at_sums + slice_blocks * layout.parts * -(-tokens // 8) * 64
+    partials = split.parts * tokens * (split.row_warps * ROWS // split.size + 4) * 4
     total = at_partials + min(passes, 2) * partials
     return Plan(
-        tokens, size, warp_splits, clusters, stages, chunk, stride, at_barriers, at_x, at_partials, partials, total
+        tokens, split, clusters, stages, chunk, stride, at_barriers, at_x, at_sums, at_partials, partials, total
     )
 
 
@@ -107,13 +137,15 @@ def choose(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device)
 
     Two CTAs are to fit on a multiprocessor if they can: then the next kernel fetches its weights while this one ends.
     """
-    stages = STAGES if device.has_clusters else range(FIXED_RING, FIXED_RING + 1)
-    for size, warp_splits in splits(device):
-        plans = [lay_out(tokens, tiles, blocks, layout, device, size, warp_splits, n) for n in stages]
-        pair = [plan for plan in plans if 2 * (plan.bytes + 1024) <= device.processor_bytes]
-        alone = [plan for plan in plans if plan.bytes <= device.block_bytes]
-        if pair or alone:
-            return (pair or alone)[-1]
+    for split in splits(tokens, tiles, device):
+        paired, alone = (PAIRED, ALONE) if device.has_clusters else ((FIXED_RING,), (FIXED_RING,))
+        pairs = (lay_out(tokens, tiles, blocks, layout, device, split, n) for n in paired)
+        for plan in pairs:
+            if 2 * (plan.bytes + 1024) <= device.processor_bytes:
+                return plan
+        for plan in (lay_out(tokens, tiles, blocks, layout, device, split, n) for n in alone):
+            if plan.bytes <= device.block_bytes:
+                return plan
     return None
 
 

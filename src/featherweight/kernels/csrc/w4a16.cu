@@ -15,10 +15,10 @@
 // A code is used as it lies: four bits anded out of a word are the subnormal float16 q * 2^-24, or q * 2^-20 for bits
 // 4..7, exact in a tensor core; even rows of a pair use the first, odd rows the second, and the powers of two are
 // undone once at the end. The lowest eight bits of bfloat16 count in steps of 2^-133 likewise, and x is multiplied by
-// 2^64 to keep products of two far above float32's own subnormals. Zeros are one more row pair of codes, all -8 (or -1,
-// to be multiplied by each row's zero), whose product is added before the group's scale multiplies the sum.
+// 2^64 to keep products of two far above float32's own subnormals. What zeros take away is the first addend of every
+// group's sum (`sum_x`), which the group's scale then multiplies.
 //
-// Macros: BF16 (0: float16), GROUP (32, 64, 128), SCALE (0 float16, 1 bfloat16, 2 float32), ZEROS (0: all 8), WARPS.
+// Macros: BF16 (0: float16), GROUP (32, 64, 128), SCALE (0 float16, 1 bfloat16, 2 float32), ZEROS (0: all 8).
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -30,17 +30,7 @@ typedef unsigned long long u64;
 constexpr int ROWS = 32, COLUMNS = 128, CODES = ROWS * COLUMNS / 2, PARTS = COLUMNS / GROUP;
 constexpr int SCALE_BYTES = PARTS * ROWS * (SCALE == 2 ? 4 : 2);
 constexpr int BLOCK = CODES + SCALE_BYTES + (ZEROS ? PARTS * ROWS : 0);
-constexpr int THREADS = WARPS * 32;
-#ifndef CHAINS
-#define CHAINS 1
-#endif
-#ifndef PAIR
-#define PAIR 2
-#endif
-#ifndef UNROLL
-#define UNROLL 2
-#endif
-constexpr int RING = 6;  // stages of a ring on GPUs without bulk copies, where the count must be known when compiling
+constexpr int RING = 3;  // stages of a ring on GPUs without bulk copies, where the count must be known when compiling
 
 struct Params {
     const u8* weights;
@@ -53,7 +43,7 @@ struct Params {
     int stages, chunk;   // of each warp's ring: chunks; blocks in a chunk
     int owned_log2;      // of the rows of one pass that a CTA sums up and stores
     int x_stride;        // bytes
-    int at_barriers, at_x, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
+    int at_barriers, at_x, at_sums, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
 };
 
 // ---- instructions ---------------------------------------------------------------------------------------------------
@@ -117,6 +107,12 @@ __device__ __forceinline__ void init_barrier(u32 barrier) {
     asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// True in one lane of a whole warp, in a way that tells the compiler so.
+__device__ __forceinline__ bool one_lane() {
+    u32 yes;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(yes));
+    return yes;
 }
 // The barrier's one arrival: its phase ends when so many bytes have come.
 __device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
@@ -185,7 +181,7 @@ struct Ring {
     __device__ __forceinline__ int blocks_of(int c) { return min(chunk, blocks - c * chunk); }
     // Chunk c of all tiles lies together: CTAs that work side by side read side by side.
     __device__ __forceinline__ const u8* address(int c, int t) {
-        return weights + ((u64)tiles * (c * chunk) + (u64)t * blocks_of(c)) * BLOCK;
+        return weights + (u64)(u32)(tiles * (c * chunk) + t * blocks_of(c)) * BLOCK;
     }
 
 #if BULK
@@ -204,7 +200,7 @@ struct Ring {
         if (left > 0) {
             const int c = first + chunk_in;
 #if BULK
-            if (lane == 0) fetch(slot_in, c, tile);
+            if (one_lane()) fetch(slot_in, c, tile);
 #else
             for (int i = lane * 16; i < blocks_of(c) * BLOCK; i += 512)
                 asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
@@ -271,7 +267,7 @@ __device__ __forceinline__ void load_x(const Params& p, int first_column, int co
     wait_barrier(barrier, 0);
 #endif
     if (BULK && !BF16 && present == columns) return;
-    for (int i = threadIdx.x; i < p.tokens * chunks; i += THREADS) {
+    for (int i = threadIdx.x; i < p.tokens * chunks; i += blockDim.x) {
         int token = i / chunks, column = (i - token * chunks) * 8;
         uint4* at = (uint4*)(x + token * p.x_stride + column * 2);
         uint4 v = make_uint4(0, 0, 0, 0);
@@ -311,16 +307,49 @@ __device__ __forceinline__ Four load_zeros(const u8* block, int part, int g) {
     return z;
 }
 
-// total += one block's 32 rows x 128 columns times x; `x` is this lane's first 16 bytes of each 8 tokens.
+// What zeros take away: -8 (or -1, for zeros that are stored) times the sum of x over each group, in the steps of even
+// and of odd rows' codes, by the tensor cores. Four floats a lane t, token pair and group: as an accumulator holds them.
 template <int NT>
-__device__ __forceinline__ void multiply_block(float (&total)[2][NT][4], const u8* block, const u8* const (&x)[NT], int x_at, int lane) {
-    const int g = lane >> 2;
-    // -8 (or -1) in the steps of even and odd rows' codes: its product with x is what zeros take away.
+__device__ __forceinline__ void sum_x(const u8* const (&x)[NT], u8* sums, int groups, int warp, int lane) {
     const u32 even = ZEROS ? 0x80018001u : 0x80088008u, odd = ZEROS ? 0x80108010u : 0x80808080u, away[4] = {even, odd, even, odd};
+    for (int group = warp; group < groups; group += blockDim.x / 32) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float acc[4] = {};
+#pragma unroll
+            for (int unit = 0; unit < GROUP / 32; unit++) {
+                uint4 b = *(const uint4*)(x[n] + (group * (GROUP / 32) + unit) * 64);
+                multiply(acc, away, b.x, b.y);
+                multiply(acc, away, b.z, b.w);
+            }
+            if (lane < 4) *(float4*)(sums + (group * NT + n) * 64 + lane * 16) = make_float4(acc[0], acc[1], acc[2], acc[3]);
+        }
+    }
+}
+
+// total += a block's 32 rows x 128 columns times x. `x` is this lane's first 16 bytes of each 8 tokens, `at` the block's
+// place in the slice.
+template <int NT>
+__device__ __forceinline__ void multiply_block(
+    float (&total)[2][NT][4], const u8* block, const u8* const (&x)[NT], const u8* sums, int at, int lane) {
+    const int g = lane >> 2, t = lane & 3;
     uint4 codes[2];
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-        float acc[CHAINS][2][NT][4] = {}, zero[NT][4] = {};
+        float acc[2][NT][4];
+        Four zeros;
+        if (ZEROS) zeros = load_zeros(block, part, g);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float4 v = *(const float4*)(sums + ((at * PARTS + part) * NT + n) * 64 + t * 16);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                acc[h][n][0] = ZEROS ? v.x * zeros.of[h][0] : v.x;
+                acc[h][n][1] = ZEROS ? v.y * zeros.of[h][0] : v.y;
+                acc[h][n][2] = ZEROS ? v.z * zeros.of[h][1] : v.z;
+                acc[h][n][3] = ZEROS ? v.w * zeros.of[h][1] : v.w;
+            }
+        }
 #pragma unroll
         for (int i = 0; i < GROUP / 32; i++) {
             const int unit = part * (GROUP / 32) + i;  // of 32 columns
@@ -330,34 +359,24 @@ __device__ __forceinline__ void multiply_block(float (&total)[2][NT][4], const u
             }
             uint4 b[NT];
 #pragma unroll
-            for (int n = 0; n < NT; n++) b[n] = *(const uint4*)(x[n] + x_at + unit * 64);
+            for (int n = 0; n < NT; n++) b[n] = *(const uint4*)(x[n] + at * (COLUMNS * 2) + unit * 64);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
+            for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     u32 w = unit % 2 ? (j ? codes[h].w : codes[h].z) : (j ? codes[h].y : codes[h].x);
                     u32 a[4] = {w & 0x000f000fu, w & 0x00f000f0u, w >> 8 & 0x000f000fu, w >> 8 & 0x00f000f0u};
 #pragma unroll
-                    for (int n = 0; n < NT; n++)
-                        multiply(acc[i % CHAINS][h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
+                    for (int n = 0; n < NT; n++) multiply(acc[h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
                 }
-#pragma unroll
-                for (int n = 0; n < NT; n++) multiply(zero[n], away, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
-            }
         }
-        Four scales = load_scales(block, part, g), zeros;
-        if (ZEROS) zeros = load_zeros(block, part, g);
+        Four scales = load_scales(block, part, g);
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float sum = acc[0][h][n][e];
-                    if (CHAINS > 1) sum += acc[CHAINS - 1][h][n][e];
-                    sum += ZEROS ? zeros.of[h][e / 2] * zero[n][e] : zero[n][e];
-                    total[h][n][e] += scales.of[h][e / 2] * sum;
-                }
+                for (int e = 0; e < 4; e++) total[h][n][e] += scales.of[h][e / 2] * acc[h][n][e];
     }
 }
 
@@ -436,7 +455,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const float (&tot
 // are in this pass, from `tile` on; ours begin at row `at` of theirs.
 __device__ __forceinline__ void store_rows(const Params& p, u32 partials, int splits, int tile, int clusters, int here, int at) {
     const int owned = 1 << p.owned_log2, stride = owned + 4;
-    for (int i = threadIdx.x; i < p.tokens << p.owned_log2; i += THREADS) {
+    for (int i = threadIdx.x; i < p.tokens << p.owned_log2; i += blockDim.x) {
         int token = i >> p.owned_log2, r = i & owned - 1, slot = (at + r) / ROWS;
         int row = (tile + slot * clusters) * ROWS + (at + r) % ROWS;
         float sum = 0;
@@ -451,9 +470,9 @@ __device__ __forceinline__ void store_rows(const Params& p, u32 partials, int sp
 template <int NT> __device__ __forceinline__ void product(const Params& p) {
     extern __shared__ __align__(128) u8 memory[];
     const u32 base = shared_address(memory);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     const int rank = cluster_rank(), size = cluster_size(), cluster = blockIdx.x / size, clusters = gridDim.x / size;
-    const int row_warps = WARPS / p.warp_splits, warp_row = warp % row_warps, splits = size * p.warp_splits;
+    const int warps = blockDim.x / 32, row_warps = warps / p.warp_splits, warp_row = warp % row_warps, splits = size * p.warp_splits;
     const int part = rank * p.warp_splits + warp / row_warps;
     const int tiles = (p.tiles - cluster + clusters - 1) / clusters;  // ours: cluster, cluster + clusters, ...
     const int passes = (tiles + row_warps - 1) / row_warps;
@@ -473,7 +492,7 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     ring.tile_step = row_warps * clusters;
     ring.left = max(0, (tiles - warp_row + row_warps - 1) / row_warps) * ring.chunks;
     ring.begin(lane);
-    Exchange exchange = {base + p.at_partials, base + p.at_barriers + WARPS * p.stages * 8, p.partials_bytes};
+    Exchange exchange = {base + p.at_partials, base + p.at_barriers + warps * p.stages * 8, p.partials_bytes};
     exchange.begin();
     __syncthreads();
 
@@ -486,6 +505,9 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
 #pragma unroll
     for (int n = 0; n < NT; n++)  // columns of the product beyond the last token repeat it, and are not stored
         x[n] = memory + p.at_x + min(n * 8 + (lane >> 2), p.tokens - 1) * p.x_stride + (lane & 3) * 16;
+    u8* sums = memory + p.at_sums;
+    sum_x<NT>(x, sums, (slice_end - slice) * PARTS, warp, lane);
+    __syncthreads();
 
     for (int pass = 0; pass <= passes; pass++) {
         float total[2][NT][4] = {};
@@ -493,16 +515,12 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
         if (mine)
             for (int i = 0; i < ring.chunks; i++) {
                 const u8* block = ring.wait();
-                int x_at = ((first + i) * p.chunk - slice) * (COLUMNS * 2);
-#pragma unroll UNROLL
+                int at = (first + i) * p.chunk - slice;
+#pragma unroll 1
                 for (int k = ring.blocks_of(first + i); k > 0; k--) {
-#ifdef EMPTY
-                    total[0][0][0] += *(const float*)(block + lane * 4);
-#else
-                    multiply_block<NT>(total, block, x, x_at, lane);
-#endif
+                    multiply_block<NT>(total, block, x, sums, at, lane);
                     block += BLOCK;
-                    x_at += COLUMNS * 2;
+                    at++;
                 }
                 ring.release(lane);
             }
@@ -522,17 +540,18 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, PAIR) w4a16_8(const __grid_constant__ Params p) { product<1>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, PAIR) w4a16_16(const __grid_constant__ Params p) { product<2>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a16_24(const __grid_constant__ Params p) { product<3>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a16_32(const __grid_constant__ Params p) { product<4>(p); }
+// Few registers, for two CTAs on a multiprocessor: the next kernel's fetches while this one ends.
+extern "C" __global__ void __launch_bounds__(256, 2) w4a16_8(const __grid_constant__ Params p) { product<1>(p); }
+extern "C" __global__ void __launch_bounds__(512, 1) w4a16_16(const __grid_constant__ Params p) { product<2>(p); }
+extern "C" __global__ void __launch_bounds__(256, 1) w4a16_24(const __grid_constant__ Params p) { product<3>(p); }
+extern "C" __global__ void __launch_bounds__(256, 1) w4a16_32(const __grid_constant__ Params p) { product<4>(p); }
 
 // ---- many tokens: the weights as floats, for a dense product -----------------------------------------------------------
 
 // One warp a block. y is rows x columns; each weight is rounded once.
-extern "C" __global__ void __launch_bounds__(THREADS) w4a16_dequantize(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(256) w4a16_dequantize(const __grid_constant__ Params p) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const u64 index = (u64)blockIdx.x * WARPS + (threadIdx.x >> 5);
+    const u64 index = (u64)blockIdx.x * (blockDim.x / 32) + (threadIdx.x >> 5);
     if (index >= (u64)p.tiles * p.blocks) return;
     const int k = (int)(index / p.tiles), tile = (int)(index % p.tiles), column0 = k * COLUMNS;
     const int c = k / p.chunk * p.chunk, run = min(p.chunk, p.blocks - c);
