@@ -64,7 +64,13 @@ def solution(rows: int, columns: int, group: int, zeros: bool, dtype: torch.dtyp
 
 def excess_error(got: Tensor, x: Tensor, weights: Solution) -> float:
     """The relative error beyond that of rounding the exact product once."""
-    exact = torch.cat([x.double() @ weights.rows(r, min(r + 4096, got.shape[1])).values(torch.float64).T for r in range(0, got.shape[1], 4096)], 1)
+    exact = torch.cat(
+        [
+            x.double() @ weights.rows(r, min(r + 4096, got.shape[1])).values(torch.float64).T
+            for r in range(0, got.shape[1], 4096)
+        ],
+        1,
+    )
     rounded = (exact.to(got.dtype).double() - exact).norm()
     error = (got.double() - exact).norm()
     return float((error**2 - rounded**2).clamp_min(0).sqrt() / exact.norm())
@@ -114,7 +120,7 @@ def measure(shape: str, tokens: list[int], args: argparse.Namespace, read: float
     cublas = {t: median_us([lambda w=w, x=x: functional.linear(x, w) for w in dense]) for t, x in inputs.items()}
     del dense
     weights = solution(rows, columns, args.group, args.zeros, dtype)
-    calls, bytes = ours(weights, dtype)
+    calls, bytes = ours(weights, dtype, early=not args.serial)
     others = dict(peers(rows, columns, args.group, dtype)) if args.peers else {}
     for t, x in inputs.items():
         us = median_us([lambda c=c, x=x: c(x) for c in calls])
@@ -132,11 +138,14 @@ def main() -> None:
     parser.add_argument("--group", type=int, choices=[32, 64, 128], default=128)
     parser.add_argument("--zeros", action="store_true", help="store zero points")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="inputs x outputs")
+    parser.add_argument("--serial", action="store_true", help="no launch starts before the one in front has ended")
     parser.add_argument("--peers", action="store_true", help="time other kernels that can be imported")
     args = parser.parse_args()
     torch.manual_seed(0)
     read = read_gbps()
-    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, read {read:.0f} GB/s, {args.dtype}, group {args.group}")
+    print(
+        f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, read {read:.0f} GB/s, {args.dtype}, group {args.group}"
+    )
     rows = []
     for shape in args.shapes:
         for row in measure(shape, args.tokens, args, read):

@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from w4a16_emulation import fragments
-from w4a16_emulation import product as emulated
 
 from featherweight.core.rules import Grid, Pattern
 from featherweight.core.solution import Solution
@@ -26,6 +24,8 @@ from featherweight.kernels.base import Case
 from featherweight.kernels.w4a16_layout import Layout, extent, pack, unpack
 from featherweight.kernels.w4a16_plan import TOKENS, Device, Split, choose, lay_out, most_tokens
 from featherweight.linear import CompressedLinear
+from w4a16_emulation import fragments
+from w4a16_emulation import product as emulated
 
 FORMAT = FORMATS["compressed-tensors"]
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -97,7 +97,7 @@ def test_a_launch_computes_the_product_once(dtype: torch.dtype, layout: Layout, 
     few = Device(132, 232448, 233472, ((1, 3), (2, 2), (4, 1), (8, 1)))  # so few clusters that they pass more than once
     given = drawn(330, 640, layout)
     x = torch.randn(3, 640, generator=torch.Generator().manual_seed(1)).to(dtype)
-    plan = lay_out(3, *extent(330, 640), layout, few, split, stages=2)
+    plan = lay_out(3, *extent(330, 640), layout, few, split, stages=2, chunk=1 if split.warps == 16 else 2)
     got = emulated(pack(*given, layout), x, 330, layout, plan)
     torch.testing.assert_close(got, exact(*given, x), rtol=1e-9, atol=1e-9)
 
@@ -112,7 +112,7 @@ def test_plans_fit_the_device(device: Device, layout: Layout, rows: int, columns
     extents = extent(rows, columns)
     most = most_tokens(*extents, layout, device)
     assert 0 <= most <= TOKENS
-    assert most > 0 or (device == RTX_3090 and columns > 8192), "so many columns go through a dense product there"
+    assert most > 0 or (device != H100 and columns > 8192), "so many columns go through a dense product there"
     for tokens in range(1, most + 1):
         plan = choose(tokens, *extents, layout, device)
         assert plan is not None and plan.bytes <= device.block_bytes and plan.stages >= 2
@@ -122,7 +122,15 @@ def test_plans_fit_the_device(device: Device, layout: Layout, rows: int, columns
 
 
 # ---- the operator on a CPU --------------------------------------------------------------------------------------------
-CASES = [(4, 128, True), (4, 64, False), (4, 32, False), (3, 64, True), (2, 64, False), (1.58, 32, True), (4, None, True)]
+CASES = [
+    (4, 128, True),
+    (4, 64, False),
+    (4, 32, False),
+    (3, 64, True),
+    (2, 64, False),
+    (1.58, 32, True),
+    (4, None, True),
+]
 
 
 @pytest.mark.parametrize(("bits", "size", "symmetric"), CASES)
@@ -141,7 +149,9 @@ def test_the_operator_is_sound_for_torch() -> None:
     w4a16.register()
     static = (48, layout.group, layout.scales, layout.zeros)
     for bias in (None, torch.randn(48).half()):
-        torch.library.opcheck(torch.ops.featherweight.w4a16.default, (torch.randn(3, 256).half(), packed, bias, *static))
+        torch.library.opcheck(
+            torch.ops.featherweight.w4a16.default, (torch.randn(3, 256).half(), packed, bias, *static)
+        )
 
     def twice(x: Tensor) -> Tensor:
         return torch.ops.featherweight.w4a16(x, packed, None, *static) * 2
@@ -233,7 +243,7 @@ def test_processes_that_compile_at_once_agree(tmp_path: Path) -> None:
     assert len(digests) == 1 and len(list(tmp_path.iterdir())) == 1
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------------
+# ---- refusals -------------------------------------------------------------------------------------------------------
 def refusal(rule: object, rows: int = 48, columns: int = 256, dtype: torch.dtype = HALF, device: str = "cuda") -> str:
     case = Case(FORMAT, rule, rows, columns, dtype, torch.device(device))  # type: ignore[arg-type]
     return str(w4a16.W4A16().refusal(case))
@@ -271,7 +281,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     grid = Grid(4, 64)
     run = w4a16.W4A16().prepare(FORMAT, grid, FORMAT.pack(solution(grid, 48, 256)), HALF)
     x = torch.randn(2, 256).half()
-    torch.testing.assert_close(run(x, None), functional.linear(x, solution(grid, 48, 256).values().half()), atol=0.1, rtol=0.01)
+    torch.testing.assert_close(
+        run(x, None), functional.linear(x, solution(grid, 48, 256).values().half()), atol=0.1, rtol=0.01
+    )
     with pytest.raises(RequestError, match=r"float32 with 256 columns, and the layer takes torch.float16 and 256"):
         run(x.float(), None)
     with pytest.raises(RequestError, match="with 128 columns"):
@@ -280,7 +292,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         run(x.requires_grad_(), None)
 
 
-# ---- on a GPU ---------------------------------------------------------------------------------------------------------
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
 def on_gpu(grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> tuple[CompressedLinear, Tensor]:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
@@ -293,7 +305,9 @@ def on_gpu(grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> tuple[Com
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
-@pytest.mark.parametrize("grid", [Grid(4, 128), Grid(4, 64, False), Grid(4, 32, False), Grid(4, None), Grid(3, 64)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 128), Grid(4, 64, False), Grid(4, 32, False), Grid(4, None), Grid(3, 64)], ids=str
+)
 @pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (50, 320), (1000, 11008), (8192, 28672)])
 def test_products_on_a_gpu(dtype: torch.dtype, grid: Grid, rows: int, columns: int) -> None:
     layer, values = on_gpu(grid, rows, columns - columns % grid.width(columns), dtype)

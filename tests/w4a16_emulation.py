@@ -18,7 +18,7 @@ X_SCALE = {torch.float16: 1.0, torch.bfloat16: 2.0**64}
 
 
 def fragments(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """A lane's words -> its four registers of two 16-bit floats each, as the kernel masks them: [..., 4, 2], float64."""
+    """A lane's words -> its four registers of two 16-bit floats each, as the kernel masks them; float64."""
     masks = (0x000F000F, 0x00F000F0)
     registers = [words >> 8 * (r // 2) & masks[r % 2] for r in range(4)]
     stacked = torch.stack(registers, -1).to(torch.int32).contiguous()
@@ -52,7 +52,7 @@ def multiply_block(block: Tensor, x_TC: Tensor, layout: Layout, dtype: torch.dty
 
 
 def product(weights: Tensor, x_TC: Tensor, rows: int, layout: Layout, plan: Plan) -> Tensor:
-    """y_TR as the clusters, CTAs and warps of one launch share it out; every sum is counted as the barriers count it."""
+    """y_TR as the clusters, CTAs and warps of a launch share it out; sums are counted as the barriers count them."""
     blocks_TKB = blocks_of(weights, rows, x_TC.shape[1], layout)
     tiles, across = blocks_TKB.shape[:2]
     x_TC = torch.nn.functional.pad(x_TC, (0, across * COLUMNS - x_TC.shape[1]))
@@ -68,9 +68,7 @@ def product(weights: Tensor, x_TC: Tensor, rows: int, layout: Layout, plan: Plan
     return y_TR
 
 
-def one_pass(
-    blocks_TKB: Tensor, x_TC: Tensor, layout: Layout, plan: Plan, here: range
-) -> Iterator[tuple[int, Tensor]]:
+def one_pass(blocks_TKB: Tensor, x_TC: Tensor, layout: Layout, plan: Plan, here: range) -> Iterator[tuple[int, Tensor]]:
     """Row numbers and their sums for the tiles `here`, a warp each in every split of the columns."""
     chunks, splits, owned = -(-blocks_TKB.shape[1] // plan.chunk), plan.split.parts, 1 << plan.owned_log2
     sent = torch.zeros(plan.split.size * owned, len(x_TC), dtype=torch.float64)

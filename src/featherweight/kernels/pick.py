@@ -9,9 +9,10 @@ from featherweight.formats.base import Format, Rule
 from featherweight.kernels.base import Case, Kernel
 from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
+from featherweight.kernels.w4a16 import W4A16
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt4(), Reference(), Dense())}
-AUTO = ("cpu-int4", "reference")
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt4(), W4A16(), Reference(), Dense())}
+AUTO = ("w4a16", "cpu-int4", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for."""
 
 
@@ -45,3 +46,11 @@ def pick(
         fits = " or ".join(name for name, why in refusals.items() if why is None)
         raise RequestError(f"the kernel {wanted} does not take this layer: {refusals[wanted]}; choose {fits}.")
     return KERNELS[wanted]
+
+
+def machine(
+    format: Format, rule: Rule, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, str | None]:
+    """As `reasons`, and kernels that take the layer are tried on this machine: why they would fail, None if they run."""
+    case = Case(format, rule, rows, columns, dtype, torch.device(device))
+    return {name: kernel.refusal(case) or kernel.broken(case) for name, kernel in KERNELS.items()}

@@ -28,7 +28,7 @@ from featherweight.kernels import nvrtc, w4a16_layout
 from featherweight.kernels.base import Case, Kernel, Run
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
-from featherweight.kernels.w4a16_layout import CHUNK, GROUPS, MIDDLE, SCALE_DTYPES, Layout, extent
+from featherweight.kernels.w4a16_layout import GROUPS, MIDDLE, SCALE_DTYPES, Layout, extent
 from featherweight.kernels.w4a16_plan import TOKENS, Device, Plan, choose, most_tokens
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -57,6 +57,15 @@ class W4A16(Kernel):
         if width % GROUPS[0]:
             return f"it needs groups of a multiple of {GROUPS[0]}, and they have {width}"
         return _device_refusal(case.device)
+
+    def broken(self, case: Case) -> str | None:
+        try:
+            kernels(
+                torch.device("cuda", case.device.index or 0), case.dtype, Layout(GROUPS[-1], case.dtype, False)
+            ).load()
+        except nvrtc.CompileError as error:
+            return str(error)
+        return None
 
     def prepare(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
         solution = format.unpack(tensors, rule)
@@ -108,8 +117,23 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weights", "x", "y", "bias")),
         *(
             (name, ctypes.c_int)
-            for name in "tokens rows columns blocks tiles warp_splits stages chunk owned_log2 x_stride at_barriers at_x "
-            "at_sums at_partials partials_bytes".split()
+            for name in [
+                "tokens",
+                "rows",
+                "columns",
+                "blocks",
+                "tiles",
+                "warp_splits",
+                "stages",
+                "chunk",
+                "owned_log2",
+                "x_stride",
+                "at_barriers",
+                "at_x",
+                "at_sums",
+                "at_partials",
+                "partials_bytes",
+            ]
         ),
     )
 
@@ -141,9 +165,11 @@ class Kernels:
         most = most_tokens(*extents, self.layout, self.limits)
         if tokens > DENSE_ABOVE or most == 0:
             return functional.linear(x_TC, self.dequantize(weights, x_TC, rows), bias_R)
-        y_TR = torch.empty(tokens, rows, dtype=x_TC.dtype, device=x_TC.device)
-        for start in range(0, tokens, most):
-            stop = min(start + most, tokens)
+        y_TR = x_TC.new_empty(tokens, rows)
+        launches = -(-tokens // most)
+        step = -(-tokens // launches)
+        for start in range(0, tokens, step):
+            stop = min(start + step, tokens)
             plan = choose(stop - start, *extents, self.layout, self.limits)
             assert plan is not None
             self.launch(plan, x_TC[start:stop], weights, bias_R, y_TR[start:stop])
@@ -175,7 +201,7 @@ class Kernels:
         """The weights V_RC as floats."""
         (tiles, blocks), columns = extent(rows, like.shape[1]), like.shape[1]
         weight_RC = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
-        params = Params(weights.data_ptr(), None, weight_RC.data_ptr(), None, 0, rows, columns, blocks, tiles, chunk=CHUNK)
+        params = Params(weights.data_ptr(), None, weight_RC.data_ptr(), None, 0, rows, columns, blocks, tiles)
         self.module.launch("w4a16_dequantize", -(-tiles * blocks // 8), 256, 0, params, cluster=0, early=False)
         return weight_RC
 
@@ -196,7 +222,8 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     properties = torch.cuda.get_device_properties(device)
     arch = nvrtc.arch(properties.major, properties.minor)
     module = Module(device, nvrtc.cubin("w4a16", macros(dtype, layout), arch))
-    block_bytes, processors = properties.shared_memory_per_block_optin, properties.multi_processor_count
+    processors = properties.multi_processor_count
+    block_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     sizes: tuple[tuple[int, int], ...] = ((1, processors),)
     if properties.major >= 9:
         sizes = tuple((n, module.clusters("w4a16_32", 256, block_bytes, n)) for n in (1, 2, 4, 8))

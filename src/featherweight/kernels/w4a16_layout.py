@@ -1,7 +1,7 @@
 """The order in which `csrc/w4a16.cu` reads 4-bit weights: blocks of 32 rows (a tile) by 128 columns.
 
-A chunk is `CHUNK` neighbouring blocks of a tile (fewer at the end of one). In memory lie the first chunks of all tiles,
-then their second chunks, and so on.
+In memory lie the first two blocks of all tiles, then their next two, and so on; the last one alone where their number is
+odd.
 
 A block is bytes: 2048 of codes, then its scales, then (where zeros differ from 8) its zeros. A word of codes is what one
 lane (g = lane / 4, t = lane % 4) feeds into one 16 x 16 x 16 product: rows g and g + 8 of a half tile, four columns that

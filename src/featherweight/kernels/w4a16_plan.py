@@ -17,6 +17,7 @@ TOKENS = 32
 NARROW = 8
 """Tokens up to which a launch is kept small enough for two CTAs on a multiprocessor."""
 FIXED_RING = 3  # stages on GPUs without bulk copies: RING of the source
+SMALL_BYTES = 30e6
 PAIRED, ALONE = (3, 2), (6, 5, 4, 3, 2)
 """Stages to try, for two CTAs on a multiprocessor and for one. More fetches than memory can serve only delay the first."""
 
@@ -95,19 +96,37 @@ class Plan:
         return (self.split.row_warps * ROWS // self.split.size).bit_length() - 1
 
 
-def splits(tokens: int, tiles: int, device: Device) -> Iterator[Split]:
-    """Splits to try, the best first: a tile for every warp with the columns split as little as that needs, and for
-    many tokens (or columns) more CTAs a cluster, whose slices of x are smaller."""
+@dataclass(frozen=True)
+class Option:
+    """A split, the blocks of a chunk, and the stages without which another option is better."""
+
+    split: Split
+    chunk: int = CHUNK
+    least: int = 2
+
+
+def options(tokens: int, tiles: int, device: Device) -> Iterator[Option]:
+    """What to try, the best first.
+
+    A tile for every warp, with the columns split as little as that needs; for more tokens more CTAs a cluster, whose
+    slices of x are smaller, and more warps, which hide each other's latency.
+    """
     if not device.has_clusters:
-        yield Split(4, 1, 4)
+        yield Option(Split(4, 1, 4), least=FIXED_RING)
         return
     parts = 1
     while parts < 8 and tiles * parts * 2 <= device.processors * 8:
         parts *= 2
-    few = [Split(8, min(parts, 2), max(parts // 2, 1)), Split(8, 2, 1), Split(8, 4, 1), Split(8, 8, 1)]
-    many = [Split(8, 2, 4)] if parts == 8 else []
-    many += [Split(16, 4, 1), Split(8, 4, 1), Split(8, 8, 1)] if tokens <= 16 else few[-2:]
-    yield from (s for s in (few if tokens <= NARROW else many) if dict(device.clusters).get(s.size))
+    size = min(parts, 2)
+    wide = [Option(Split(8, 8, 1)), Option(Split(4, 8, 1), chunk=1)]
+    if tokens <= NARROW:
+        found = [Option(Split(8, size, parts // size), least=4), Option(Split(8, 4, 1), least=4), *wide]
+    elif tokens <= 16:
+        deep = [Option(Split(8, 2, 4), least=4)] if parts == 8 else []
+        found = [*deep, Option(Split(16, 4, 1)), Option(Split(16, 4, 1), chunk=1), *wide]
+    else:
+        found = [Option(Split(8, 4, 1)), *wide]
+    yield from (option for option in found if dict(device.clusters).get(option.split.size))
 
 
 def lay_out(
@@ -135,17 +154,21 @@ def lay_out(
 def choose(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device) -> Plan | None:
     """The best plan, or None when `tokens` do not fit into shared memory at once.
 
-    Two CTAs are to fit on a multiprocessor if they can: then the next kernel fetches its weights while this one ends.
+    For small matrices two CTAs are to fit on a multiprocessor if they can: then the next kernel fetches its weights
+    while this one ends. Large ones gain more from memory.
     """
-    for split in splits(tokens, tiles, device):
-        paired, alone = (PAIRED, ALONE) if device.has_clusters else ((FIXED_RING,), (FIXED_RING,))
-        pairs = (lay_out(tokens, tiles, blocks, layout, device, split, n) for n in paired)
-        for plan in pairs:
-            if 2 * (plan.bytes + 1024) <= device.processor_bytes:
-                return plan
-        for plan in (lay_out(tokens, tiles, blocks, layout, device, split, n) for n in alone):
-            if plan.bytes <= device.block_bytes:
-                return plan
+    small = tiles * blocks * layout.block_bytes <= SMALL_BYTES
+    for option in options(tokens, tiles, device):
+
+        def plan(stages: int, option: Option = option) -> Plan:
+            return lay_out(tokens, tiles, blocks, layout, device, option.split, stages, option.chunk)
+
+        pairs = PAIRED if device.has_clusters and small and tokens <= NARROW else ()
+        alone = [stages for stages in ALONE if stages >= option.least] if device.has_clusters else [FIXED_RING]
+        fits = [n for n in pairs if 2 * (plan(n).bytes + 1024) <= device.processor_bytes]
+        fits += [n for n in alone if plan(n).bytes <= device.block_bytes]
+        if fits:
+            return plan(fits[0])
     return None
 
 

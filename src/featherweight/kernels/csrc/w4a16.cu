@@ -2,8 +2,8 @@
 //
 // R rows (outputs), C columns (inputs), T tokens. A *block* is 32 rows x 128 columns: 2048 bytes of codes in the order
 // the tensor cores take them, then its scales, then its zeros (`w4a16_layout.py` packs and describes it). A *tile* is
-// 32 rows, a *chunk* a few neighbouring blocks of one: what is fetched at a time. Memory holds the first chunk of every
-// tile, then the second of every tile: warps that run side by side read one stretch of it, as DRAM likes best.
+// 32 rows, a *chunk* one or two neighbouring blocks of one: what is fetched at a time. Memory holds the first two blocks
+// of every tile, then the next two of every tile: warps that run side by side read one stretch of it.
 //
 // A cluster of CTAs owns every so many-th tile; its CTAs split the columns, so each needs only its slice of x, and the
 // warps of a CTA take a tile each (or split the columns further).
@@ -40,7 +40,7 @@ struct Params {
     int tokens, rows, columns;
     int blocks, tiles;   // of the whole matrix: across and down
     int warp_splits;     // in how many the warps of a CTA split its columns
-    int stages, chunk;   // of each warp's ring: chunks; blocks in a chunk
+    int stages, chunk;   // of each warp's ring: chunks; blocks in a chunk (1 or 2)
     int owned_log2;      // of the rows of one pass that a CTA sums up and stores
     int x_stride;        // bytes
     int at_barriers, at_x, at_sums, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
@@ -141,6 +141,12 @@ __device__ __forceinline__ void wait_for_the_kernel_before() {
 #endif
 }
 
+// Where block k of tile t lies. Pairs of blocks of all tiles lie side by side, as the CTAs that read them work.
+__device__ __forceinline__ u64 block_index(int k, int t, int blocks, int tiles) {
+    const int pair = k & ~1, width = min(2, blocks - pair);
+    return (u32)(tiles * pair + t * width + (k - pair));
+}
+
 // One warp's ring of chunks, each a few blocks of a tile: `start` fetches, `wait` makes one readable by the warp.
 struct Ring {
     u8* slots;
@@ -179,9 +185,8 @@ struct Ring {
 
     // The last chunk of a tile may be short.
     __device__ __forceinline__ int blocks_of(int c) { return min(chunk, blocks - c * chunk); }
-    // Chunk c of all tiles lies together: CTAs that work side by side read side by side.
     __device__ __forceinline__ const u8* address(int c, int t) {
-        return weights + (u64)(u32)(tiles * (c * chunk) + t * blocks_of(c)) * BLOCK;
+        return weights + block_index(c * chunk, t, blocks, tiles) * BLOCK;
     }
 
 #if BULK
@@ -412,10 +417,11 @@ struct Exchange {
         __syncthreads();
 #endif
     }
-    // After the buffer of `pass` has been read; every arrival is followed by a `may_send`.
+    // After a buffer has been read, which is before the outputs made of it are stored: there is nothing to release, and
+    // a release would wait for those stores. Every arrival is followed by a `may_send`.
     __device__ __forceinline__ void have_read() {
 #if BULK
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
     }
 };
@@ -554,8 +560,7 @@ extern "C" __global__ void __launch_bounds__(256) w4a16_dequantize(const __grid_
     const u64 index = (u64)blockIdx.x * (blockDim.x / 32) + (threadIdx.x >> 5);
     if (index >= (u64)p.tiles * p.blocks) return;
     const int k = (int)(index / p.tiles), tile = (int)(index % p.tiles), column0 = k * COLUMNS;
-    const int c = k / p.chunk * p.chunk, run = min(p.chunk, p.blocks - c);
-    const u8* block = p.weights + ((u64)p.tiles * c + (u64)tile * run + k - c) * BLOCK;
+    const u8* block = p.weights + block_index(k, tile, p.blocks, p.tiles) * BLOCK;
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
