@@ -80,9 +80,7 @@ def ours(weights: Solution, dtype: torch.dtype, early: bool = True) -> tuple[lis
     """The kernel over rotated copies, and the bytes of one."""
     blocks, layout = w4a16.repack(weights)
     w4a16.register()
-    loaded = w4a16.kernels(blocks.device, dtype, layout)
-    loaded.load()
-    loaded.early = early
+    w4a16.kernels(blocks.device, dtype, layout).early = early
     sets = [blocks, *(blocks.clone() for _ in range(copies(blocks.numel()) - 1))]
     static = (len(weights.codes_RC), layout.group, layout.scales, layout.zeros)
     torch.cuda.synchronize()
@@ -144,7 +142,8 @@ def main() -> None:
     torch.manual_seed(0)
     read = read_gbps()
     print(
-        f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, read {read:.0f} GB/s, {args.dtype}, group {args.group}"
+        f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, read {read:.0f} GB/s, {args.dtype}, "
+        f"group {args.group}"
     )
     rows = []
     for shape in args.shapes:

@@ -6,12 +6,15 @@ Tests marked gpu run it.
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from cuda.pathfinder import find_nvidia_binary_utility
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,7 +25,7 @@ from featherweight.formats import FORMATS
 from featherweight.kernels import nvrtc, pick, reasons, w4a16, w4a16_layout
 from featherweight.kernels.base import Case
 from featherweight.kernels.w4a16_layout import Layout, extent, pack, unpack
-from featherweight.kernels.w4a16_plan import TOKENS, Device, Split, choose, lay_out, most_tokens
+from featherweight.kernels.w4a16_plan import TOKENS, Device, Split, choose, lay_out, most_tokens, shares
 from featherweight.linear import CompressedLinear
 from w4a16_emulation import fragments
 from w4a16_emulation import product as emulated
@@ -89,7 +92,7 @@ def test_a_word_is_what_its_lane_multiplies() -> None:
                 assert registers[half, u, g, t, i, j, r].tolist() == want.tolist()
 
 
-# ---- launches in emulation --------------------------------------------------------------------------------------------
+# ---- launches in emulation ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[9], LAYOUTS[17]], ids=str)
 @pytest.mark.parametrize("split", [Split(8, 1, 8), Split(8, 2, 4), Split(16, 4, 1), Split(8, 8, 1)], ids=str)
@@ -121,7 +124,13 @@ def test_plans_fit_the_device(device: Device, layout: Layout, rows: int, columns
         assert regions == sorted(regions) and plan.at_x % 16 == 0 and plan.x_stride % 16 == 0
 
 
-# ---- the operator on a CPU --------------------------------------------------------------------------------------------
+def test_tokens_beyond_a_launch_are_shared_evenly() -> None:
+    assert (
+        shares(33, 32) == [16, 17] and shares(64, 24) == [21, 21, 22] and shares(32, 32) == [32] and shares(0, 32) == []
+    )
+
+
+# ---- the operator on a CPU ------------------------------------------------------------------------------------------
 CASES = [
     (4, 128, True),
     (4, 64, False),
@@ -160,7 +169,7 @@ def test_the_operator_is_sound_for_torch() -> None:
     assert torch.equal(torch.compile(twice, fullgraph=True, backend="aot_eager")(x), twice(x))
 
 
-# ---- compiling --------------------------------------------------------------------------------------------------------
+# ---- compiling ------------------------------------------------------------------------------------------------------
 def compiled(arch: str, dtype: torch.dtype, layout: Layout) -> tuple[bytes, dict[str, int], str]:
     """The code, registers of each kernel, and the log."""
     made = nvrtc.compile_source(nvrtc.source("w4a16"), w4a16.macros(dtype, layout), arch)
@@ -180,6 +189,44 @@ def test_kernels_compile_without_spilling(arch: str, dtype: torch.dtype, layout:
     assert set(registers) == {"w4a16_8", "w4a16_16", "w4a16_24", "w4a16_32", "w4a16_dequantize"}
     assert set(re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)) == {("0",) * 3}
     assert registers["w4a16_8"] <= 128 and registers["w4a16_16"] <= 128, "two CTAs have to fit on a multiprocessor"
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The instructions of each kernel for sm_90a, labels between them."""
+    nvdisasm = find_nvidia_binary_utility("nvdisasm")
+    assert nvdisasm is not None, "nvidia-cuda-nvdisasm is one of the development requirements"
+    path = tmp_path_factory.mktemp("sass") / "w4a16.cubin"
+    path.write_bytes(compiled("sm_90a", HALF, Layout(128, HALF, False))[0])
+    text = subprocess.run([nvdisasm, "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"\.section\s+\.text\.(\w+)", text)
+    line = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.+?)\s*;|(\.L_x_\d+):)", re.M)
+    kernels = zip(sections[1::2], sections[2::2], strict=True)
+    return {name: [found[1] or found[2] for found in line.finditer(body)] for name, body in kernels}
+
+
+def loop_with(products: int, instructions: list[str]) -> list[str]:
+    """The opcodes of the shortest loop with so many products of tensor cores."""
+    loops = []
+    for end, each in enumerate(instructions):
+        target = re.match(r"BRA `\((\.L_x_\d+)\)", each)
+        if target and target[1] in instructions[:end]:
+            body = instructions[instructions.index(target[1]) : end + 1]
+            loops.append([i.split(" ")[0] for i in body if not i.startswith(".L")])
+    return min((body for body in loops if sum(op.startswith("HMMA.16816") for op in body) == products), key=len)
+
+
+@pytest.mark.parametrize(("width", "ceiling"), [(8, 1.15), (16, 1.4), (24, 1.65), (32, 1.9)])
+def test_the_inner_loop_stays_within_its_instructions(hopper: dict[str, list[str]], width: int, ceiling: float) -> None:
+    """A block a turn: a product for each 16 x 16 codes and 8 tokens, and few instructions for each weight of a lane."""
+    body = loop_with(2 * width, hopper[f"w4a16_{width}"])
+    assert len(body) <= ceiling * w4a16_layout.ROWS * w4a16_layout.COLUMNS / 32
+    assert not any(op.startswith(("LDL", "STL", "LDG", "BAR")) for op in body)
+
+
+def test_hopper_fetches_in_bulk_and_starts_early(hopper: dict[str, list[str]]) -> None:
+    opcodes = {each.split(" ")[0].split(".")[0] for each in hopper["w4a16_8"]}
+    assert {"UBLKCP", "SYNCS", "PREEXIT", "ACQBULK", "UCGABAR_ARV"} <= opcodes
 
 
 def test_a_source_that_does_not_compile_says_so() -> None:
@@ -284,7 +331,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     torch.testing.assert_close(
         run(x, None), functional.linear(x, solution(grid, 48, 256).values().half()), atol=0.1, rtol=0.01
     )
-    with pytest.raises(RequestError, match=r"float32 with 256 columns, and the layer takes torch.float16 and 256"):
+    with pytest.raises(RequestError, match=r"float32 with 256 columns, and the layer is torch.float16 with 256"):
         run(x.float(), None)
     with pytest.raises(RequestError, match="with 128 columns"):
         run(x[:, :128], None)
@@ -293,10 +340,14 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
-def on_gpu(grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> tuple[CompressedLinear, Tensor]:
+def on_gpu(
+    grid: Grid, rows: int, columns: int, dtype: torch.dtype, size: float = 1.0
+) -> tuple[CompressedLinear, Tensor]:
+    """A layer whose scales are multiplied by `size`, and its exact weights."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     weights = solution(grid, rows, columns, dtype)
+    weights = replace(weights, scales_RG=weights.scales_RG * size)
     tensors = {name: tensor.cuda() for name, tensor in FORMAT.pack(weights).items()}
     layer = CompressedLinear.from_tensors(FORMAT, grid, tensors, torch.randn(rows).cuda(), dtype)
     assert layer.kernel.name == "w4a16"
@@ -308,9 +359,9 @@ def on_gpu(grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> tuple[Com
 @pytest.mark.parametrize(
     "grid", [Grid(4, 128), Grid(4, 64, False), Grid(4, 32, False), Grid(4, None), Grid(3, 64)], ids=str
 )
-@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (50, 320), (1000, 11008), (8192, 28672)])
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (50, 320), (33, 128), (1000, 11008), (8192, 28672)])
 def test_products_on_a_gpu(dtype: torch.dtype, grid: Grid, rows: int, columns: int) -> None:
-    layer, values = on_gpu(grid, rows, columns - columns % grid.width(columns), dtype)
+    layer, values = on_gpu(grid, rows, columns - columns % (grid.group_size or 1), dtype)
     for tokens in (1, 3, 8, 9, 17, 32, 33, 64):
         x = torch.randn(tokens, values.shape[1], device="cuda").to(dtype)
         want = functional.linear(x.double(), values, layer.bias.double())
@@ -326,9 +377,34 @@ def test_many_tokens_on_a_gpu_multiply_the_rounded_weights() -> None:
 
 
 @pytest.mark.gpu
+def test_the_operator_is_sound_on_a_gpu() -> None:
+    layer, _ = on_gpu(Grid(4, 128), 4096, 4096, HALF)
+    layer(torch.randn(1, 4096, device="cuda").half())
+    packed, layout = w4a16.repack(layer.solution())
+    arguments = (packed, layer.bias, 4096, layout.group, layout.scales, layout.zeros)
+    for x in (torch.randn(2, 3, 4096), torch.randn(8, 4097)[:, 1:], torch.randn(0, 4096)):
+        torch.library.opcheck(torch.ops.featherweight.w4a16.default, (x.cuda().half(), *arguments))
+
+
+@pytest.mark.gpu
+def test_without_a_compiler_the_reference_takes_over_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, values = on_gpu(Grid(4, 128), 64, 256, HALF)
+
+    def broken(*_: object) -> None:
+        raise nvrtc.CompileError("no NVRTC here")
+
+    monkeypatch.setattr(w4a16, "kernels", broken)
+    x = torch.randn(2, 256, device="cuda").half()
+    with pytest.warns(FallbackWarning, match="gives way to the reference kernel: no NVRTC here"):
+        torch.testing.assert_close(layer(x), functional.linear(x, values.half(), layer.bias))
+
+
+@pytest.mark.gpu
 def test_chained_launches_in_a_graph_wait_for_each_other() -> None:
-    layers = [on_gpu(Grid(4, 128), 4096, 4096, HALF)[0] for _ in range(6)]
-    x = torch.randn(16, 4096, device="cuda").half() * 1e-3
+    layers = [
+        on_gpu(Grid(4, 128), 4096, 4096, HALF, size=1 / 16)[0] for _ in range(6)
+    ]  # each about as large as its input
+    x = torch.randn(16, 4096, device="cuda").half()
 
     def chain(x: Tensor) -> Tensor:
         for layer in layers:
@@ -342,6 +418,7 @@ def test_chained_launches_in_a_graph_wait_for_each_other() -> None:
 
     for call in (chain, direct):
         want = call(x)
+        assert want.isfinite().all()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             got = call(x)

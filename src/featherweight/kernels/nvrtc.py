@@ -7,6 +7,7 @@ binding `cuda.bindings` come with torch's CUDA wheels.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -27,15 +28,17 @@ class CompileError(FeatherweightError):
 
 @dataclass(frozen=True)
 class Cubin:
-    """Machine code for one architecture and what the compiler said about it (registers, spills), if it was asked now."""
+    """Machine code for one architecture, and what the compiler said about it (registers, spills)."""
 
     code: bytes
     log: str
 
 
 def source(name: str) -> str:
-    """The text of csrc/<name>.cu."""
-    return (Path(__file__).parent / "csrc" / f"{name}.cu").read_text(encoding="utf-8")
+    """The text of csrc/<name>.cu, with what it includes from there in its place."""
+    folder = Path(__file__).parent / "csrc"
+    text = (folder / f"{name}.cu").read_text(encoding="utf-8")
+    return re.sub(r'#include "(\w+\.cuh)"', lambda found: (folder / found[1]).read_text(encoding="utf-8"), text)
 
 
 def arch(major: int, minor: int) -> str:
@@ -70,8 +73,8 @@ def compile_source(text: str, macros: Sequence[str], arch: str) -> Cubin:
 def cubin(name: str, macros: Sequence[str], arch: str, folder: Path | None = None) -> bytes:
     """The machine code of csrc/<name>.cu, from `folder` (default: `cache_folder()`) or compiled and put there.
 
-    A file that is missing, cut short or altered is compiled again: each starts with the digest of the rest. Files appear
-    by renaming, so processes that compile at once cannot disturb each other. Raises CompileError.
+    A file that is missing, cut short or altered is made again: each starts with the digest of the rest. Files appear by
+    renaming, so processes that compile at once cannot disturb each other. Raises CompileError.
     """
     text = source(name)
     key = hashlib.sha256("\0".join((text, *FLAGS, *macros, arch, *map(str, nvrtc_version()))).encode()).hexdigest()

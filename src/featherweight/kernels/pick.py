@@ -51,6 +51,6 @@ def pick(
 def machine(
     format: Format, rule: Rule, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, str | None]:
-    """As `reasons`, and kernels that take the layer are tried on this machine: why they would fail, None if they run."""
+    """As `reasons`, with kernels that take the layer tried on this machine: why they would fail, None if they run."""
     case = Case(format, rule, rows, columns, dtype, torch.device(device))
     return {name: kernel.refusal(case) or kernel.broken(case) for name, kernel in KERNELS.items()}

@@ -29,7 +29,7 @@ from featherweight.kernels.base import Case, Kernel, Run
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.w4a16_layout import GROUPS, MIDDLE, SCALE_DTYPES, Layout, extent
-from featherweight.kernels.w4a16_plan import TOKENS, Device, Plan, choose, most_tokens
+from featherweight.kernels.w4a16_plan import TOKENS, Device, Plan, choose, most_tokens, shares
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -60,9 +60,7 @@ class W4A16(Kernel):
 
     def broken(self, case: Case) -> str | None:
         try:
-            kernels(
-                torch.device("cuda", case.device.index or 0), case.dtype, Layout(GROUPS[-1], case.dtype, False)
-            ).load()
+            kernels(torch.device("cuda", case.device.index or 0), case.dtype, Layout(GROUPS[-1], case.dtype, False))
         except nvrtc.CompileError as error:
             return str(error)
         return None
@@ -74,7 +72,7 @@ class W4A16(Kernel):
         weights, layout = repack(solution)
         if weights.is_cuda:
             try:
-                kernels(weights.device, dtype, layout).load()
+                kernels(weights.device, dtype, layout)
             except nvrtc.CompileError as error:
                 warnings.warn(f"w4a16 gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
                 return Reference().prepare(format, rule, tensors, dtype)
@@ -86,8 +84,9 @@ class W4A16(Kernel):
             if torch.is_grad_enabled() and x_TC.requires_grad:
                 raise RequestError("the w4a16 kernel has no backward pass: choose reference or dense.")
             if x_TC.shape[-1] != columns or x_TC.dtype != dtype:
+                found = f"{x_TC.dtype} with {x_TC.shape[-1]} columns"
                 raise RequestError(
-                    f"the input is {x_TC.dtype} with {x_TC.shape[-1]} columns, and the layer takes {dtype} and {columns}."
+                    f"the input is {found}, and the layer is {dtype} with {columns}: cast it, or the layer."
                 )
             return torch.ops.featherweight.w4a16(x_TC, weights, bias_R, *static)
 
@@ -166,13 +165,11 @@ class Kernels:
         if tokens > DENSE_ABOVE or most == 0:
             return functional.linear(x_TC, self.dequantize(weights, x_TC, rows), bias_R)
         y_TR = x_TC.new_empty(tokens, rows)
-        launches = -(-tokens // most)
-        step = -(-tokens // launches)
-        for start in range(0, tokens, step):
-            stop = min(start + step, tokens)
-            plan = choose(stop - start, *extents, self.layout, self.limits)
+        sizes = shares(tokens, most)
+        for x, y, size in zip(x_TC.split(sizes), y_TR.split(sizes), sizes, strict=True):
+            plan = choose(size, *extents, self.layout, self.limits)
             assert plan is not None
-            self.launch(plan, x_TC[start:stop], weights, bias_R, y_TR[start:stop])
+            self.launch(plan, x, weights, bias_R, y)
         return y_TR
 
     def launch(self, plan: Plan, x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, y_TR: Tensor) -> None:
@@ -228,7 +225,9 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     if properties.major >= 9:
         sizes = tuple((n, module.clusters("w4a16_32", 256, block_bytes, n)) for n in (1, 2, 4, 8))
     limits = Device(processors, block_bytes, properties.shared_memory_per_multiprocessor, sizes)
-    return Kernels(device, layout, module, limits)
+    made = Kernels(device, layout, module, limits)
+    made.load()
+    return made
 
 
 def _device_refusal(device: torch.device) -> str | None:
@@ -260,7 +259,8 @@ def _on_cuda(
     flat_TC = x_TC.reshape(-1, x_TC.shape[-1]).contiguous()
     if flat_TC.data_ptr() % 16:
         flat_TC = flat_TC.clone()
-    y_TR = kernels(x_TC.device, x_TC.dtype, Layout(group, scales, zeros)).product(flat_TC, weights, bias_R, rows)
+    with torch.cuda.device(x_TC.device):
+        y_TR = kernels(x_TC.device, x_TC.dtype, Layout(group, scales, zeros)).product(flat_TC, weights, bias_R, rows)
     return y_TR.view(*x_TC.shape[:-1], rows)
 
 

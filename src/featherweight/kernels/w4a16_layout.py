@@ -1,11 +1,10 @@
 """The order in which `csrc/w4a16.cu` reads 4-bit weights: blocks of 32 rows (a tile) by 128 columns.
 
-In memory lie the first two blocks of all tiles, then their next two, and so on; the last one alone where their number is
-odd.
+In memory lie the first two blocks of all tiles, then their next two, and so on; an odd last one alone.
 
-A block is bytes: 2048 of codes, then its scales, then (where zeros differ from 8) its zeros. A word of codes is what one
-lane (g = lane / 4, t = lane % 4) feeds into one 16 x 16 x 16 product: rows g and g + 8 of a half tile, four columns that
-start at k0 = 64u + 32i + 8t + 4j. From its lowest nibble: (g, k0), (g+8, k0), (g, k0+2), (g+8, k0+2), then the same
+A block is bytes: 2048 of codes, then its scales, then (where zeros differ from 8) its zeros. A word of codes is what
+one lane (g = lane / 4, t = lane % 4) feeds into one m16n8k16 product: rows g and g + 8 of a half tile, four columns
+from k0 = 64u + 32i + 8t + 4j. From its lowest nibble: (g, k0), (g+8, k0), (g, k0+2), (g+8, k0+2), then the same
 four one column on. Words lie in the order half tile, u, g, t, i, j: a warp reads 16 bytes a lane without conflicts.
 
 Scales, and zeros as bytes, lie in the order group, g, half tile, (row g, row g + 8).

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
+from math import ceil
 
 from featherweight.kernels.w4a16_layout import CHUNK, COLUMNS, ROWS, Layout
 
@@ -19,7 +21,7 @@ NARROW = 8
 FIXED_RING = 3  # stages on GPUs without bulk copies: RING of the source
 SMALL_BYTES = 30e6
 PAIRED, ALONE = (3, 2), (6, 5, 4, 3, 2)
-"""Stages to try, for two CTAs on a multiprocessor and for one. More fetches than memory can serve only delay the first."""
+"""Stages to try, for two CTAs on a multiprocessor and for one. More fetches than memory can serve delay the first."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def options(tokens: int, tiles: int, device: Device) -> Iterator[Option]:
     if tokens <= NARROW:
         found = [Option(Split(8, size, parts // size), least=4), Option(Split(8, 4, 1), least=4), *wide]
     elif tokens <= 16:
-        deep = [Option(Split(8, 2, 4), least=4)] if parts == 8 else []
+        deep = [Option(Split(8, 2, 4), least=4), Option(Split(16, 8, 1))] if parts == 8 else []
         found = [*deep, Option(Split(16, 4, 1)), Option(Split(16, 4, 1), chunk=1), *wide]
     else:
         found = [Option(Split(8, 4, 1)), *wide]
@@ -134,10 +136,10 @@ def lay_out(
 ) -> Plan:
     """The plan with this split and so many stages, whether or not it fits."""
     clusters = min(dict(device.clusters)[split.size], tiles)
-    passes = -(-(-(-tiles // clusters)) // split.row_warps)
+    passes = ceil(tiles / clusters / split.row_warps)
     chunks = -(-blocks // chunk)
     ends = [chunks * r // split.parts for r in range(0, split.parts + 1, split.warp_splits)]
-    slice_blocks = max(end - start for start, end in zip(ends, ends[1:], strict=False)) * chunk
+    slice_blocks = max(end - start for start, end in pairwise(ends)) * chunk
     stride = slice_blocks * COLUMNS * 2 + 64  # 64: rows of x fall on different banks
     at_barriers = split.warps * stages * chunk * layout.block_bytes
     at_x = _aligned(at_barriers + (split.warps * stages + 3) * 8)
@@ -177,6 +179,12 @@ def most_tokens(tiles: int, blocks: int, layout: Layout, device: Device) -> int:
     """The most tokens of one launch; 0 when not even one fits."""
     fits = (t for t in range(TOKENS, 0, -1) if choose(t, tiles, blocks, layout, device) is not None)
     return next(fits, 0)
+
+
+def shares(tokens: int, most: int) -> list[int]:
+    """The tokens of each launch: as few launches as can be, as equal as can be."""
+    launches = -(-tokens // most)
+    return [tokens * (i + 1) // launches - tokens * i // launches for i in range(launches)]
 
 
 def _aligned(at: int) -> int:

@@ -20,12 +20,7 @@
 //
 // Macros: BF16 (0: float16), GROUP (32, 64, 128), SCALE (0 float16, 1 bfloat16, 2 float32), ZEROS (0: all 8).
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define BULK (__CUDA_ARCH__ >= 900)
+#include "gpu.cuh"
 
 constexpr int ROWS = 32, COLUMNS = 128, CODES = ROWS * COLUMNS / 2, PARTS = COLUMNS / GROUP;
 constexpr int SCALE_BYTES = PARTS * ROWS * (SCALE == 2 ? 4 : 2);
@@ -46,202 +41,7 @@ struct Params {
     int at_barriers, at_x, at_sums, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
 };
 
-// ---- instructions ---------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ u32 load_shared(u32 a) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
-    return v;
-}
-__device__ __forceinline__ void store_shared_float(u32 a, float v) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory");
-}
-__device__ __forceinline__ float load_shared_float(u32 a) { return __uint_as_float(load_shared(a)); }
-
-__device__ __forceinline__ float half_to_float(u16 h) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
-}
-__device__ __forceinline__ float bfloat_to_float(u16 h) { return __uint_as_float((u32)h << 16); }
-__device__ __forceinline__ float activation_to_float(u16 h) { return BF16 ? bfloat_to_float(h) : half_to_float(h); }
-__device__ __forceinline__ u16 float_to_activation(float f) {
-    u16 h;
-    if (BF16)
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    else
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return h;
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-#endif
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// ---- what Hopper and its successors have: clusters, bulk copies, dependent launches ------------------------------------
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 v = 0;
-#if BULK
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
-#endif
-    return v;
-}
-__device__ __forceinline__ u32 cluster_size() {
-    u32 v = 1;
-#if BULK
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
-#endif
-    return v;
-}
-#if BULK
-__device__ __forceinline__ void init_barrier(u32 barrier) {
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// True in one lane of a whole warp, in a way that tells the compiler so.
-__device__ __forceinline__ bool one_lane() {
-    u32 yes;
-    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(yes));
-    return yes;
-}
-// The barrier's one arrival: its phase ends when so many bytes have come.
-__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred ready;\nagain:\nmbarrier.try_wait.parity.shared.b64 ready, [%0], %1;\n@!ready bra again;\n}"
-        ::"r"(barrier), "r"(parity) : "memory");
-}
-// Address `a` of our shared memory in that of the cluster's CTA `rank`.
-__device__ __forceinline__ u32 remote_address(u32 a, u32 rank) {
-    u32 v;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(rank));
-    return v;
-}
-#endif
-__device__ __forceinline__ void let_the_next_kernel_start() {
-#if BULK
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_the_kernel_before() {
-#if BULK
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Where block k of tile t lies. Pairs of blocks of all tiles lie side by side, as the CTAs that read them work.
-__device__ __forceinline__ u64 block_index(int k, int t, int blocks, int tiles) {
-    const int pair = k & ~1, width = min(2, blocks - pair);
-    return (u32)(tiles * pair + t * width + (k - pair));
-}
-
-// One warp's ring of chunks, each a few blocks of a tile: `start` fetches, `wait` makes one readable by the warp.
-struct Ring {
-    u8* slots;
-    u32 barriers;
-    int stages, chunk, blocks, tiles;       // blocks in a chunk; blocks and tiles of the whole matrix
-    const u8* weights;
-    int first, chunks;                      // the chunks of every tile that are ours
-    int tile, tile_step;                    // being fetched; to our next one
-    int slot_in, chunk_in, left;            // next to fetch, of the tile; left: chunks of all tiles
-    int slot_out;
-    u32 phase;
-#if BULK
-    u64 policy;
-#endif
-
-    // Fetches as many chunks as the ring holds: on Hopper each by a lane of its own.
-    __device__ __forceinline__ void begin(int lane) {
-        slot_in = slot_out = chunk_in = 0;
-        phase = 0;
-#if BULK
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        if (lane < stages) init_barrier(barriers + 8 * lane);
-        __syncwarp();
-        int n = min(stages, left);
-        if (lane < n) fetch(lane, first + lane % chunks, tile + lane / chunks * tile_step);
-        if (n > 0) {
-            tile += n / chunks * tile_step;
-            chunk_in = n % chunks;
-            left -= n;
-            slot_in = n == stages ? 0 : n;
-        }
-#else
-        for (int i = 0; i < stages; i++) start(lane);
-#endif
-    }
-
-    // The last chunk of a tile may be short.
-    __device__ __forceinline__ int blocks_of(int c) { return min(chunk, blocks - c * chunk); }
-    __device__ __forceinline__ const u8* address(int c, int t) {
-        return weights + block_index(c * chunk, t, blocks, tiles) * BLOCK;
-    }
-
-#if BULK
-    // One thread: a chunk into a slot, which announces its arrival.
-    __device__ __forceinline__ void fetch(int slot, int c, int t) {
-        u32 bytes = blocks_of(c) * BLOCK, barrier = barriers + 8 * slot;
-        expect_bytes(barrier, bytes);
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-            ::"r"(shared_address(slots) + slot * chunk * BLOCK), "l"(address(c, t)), "r"(bytes), "r"(barrier), "l"(policy)
-            : "memory");
-    }
-#endif
-
-    __device__ __forceinline__ void start(int lane) {
-        if (left > 0) {
-            const int c = first + chunk_in;
-#if BULK
-            if (one_lane()) fetch(slot_in, c, tile);
-#else
-            for (int i = lane * 16; i < blocks_of(c) * BLOCK; i += 512)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                             ::"r"(shared_address(slots) + slot_in * chunk * BLOCK + i), "l"(address(c, tile) + i) : "memory");
-#endif
-            if (++chunk_in == chunks) {
-                chunk_in = 0;
-                tile += tile_step;
-            }
-            left--;
-            if (++slot_in == stages) slot_in = 0;
-        }
-#if !BULK
-        asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-    }
-
-    __device__ __forceinline__ const u8* wait() {
-#if BULK
-        wait_barrier(barriers + 8 * slot_out, phase);
-#else
-        asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
-        __syncwarp();
-#endif
-        return slots + slot_out * chunk * BLOCK;
-    }
-
-    __device__ __forceinline__ void release(int lane) {
-        if (++slot_out == stages) {
-            slot_out = 0;
-            phase ^= 1;
-        }
-        __syncwarp();  // the whole warp has read the chunk
-        start(lane);
-    }
-};
+#include "streaming.cuh"
 
 // ---- the product ----------------------------------------------------------------------------------------------------
 
@@ -264,7 +64,7 @@ __device__ __forceinline__ void load_x(const Params& p, int first_column, int co
     if (threadIdx.x < 32) {
         if (threadIdx.x == 0) expect_bytes(barrier, p.tokens * present * 2);
         __syncwarp();
-        if (threadIdx.x < p.tokens)
+        if (threadIdx.x < p.tokens && present > 0)
             asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                          ::"r"(shared_address(x + threadIdx.x * p.x_stride)), "l"(p.x + (u64)threadIdx.x * p.columns + first_column),
                          "r"(present * 2), "r"(barrier) : "memory");
@@ -383,56 +183,6 @@ __device__ __forceinline__ void multiply_block(
 #pragma unroll
                 for (int e = 0; e < 4; e++) total[h][n][e] += scales.of[h][e / 2] * acc[h][n][e];
     }
-}
-
-// The sums of a pass travel from every split to the CTA of the cluster that owns their rows: stores into its memory that
-// its barrier counts. Two buffers; one is written again only when the whole cluster has read it (`may_send`).
-struct Exchange {
-    u32 buffers, barriers;
-    int bytes;
-
-    __device__ __forceinline__ void begin() {
-#if BULK
-        if (threadIdx.x < 3) init_barrier(barriers + 8 * threadIdx.x);  // the third is for x
-        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-    }
-    __device__ __forceinline__ u32 buffer(int pass) { return buffers + (pass & 1) * bytes; }
-    __device__ __forceinline__ u32 barrier(int pass) { return barriers + (pass & 1) * 8; }
-
-    // `expected`: bytes of this pass that come to this CTA.
-    __device__ __forceinline__ void may_send(int pass, u32 expected) {
-#if BULK
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-        // Only now: expecting no bytes ends the phase, and a thread may have been waiting for the one before.
-        if (threadIdx.x == 0) expect_bytes(barrier(pass), expected);
-#else
-        __syncthreads();
-#endif
-    }
-    __device__ __forceinline__ void wait_for(int pass) {
-#if BULK
-        wait_barrier(barrier(pass), pass >> 1 & 1);
-#else
-        __syncthreads();
-#endif
-    }
-    // After a buffer has been read, which is before the outputs made of it are stored: there is nothing to release, and
-    // a release would wait for those stores. Every arrival is followed by a `may_send`.
-    __device__ __forceinline__ void have_read() {
-#if BULK
-        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-    }
-};
-
-__device__ __forceinline__ void send(u32 to, float v, u32 barrier) {
-#if BULK
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
-                 ::"r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
-#else
-    store_shared_float(to, v);
-#endif
 }
 
 template <int NT>
