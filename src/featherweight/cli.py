@@ -255,6 +255,27 @@ def demo(device: Device = "auto") -> None:
     console.last_line(found)
 
 
+@app.command("check-kernels")
+def check_kernels(
+    dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16 or float32.")] = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """What multiplies by 4-bit weights (groups of 128) on this machine, and why not the others."""
+    import torch
+
+    from featherweight import kernels
+    from featherweight.core.rules import Grid
+    from featherweight.formats import by_name
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise RequestError(f"activations are bfloat16, float16 or float32, not {dtype}.")
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    layer = (by_name("compressed-tensors"), Grid(4, 128), 4096, 4096, getattr(torch, dtype), where)
+    found = kernels.machine(*layer)
+    console.table(("kernel", "runs", "why not"), [[name, "no" if why else "yes", why] for name, why in found.items()])
+    console.last_line({"device": where, "dtype": dtype, "auto": kernels.pick(*layer).name, "refusals": found})
+
+
 def _with_group_size(recipe: Any, group_size: str | None) -> Any:
     if group_size is None:
         return recipe

@@ -40,6 +40,10 @@ class Kernel(ABC):
     def refusal(self, case: Case) -> str | None:
         """Why this kernel does not take this layer, in a few words with both numbers; None when it does."""
 
+    def broken(self, case: Case) -> str | None:
+        """Why a layer that this kernel takes could not run on this machine all the same, found by trying; else None."""
+        return None
+
     @abstractmethod
     def prepare(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
         """Rearrange the weights once, on the device where `tensors` lie, and return the function that multiplies.

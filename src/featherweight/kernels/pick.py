@@ -9,10 +9,12 @@ from featherweight.formats.base import Format, Rule
 from featherweight.kernels.base import Case, Kernel
 from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
+from featherweight.kernels.w4a16 import W4A16
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt4(), Reference(), Dense())}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt4(), W4A16(), Reference(), Dense())}
 AUTO = ("cpu-int4", "reference")
-"""The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for."""
+"""The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for. Not yet
+w4a16: a memory checker had complaints about it that are not cleared up (bench/results/2026-11-22-h100-w4a16.md)."""
 
 
 def reasons(
@@ -45,3 +47,11 @@ def pick(
         fits = " or ".join(name for name, why in refusals.items() if why is None)
         raise RequestError(f"the kernel {wanted} does not take this layer: {refusals[wanted]}; choose {fits}.")
     return KERNELS[wanted]
+
+
+def machine(
+    format: Format, rule: Rule, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, str | None]:
+    """As `reasons`, with kernels that take the layer tried on this machine: why they would fail, None if they run."""
+    case = Case(format, rule, rows, columns, dtype, torch.device(device))
+    return {name: kernel.refusal(case) or kernel.broken(case) for name, kernel in KERNELS.items()}

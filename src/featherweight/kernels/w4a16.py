@@ -1,0 +1,281 @@
+"""4-bit weights by 16-bit activations on NVIDIA GPUs (Ampere and later), streamed in the kernel's own order.
+
+Up to `TOKENS` tokens a launch go through `csrc/w4a16.cu`, which reads each weight once; many tokens through a dense
+product with weights made floats for the length of the call. Codes of fewer than four bits are widened to four.
+
+The operator `featherweight::w4a16` is what torch.compile and CUDA graphs see. On a CPU it computes the same product
+from the same bytes, slowly: for tests.
+
+Shapes: R outputs, C inputs, G groups, T tokens (any leading axes); blocks as `w4a16_layout` has them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from featherweight.errors import FallbackWarning, RequestError
+from featherweight.formats import parts
+from featherweight.formats.base import Format, Rule, Solution
+from featherweight.kernels import nvrtc, w4a16_layout
+from featherweight.kernels.base import Case, Kernel, Run
+from featherweight.kernels.launch import Module
+from featherweight.kernels.reference import Reference
+from featherweight.kernels.w4a16_layout import GROUPS, MIDDLE, SCALE_DTYPES, Layout, extent
+from featherweight.kernels.w4a16_plan import TOKENS, Device, Plan, choose, most_tokens, shares
+
+DTYPES = (torch.float16, torch.bfloat16)
+OLDEST = (8, 0)
+DENSE_ABOVE = 64
+"""Tokens from which weights are made floats first: two launches of 32 read them twice, four would take longer."""
+
+
+@dataclass(frozen=True)
+class W4A16(Kernel):
+    """Weights stay packed in the GPU's memory, repacked once into the kernel's order."""
+
+    name: str = "w4a16"
+
+    def refusal(self, case: Case) -> str | None:
+        grid, pattern = parts(case.rule)
+        if grid is None:
+            return f"it multiplies by codes, and the weights are floats, pruned ({pattern})"
+        width = grid.group_size or case.columns
+        if case.device.type != "cuda" or torch.version.hip:
+            return f"it runs on NVIDIA GPUs, and the layer is on {case.device.type}"
+        if case.dtype not in DTYPES:
+            return f"it takes {' or '.join(map(str, DTYPES))}, and the activations are {case.dtype}"
+        if grid.stored_bits > 4:
+            return f"it holds 4 bits, and the codes have {grid.stored_bits}"
+        if width % GROUPS[0]:
+            return f"it needs groups of a multiple of {GROUPS[0]}, and they have {width}"
+        return _device_refusal(case.device)
+
+    def broken(self, case: Case) -> str | None:
+        try:
+            kernels(torch.device("cuda", case.device.index or 0), case.dtype, Layout(GROUPS[-1], case.dtype, False))
+        except nvrtc.CompileError as error:
+            return str(error)
+        return None
+
+    def prepare(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
+        solution = format.unpack(tensors, rule)
+        assert isinstance(solution, Solution)
+        rows, columns = solution.codes_RC.shape
+        weights, layout = repack(solution)
+        if weights.is_cuda:
+            try:
+                kernels(weights.device, dtype, layout)
+            except nvrtc.CompileError as error:
+                warnings.warn(f"w4a16 gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
+                return Reference().prepare(format, rule, tensors, dtype)
+            torch.cuda.synchronize(weights.device)  # a launch reads weights before it waits for the kernels in front
+        register()
+        static = (rows, layout.group, layout.scales, layout.zeros)
+
+        def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
+            if torch.is_grad_enabled() and x_TC.requires_grad:
+                raise RequestError("the w4a16 kernel has no backward pass: choose reference or dense.")
+            if x_TC.shape[-1] != columns or x_TC.dtype != dtype:
+                found = f"{x_TC.dtype} with {x_TC.shape[-1]} columns"
+                raise RequestError(
+                    f"the input is {found}, and the layer is {dtype} with {columns}: cast it, or the layer."
+                )
+            return torch.ops.featherweight.w4a16(x_TC, weights, bias_R, *static)
+
+        return run
+
+
+def repack(solution: Solution) -> tuple[Tensor, Layout]:
+    """The blocks of a solution of at most four bits, and what they hold.
+
+    Symmetric codes are moved so that 8 stands for zero; groups wider than 128 become several with equal scales.
+    """
+    codes_RC, scales_RG, zeros_RG, grid = solution.codes_RC, solution.scales_RG, solution.zeros_RG, solution.grid
+    width = codes_RC.shape[1] // scales_RG.shape[1]
+    group = next(g for g in reversed(GROUPS) if width % g == 0)
+    layout = Layout(group, scales_RG.dtype, not grid.symmetric)
+    assert layout.scales in SCALE_DTYPES
+    if grid.symmetric:
+        codes_RC = codes_RC + (MIDDLE - grid.middle)
+    scales_RG, zeros_RG = (each.repeat_interleave(width // group, dim=1) for each in (scales_RG, zeros_RG))
+    return w4a16_layout.pack(codes_RC, scales_RG, zeros_RG, layout), layout
+
+
+class Params(ctypes.Structure):
+    """The struct Params of csrc/w4a16.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "x", "y", "bias")),
+        *(
+            (name, ctypes.c_int)
+            for name in [
+                "tokens",
+                "rows",
+                "columns",
+                "blocks",
+                "tiles",
+                "warp_splits",
+                "stages",
+                "chunk",
+                "owned_log2",
+                "x_stride",
+                "at_barriers",
+                "at_x",
+                "at_sums",
+                "at_partials",
+                "partials_bytes",
+            ]
+        ),
+    )
+
+
+@dataclass
+class Kernels:
+    """csrc/w4a16.cu for one device, dtype and layout.
+
+    Attributes:
+        early: whether launches may start before the kernel in front has ended.
+    """
+
+    device: torch.device
+    layout: Layout
+    module: Module
+    limits: Device
+    early: bool = True
+    _loaded: set[str] = field(default_factory=set)
+
+    def load(self) -> None:
+        """Everything that a call must not do: code onto the device, limits raised. Raises CompileError."""
+        for width in range(8, TOKENS + 1, 8):
+            self.module.function(f"w4a16_{width}", self.limits.block_bytes)
+        self.module.function("w4a16_dequantize")
+
+    def product(self, x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int) -> Tensor:
+        """y_TR for contiguous x_TC of any number of rows."""
+        tokens, extents = len(x_TC), extent(rows, x_TC.shape[1])
+        most = most_tokens(*extents, self.layout, self.limits)
+        if tokens > DENSE_ABOVE or most == 0:
+            return functional.linear(x_TC, self.dequantize(weights, x_TC, rows), bias_R)
+        y_TR = x_TC.new_empty(tokens, rows)
+        sizes = shares(tokens, most)
+        for x, y, size in zip(x_TC.split(sizes), y_TR.split(sizes), sizes, strict=True):
+            plan = choose(size, *extents, self.layout, self.limits)
+            assert plan is not None
+            self.launch(plan, x, weights, bias_R, y)
+        return y_TR
+
+    def launch(self, plan: Plan, x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, y_TR: Tensor) -> None:
+        """One launch: y_TR of at most `TOKENS` tokens."""
+        params = Params(
+            weights.data_ptr(),
+            x_TC.data_ptr(),
+            y_TR.data_ptr(),
+            None if bias_R is None else bias_R.data_ptr(),
+            *(plan.tokens, y_TR.shape[1], x_TC.shape[1], *extent(y_TR.shape[1], x_TC.shape[1])[::-1]),
+            *(plan.split.warp_splits, plan.stages, plan.chunk, plan.owned_log2, plan.x_stride),
+            *(plan.at_barriers, plan.at_x, plan.at_sums, plan.at_partials, plan.partials_bytes),
+        )
+        clusters = self.limits.has_clusters
+        self.module.launch(
+            f"w4a16_{plan.width}",
+            plan.clusters * plan.split.size,
+            plan.split.warps * 32,
+            plan.bytes,
+            params,
+            cluster=plan.split.size if clusters else 0,
+            early=self.early and clusters,
+        )
+
+    def dequantize(self, weights: Tensor, like: Tensor, rows: int) -> Tensor:
+        """The weights V_RC as floats."""
+        (tiles, blocks), columns = extent(rows, like.shape[1]), like.shape[1]
+        weight_RC = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
+        params = Params(weights.data_ptr(), None, weight_RC.data_ptr(), None, 0, rows, columns, blocks, tiles)
+        self.module.launch("w4a16_dequantize", -(-tiles * blocks // 8), 256, 0, params, cluster=0, early=False)
+        return weight_RC
+
+
+def macros(dtype: torch.dtype, layout: Layout) -> tuple[str, ...]:
+    """What csrc/w4a16.cu is compiled with."""
+    return (
+        f"BF16={int(dtype == torch.bfloat16)}",
+        f"GROUP={layout.group}",
+        f"SCALE={SCALE_DTYPES.index(layout.scales)}",
+        f"ZEROS={int(layout.zeros)}",
+    )
+
+
+@cache
+def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels:
+    """Compiled (or from the cache) and loaded. Raises CompileError."""
+    properties = torch.cuda.get_device_properties(device)
+    arch = nvrtc.arch(properties.major, properties.minor)
+    module = Module(device, nvrtc.cubin("w4a16", macros(dtype, layout), arch))
+    processors = properties.multi_processor_count
+    block_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    sizes: tuple[tuple[int, int], ...] = ((1, processors),)
+    if properties.major >= 9:
+        sizes = tuple((n, module.clusters("w4a16_32", 256, block_bytes, n)) for n in (1, 2, 4, 8))
+    limits = Device(processors, block_bytes, properties.shared_memory_per_multiprocessor, sizes)
+    made = Kernels(device, layout, module, limits)
+    made.load()
+    return made
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    """Why this machine's GPU does not run the kernel."""
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU, and torch sees 0"
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and the GPU has {found[0]}.{found[1]}"
+    return None
+
+
+@cache
+def register() -> torch.library.Library:
+    """Make the operator known to torch, once; the library must stay alive."""
+    library = torch.library.Library("featherweight", "DEF")
+    library.define(
+        "w4a16(Tensor x, Tensor weights, Tensor? bias, int rows, int group, ScalarType scales, bool zeros) -> Tensor"
+    )
+    library.impl("w4a16", _on_cuda, "CUDA")
+    library.impl("w4a16", _on_cpu, "CPU")
+    torch.library.register_fake("featherweight::w4a16", _shape, lib=library)
+    return library
+
+
+def _on_cuda(
+    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
+) -> Tensor:
+    flat_TC = x_TC.reshape(-1, x_TC.shape[-1]).contiguous()
+    if flat_TC.data_ptr() % 16:
+        flat_TC = flat_TC.clone()
+    with torch.cuda.device(x_TC.device):
+        y_TR = kernels(x_TC.device, x_TC.dtype, Layout(group, scales, zeros)).product(flat_TC, weights, bias_R, rows)
+    return y_TR.view(*x_TC.shape[:-1], rows)
+
+
+def _on_cpu(
+    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
+) -> Tensor:
+    layout = Layout(group, scales, zeros)
+    codes_RC, scales_RG, zeros_RG = w4a16_layout.unpack(weights, rows, x_TC.shape[-1], layout)
+    grouped = codes_RC.unflatten(-1, (-1, group)).double() - zeros_RG.unsqueeze(-1)
+    weight_RC = (grouped * scales_RG.unsqueeze(-1)).flatten(-2)
+    bias = None if bias_R is None else bias_R.double()
+    return functional.linear(x_TC.double(), weight_RC, bias).to(x_TC.dtype)
+
+
+def _shape(
+    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
+) -> Tensor:
+    return x_TC.new_empty(*x_TC.shape[:-1], rows)
