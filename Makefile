@@ -25,10 +25,11 @@ format: $(STAMP)
 
 # Without a GPU torch goes first and by its exact version: where an index offers a CPU build of it, a plain install
 # finds that, and several GB of CUDA libraries stay away. The constraint keeps the second install from replacing it.
+# With a GPU torch brings its own Triton; without one the tests interpret and compile kernels by this one.
 $(STAMP): pyproject.toml
 	@echo "installing into .venv (first use, or pyproject.toml changed; some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet torch==2.13.0
+	@nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet torch==2.13.0 "triton==3.9.0; sys_platform == 'linux'"
 	@$(BIN)/python -m pip freeze | grep -E '^torch==' >.venv/constraints.txt || true
 	@$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e ".[dev]"
 	@touch $@
