@@ -58,6 +58,7 @@ def load(
     format, rules = formats.from_config(quantization)
 
     def replace(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        format.verify(tensors, name)
         if isinstance(module, nn.Embedding):
             unpacked = kernel == "dense"
             return CompressedEmbedding(format, rules.of(name), tensors, module, dtype, unpacked)

@@ -9,10 +9,12 @@ from featherweight.formats.base import Format, Rule
 from featherweight.kernels.base import Case, Kernel
 from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
+from featherweight.kernels.sub1 import Sub1Tiles
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt4(), Reference(), Dense())}
-AUTO = ("cpu-int4", "reference")
-"""The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for."""
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Sub1Tiles(), CpuInt4(), Reference(), Dense())}
+AUTO = ("sub1-tiles", "cpu-int4", "reference")
+"""The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor
+cpu-int4 for sub1, whose codes it would hold in two to six times their bytes."""
 
 
 def reasons(
