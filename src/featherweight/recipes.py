@@ -33,7 +33,7 @@ def rtn() -> Recipe:
 
 def sub1() -> Recipe:
     """The default in ternary, one scale a row, entropy-coded: at these widths a scale for each group costs more bits
-    than it is worth (docs/log.md)."""
+    than it is worth (docs/formats.md)."""
     return Recipe(bits=1.58, group_size=None, format="sub1", refine=3)
 
 

@@ -1,7 +1,7 @@
 """The weights of encoded rows that are not zero, column and value, on a CPU: no zero is ever written or multiplied.
 
 With few tokens a product is then a sum of columns of x^T, picked and weighed: torch's `embedding_bag`, whose bags are
-rows. Six to ten times faster than decoding a tile and multiplying by it, at one token and at 64 (docs/formats.md).
+rows. Three to five times faster than decoding codes and multiplying by them (docs/formats.md).
 
 Shapes: R rows, C columns, T tokens, W words of the longest row, S symbols of a row, N nonzero weights of all rows.
 """
