@@ -354,7 +354,7 @@ def test_two_rules_for_one_matrix_are_refused() -> None:
     [
         ({"version": 2}, "version is 2, and version 1 of the sparse format is read"),
         ({"version": None}, "version is None, and version 1"),
-        ({"format": "sparse-next"}, "format is sparse-next, and sparse is read"),
+        ({"format": "sparse-next"}, "format is sparse-next, and sparse or sub1 is read"),
         ({"codebook": 1}, "quantization_config has codebook, and format, ignore"),
         ({"rules": []}, "rules holds no rule"),
         ({"rules": [{"pattern": None, "grid": None, "matrices": "*"}]}, "neither pattern nor grid"),

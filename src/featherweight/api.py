@@ -66,7 +66,8 @@ def load(
     Args:
         path: a folder that `compress` wrote, any folder in a format we read, or a dense checkpoint.
         dtype: to compute in; None takes the checkpoint's, or float32 on CPUs that are slow in it.
-        kernel: how compressed matrices are multiplied: "auto", "reference", "cpu-int4" or "dense" (unpacked once).
+        kernel: how compressed matrices are multiplied: "auto", "reference", "cpu-int4", "sub1-tiles" or "dense"
+            (unpacked once).
     """
     folder, torch_device = resolve(path), pick_device(device)
     checkpoint = Checkpoint.open(folder)
@@ -77,6 +78,7 @@ def load(
     format, rules = formats.from_config(quantization)
 
     def replace(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        format.verify(tensors, name)
         if isinstance(module, nn.Embedding):
             unpacked = kernel == "dense"
             return CompressedEmbedding(format, rules.of(name), tensors, module, dtype, unpacked)

@@ -54,7 +54,9 @@ def compress(
     mask: Annotated[str | None, typer.Option(help="Zeros chosen by admm, sparsegpt, wanda or obs.")] = None,
     resolve: Annotated[int | None, typer.Option(help="Conjugate-gradient steps on the weights kept.")] = None,
     swaps: Annotated[int | None, typer.Option(help="Rounds of swapping kept for pruned weights.")] = None,
-    format: Annotated[str | None, typer.Option(help="auto, compressed-tensors, gptq, gptq_v2, sparse, dense.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="auto, compressed-tensors, gptq, gptq_v2, sparse, sub1 or dense.")
+    ] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="Text file or hub data set; repeatable.")] = None,
     chat_template: Annotated[
         bool | None, typer.Option("--chat-template", help="Wrap calibration documents as chats.")

@@ -96,7 +96,11 @@ class FeatherweightQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Put the heads that are tied to a compressed embedding in place, over the embedding's own tensors."""
+        """Look for damage, now that there are bytes; put the heads that are tied to a compressed embedding in place,
+        over the embedding's own tensors."""
+        for path, module in model.named_modules():
+            if isinstance(module, CompressedLinear):
+                self.layout.verify(dict(module.named_buffers()), path)
         for embedding in [module for module in model.modules() if isinstance(module, CompressedEmbedding)]:
             fill_buffers(model, embedding.family, embedding.device)
         for path, source in self.heads.items():
@@ -118,7 +122,7 @@ class FeatherweightQuantizer(HfQuantizer):
     def _empty(
         self, name: str, module: nn.Module, entries: dict[str, tuple[Path, Entry]]
     ) -> CompressedLinear | CompressedEmbedding:
-        """A layer on meta; only its `weight_shape` is read, since the shapes of others are checked against it."""
+        """A layer on meta; only the tensor with its shape is read: the shapes of others are checked against it."""
         rule = self.rules.of(name)
         tensors: dict[str, Tensor] = {}
         for suffix in self.layout.suffixes(rule):
@@ -127,7 +131,7 @@ class FeatherweightQuantizer(HfQuantizer):
                 raise RequestError(f"{full} is in none of the checkpoint's files: download it again.")
             path, entry = entries[full]
             tensors[suffix] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-            if suffix == "weight_shape":
+            if suffix == self.layout.shape_in:
                 tensors[suffix] = _read(path, full)
         bias, weight = getattr(module, "bias", None), module.weight
         assert isinstance(weight, Tensor)

@@ -149,6 +149,8 @@ class Recipe:
         self.embedding_rule(torch.float16)
         if self.budget is not None and "rtn" in (self.method, self.trains and self.start):
             raise RequestError("a budget is spent by what calibration text says, and rtn reads none: use gptq.")
+        if self.format == "sub1" and (self.size_bytes or self.average_bits):
+            raise RequestError("a budget chooses among 2 to 8 bits, and sub1 stores 2 or fewer: use another format.")
 
     def _check_training(self) -> None:
         for name in ("epochs", "batch"):

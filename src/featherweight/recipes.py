@@ -31,6 +31,12 @@ def rtn() -> Recipe:
     return Recipe(method="rtn")
 
 
+def sub1() -> Recipe:
+    """The default in ternary, one scale a row, entropy-coded: at these widths a scale for each group costs more bits
+    than it is worth (docs/formats.md)."""
+    return Recipe(bits=1.58, group_size=None, format="sub1", refine=3)
+
+
 def papers_rtn() -> Recipe:
     """Round to nearest on the min-max grid, as the GPTQ paper's baseline."""
     return Recipe(method="rtn", search="minmax", mirror=False)
@@ -102,6 +108,7 @@ RECIPES = {
     "rtn": rtn,
     "best_2bit": best_2bit,
     "best_3bit": best_3bit,
+    "sub1": sub1,
     "papers.rtn": papers_rtn,
     "papers.gptq": papers_gptq,
     "papers.gptq-mse": papers_gptq_mse,

@@ -12,8 +12,21 @@ from featherweight.formats.compressed_tensors import CompressedTensors
 from featherweight.formats.dense import Dense
 from featherweight.formats.gptq import Gptq
 from featherweight.formats.sparse import Sparse
+from featherweight.formats.sub1 import Sub1
 
-__all__ = ["FORMATS", "AnySolution", "Format", "Grid", "Rule", "Rules", "Solution", "by_name", "from_config", "parts"]
+__all__ = [
+    "FORMATS",
+    "AnySolution",
+    "Format",
+    "Grid",
+    "Rule",
+    "Rules",
+    "Solution",
+    "Sub1",
+    "by_name",
+    "from_config",
+    "parts",
+]
 
 FORMATS: dict[str, Format] = {
     format.name: format
@@ -22,9 +35,11 @@ FORMATS: dict[str, Format] = {
         Gptq("gptq", zero_offset=1),
         Gptq("gptq_v2", zero_offset=0),
         Sparse(),
+        Sub1(),
         Dense(),
     )
 }
+OWN = ("sparse", "sub1")  # what quant_method "featherweight" may be followed by
 
 
 def by_name(name: str) -> Format:
@@ -44,8 +59,10 @@ def from_config(quantization_config: Mapping[str, Any]) -> tuple[Format, Rules]:
         format = by_name(str(method))
     elif method == "featherweight":
         name = quantization_config.get("format")
-        if name != "sparse":
-            raise RequestError(f"quantization_config.format is {name}, and sparse is read: update featherweight.")
+        if name not in OWN:
+            raise RequestError(
+                f"quantization_config.format is {name}, and {' or '.join(OWN)} is read: update featherweight."
+            )
         format = by_name(name)
     else:
         raise RequestError(

@@ -48,11 +48,13 @@ class Format(ABC):
         plain: whether its one tensor is the module's own `weight`: to be written as the module holds it (Conv1D:
             C x R), and read back as floats.
         embeddings: whether an embedding can be stored in it.
+        shape_in: the suffix of the one tensor whose numbers `shape` reads, where it reads any.
     """
 
     name: str
     plain: ClassVar[bool] = False
     embeddings: ClassVar[bool] = False
+    shape_in: ClassVar[str] = "weight_shape"
 
     @abstractmethod
     def check(self, name: str, rows: int, columns: int, rule: Rule) -> None:
@@ -80,11 +82,15 @@ class Format(ABC):
         scales, whose dtype the grid says, do not depend on it.
         """
 
+    def metrics(self, solution: AnySolution) -> dict[str, float]:
+        """What is worth a line in the journal about a solution as this format stores it, beside its bytes."""
+        return {}
+
     @abstractmethod
     def shape(self, tensors: Mapping[str, Tensor], rule: Rule, name: str = THE_MATRIX) -> tuple[int, int]:
         """Rows and columns of the matrix in these tensors; RequestError when their shapes contradict each other.
 
-        Of `weight_shape` the numbers are read, of other tensors only shapes and dtypes: they may be on meta.
+        Of `shape_in` the numbers are read, of other tensors only shapes and dtypes: they may be on meta.
         """
 
     @abstractmethod
@@ -94,6 +100,10 @@ class Format(ABC):
 
         Its grid is `as_stored`: ternary comes back as 2 bits, with the scale dtype that was found.
         """
+
+    def verify(self, tensors: Mapping[str, Tensor], name: str) -> None:  # noqa: B027 (most formats have no checksum)
+        """Raise RequestError naming the matrix where checksums, of a format that stores any, find damage: for those who
+        load it without unpacking it."""
 
     def unpack_rows(self, tensors: Mapping[str, Tensor], rule: Rule, index_N: Tensor, columns: int) -> Solution:
         """`unpack` of the rows `index_N` (int64) alone, in that order: how an embedding looks tokens up.

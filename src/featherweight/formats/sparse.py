@@ -29,7 +29,7 @@ from featherweight.codec import pack_dense, pack_flags, unpack_dense, unpack_fla
 from featherweight.core.rules import Grid, Joint, Pattern, Rule, parts
 from featherweight.core.solution import AnySolution, Solution, SparseSolution
 from featherweight.errors import RequestError
-from featherweight.formats import sparse_config
+from featherweight.formats import own_config
 from featherweight.formats.base import (
     SCALE_DTYPES,
     THE_MATRIX,
@@ -148,10 +148,10 @@ class Sparse(Format):
         meta: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """As `Format.config`; there is no room for `meta`, and `targets` are the linear layers."""
-        return sparse_config.write(rules, ignore)
+        return own_config.write(self.name, rules, ignore)
 
     def read(self, config: Mapping[str, Any]) -> Rules:
-        return sparse_config.read(config)
+        return own_config.read(self.name, config)
 
 
 def index_bits(pattern: Pattern) -> int:

@@ -252,6 +252,7 @@ class _Job:
             "bytes": sum(tensor.nbytes for tensor in packed.values()),
             "loss": None if self.recipe.method == "rtn" or index == OUTSIDE else solution.certificate,
             **solution.metrics,
+            **self.format.metrics(solution),
             "damping": solution.damping,
             "block_seconds": round(seconds, 3),
         }

@@ -1,4 +1,4 @@
-"""What a checkpoint in our own layout says in config.json: a rule for each set of matrices.
+"""What a checkpoint in a layout of our own, sparse or sub1, says in config.json: a rule for each set of matrices.
 
     {"quant_method": "featherweight", "format": "sparse", "version": 1,
      "rules": [{"pattern": {"keep": 2, "of": 4}, "grid": {"bits": 4, "group_size": 128, "symmetric": true},
@@ -24,12 +24,12 @@ EVERYTHING = "*"
 KEYS = {"quant_method", "format", "version", "rules", "ignore"}
 
 
-def write(rules: Mapping[str, Rule], ignore: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of matrices by name."""
+def write(format: str, rules: Mapping[str, Rule], ignore: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of matrices by name, in the format of this name."""
     groups = grouped(rules)
     return {
         "quant_method": METHOD,
-        "format": "sparse",
+        "format": format,
         "version": VERSION,
         "rules": [
             {**_written(rule), "matrices": EVERYTHING if len(groups) == 1 else names} for rule, names in groups.items()
@@ -38,11 +38,11 @@ def write(rules: Mapping[str, Rule], ignore: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def read(config: Mapping[str, Any]) -> Rules:
+def read(format: str, config: Mapping[str, Any]) -> Rules:
     """The rules of a `quantization_config`; RequestError for another version, an unknown key or a wrong value."""
     if config.get("version") != VERSION:
         raise RequestError(
-            f"{CONFIG}.version is {config.get('version')}, and version {VERSION} of the sparse format is read: "
+            f"{CONFIG}.version is {config.get('version')}, and version {VERSION} of the {format} format is read: "
             "use the release of featherweight that wrote it, or a newer one."
         )
     _require_keys(config, KEYS, KEYS, CONFIG)
