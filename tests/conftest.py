@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# Before numpy and torch are imported, here and in processes that tests start: the suite runs in two processes, and
+# threads of both that wait for each other's cores take many times longer than one.
+for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():  # Triton reads it when it is first imported, long before the test that needs it
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tiny import add_tokenizer, make, write_text
+from tiny import add_tokenizer, make, write_text  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

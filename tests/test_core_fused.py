@@ -161,7 +161,7 @@ def test_searches_of_layers_have_their_own_prices(launched: list[str]) -> None:
         assert torch.equal(together[layer], scales.fit(grid, weight_ERGN[layer], price_EGN[layer])[0])
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_kernels_compile_without_a_gpu(arch: int, tmp_path: Path) -> None:
     """By Triton itself, in a process of its own: here it may be interpreting."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

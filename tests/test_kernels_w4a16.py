@@ -5,10 +5,12 @@ Tests marked gpu run it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -170,6 +172,7 @@ def test_the_operator_is_sound_for_torch() -> None:
 
 
 # ---- compiling ------------------------------------------------------------------------------------------------------
+@cache
 def compiled(arch: str, dtype: torch.dtype, layout: Layout) -> tuple[bytes, dict[str, int], str]:
     """The code, registers of each kernel, and the log."""
     made = nvrtc.compile_source(nvrtc.source("w4a16"), w4a16.macros(dtype, layout), arch)
@@ -177,10 +180,23 @@ def compiled(arch: str, dtype: torch.dtype, layout: Layout) -> tuple[bytes, dict
     return made.code, {name: int(count) for name, count in found}, made.log
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+HOPPER_HALF = ("sm_90a", HALF, Layout(128, HALF, False))
+OTHERS = [
+    (arch, dtype, layout)
+    for arch in ("sm_80", "sm_90a")
+    for dtype, layout in [(HALF, Layout(128, HALF, False)), (BFLOAT, Layout(64, BFLOAT, True))]
+    if (arch, dtype) not in (("sm_90a", HALF), ("sm_80", BFLOAT))
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "layout"),
-    [(HALF, Layout(128, HALF, False)), (BFLOAT, Layout(64, BFLOAT, True)), (BFLOAT, Layout(32, FLOAT, True))],
+    ("arch", "dtype", "layout"),
+    [
+        HOPPER_HALF,
+        ("sm_80", BFLOAT, Layout(64, BFLOAT, True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS),
+        *(pytest.param(arch, BFLOAT, Layout(32, FLOAT, True), marks=pytest.mark.slow) for arch in ("sm_80", "sm_90a")),
+    ],
     ids=str,
 )
 def test_kernels_compile_without_spilling(arch: str, dtype: torch.dtype, layout: Layout) -> None:
@@ -197,7 +213,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     nvdisasm = find_nvidia_binary_utility("nvdisasm")
     assert nvdisasm is not None, "nvidia-cuda-nvdisasm is one of the development requirements"
     path = tmp_path_factory.mktemp("sass") / "w4a16.cubin"
-    path.write_bytes(compiled("sm_90a", HALF, Layout(128, HALF, False))[0])
+    path.write_bytes(compiled(*HOPPER_HALF)[0])
     text = subprocess.run([nvdisasm, "-c", str(path)], capture_output=True, text=True, check=True).stdout
     sections = re.split(r"\.section\s+\.text\.(\w+)", text)
     line = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.+?)\s*;|(\.L_x_\d+):)", re.M)
@@ -277,8 +293,9 @@ def test_a_folder_that_cannot_be_written_is_said_and_survived(small: list[str], 
 
 
 def _compile_in_a_process(folder: str) -> str:
-    code = nvrtc.cubin("w4a16", w4a16.macros(HALF, Layout(128, HALF, False)), "sm_80", Path(folder))
-    return __import__("hashlib").sha256(code).hexdigest()
+    text = "\n".join(f'extern "C" __global__ void f{i}(int* p) {{ *p = {i}; }}' for i in range(100))
+    nvrtc.source = lambda name: text  # in a process of its own
+    return hashlib.sha256(nvrtc.cubin("many", (), "sm_80", Path(folder))).hexdigest()
 
 
 def test_processes_that_compile_at_once_agree(tmp_path: Path) -> None:
