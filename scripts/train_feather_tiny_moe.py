@@ -151,13 +151,15 @@ A Qwen3-MoE of {figures["params"] / 1e6:.1f} M parameters (bf16, tied embeddings
 its MLPs that matter most to a cluster of tokens, then all weights trained on. It is there so that what compression does
 to experts can be seen without a download; it knows nothing, and is worse than the dense model it came from.
 
-Perplexity on {args.held_out.name} ({what}; {source}; {licence}), read as it is, tokenised once, whole windows of
-{CONTEXT}: **{figures["perplexity"]:.2f}** ({figures["nats_per_byte"]:.4f} nats a byte). That text was used neither to
+Perplexity on {args.held_out.name} ({what}; {source}; {licence}), read as it is,
+tokenised once, whole windows of {CONTEXT}: **{figures["perplexity"]:.2f}** ({figures["nats_per_byte"]:.4f} nats a
+byte); feather-tiny: {figures["dense_perplexity"]:.2f}. That text was used neither to
 train nor to choose. There each expert gets between {least:.1%} and {most:.1%} of its layer's choices
 (alike would be {1 / args.experts:.1%}).
 
-Trained for {figures["steps"]:.0f} steps of {args.batch} x {CONTEXT} tokens ({figures["epochs"]:.2f} epochs): learning
-rate {args.lr:g}, weight decay {args.weight_decay:g}, dropout {args.dropout:g}, balance {BALANCE:g}, seed {args.seed};
+Trained for {figures["steps"]:.0f} steps of {args.batch} x {CONTEXT} tokens ({figures["epochs"]:.2f} epochs,
+{figures["seconds"] / 60:.0f} minutes): learning rate {args.lr:g}, weight decay {args.weight_decay:g}, dropout {args.dropout:g}, balance {BALANCE:g}, seed
+{args.seed};
 weights averaged over steps, chosen by the loss on an eighth of the last 3 % of each text.
 
 | trained on | what | from | licence of the text |
@@ -187,9 +189,12 @@ def main() -> None:
     add_dropout(model, args.dropout)
     figures = dense_script.train(model, train_T, choose_ST, args, device, balanced_loss)
     dense_script.save(model, tokenizer, args.out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as they are: a loaded tokenizer writes where it was from
+        (args.out / name).write_bytes((args.dense / name).read_bytes())
     figures |= {"params": params, "train_tokens": len(train_T), "first_loss": began}
     figures["epochs"] = figures["steps"] * args.batch * CONTEXT / len(train_T)
     held_out = args.held_out.read_text(encoding="utf-8")
+    figures["dense_perplexity"] = dense_script.evaluate(args.dense, held_out, device)["perplexity"]
     figures |= dense_script.evaluate(args.out, held_out, device)
     sample_ST = dense_script.windows(dense_script.encode(tokenizer, held_out))[:64]
     shares = tokens_per_expert(AutoModelForCausalLM.from_pretrained(args.out), sample_ST)
