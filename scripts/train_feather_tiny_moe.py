@@ -136,7 +136,7 @@ def tokens_per_expert(model: PreTrainedModel, windows_ST: Tensor) -> list[list[f
 def card(args: argparse.Namespace, figures: dict[str, float], shares: list[list[float]]) -> str:
     rows = [f"| {p.name} | {' | '.join(KNOWN_TEXTS.get(p.name, ('?', '?', 'unknown')))} |" for p in args.text]
     what, source, licence = KNOWN_TEXTS.get(args.held_out.name, (args.held_out.name, "?", "unknown"))
-    least, most = min(map(min, shares)), max(map(max, shares))
+    least, most, minutes = min(map(min, shares)), max(map(max, shares)), figures["seconds"] / 60
     return f"""---
 license: apache-2.0
 language: en
@@ -158,8 +158,8 @@ train nor to choose. There each expert gets between {least:.1%} and {most:.1%} o
 (alike would be {1 / args.experts:.1%}).
 
 Trained for {figures["steps"]:.0f} steps of {args.batch} x {CONTEXT} tokens ({figures["epochs"]:.2f} epochs,
-{figures["seconds"] / 60:.0f} minutes): learning rate {args.lr:g}, weight decay {args.weight_decay:g}, dropout {args.dropout:g}, balance {BALANCE:g}, seed
-{args.seed};
+{minutes:.0f} minutes): learning rate {args.lr:g}, weight decay {args.weight_decay:g}, dropout {args.dropout:g}, balance
+{BALANCE:g}, seed {args.seed};
 weights averaged over steps, chosen by the loss on an eighth of the last 3 % of each text.
 
 | trained on | what | from | licence of the text |
