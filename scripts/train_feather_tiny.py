@@ -18,13 +18,20 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 END = "<|endoftext|>"
@@ -35,12 +42,14 @@ KNOWN_TEXTS = {
     "web.txt": ("467 web pages", "turboderp-org/exllamav3@4f8ad012 c4.utf8, first lines", "ODC-BY, Common Crawl terms"),
     "wiki.valid.raw": ("WikiText-2 raw, validation split", "Wikipedia", "CC BY-SA 3.0"),
     "wiki.test.raw": ("WikiText-2 raw, test split", "Wikipedia", "CC BY-SA 3.0"),
+    "evaluation.txt": ("the first articles of WikiText-2 raw, test split", "Wikipedia", "CC BY-SA 3.0"),
     "input.txt": ("tiny Shakespeare", "karpathy/char-rnn@6f9487a6", "public domain"),
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(what: str) -> argparse.ArgumentParser:
+    """What this script and its sibling, train_feather_tiny_moe.py, both ask for."""
+    parser = argparse.ArgumentParser(description=what.splitlines()[0])
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="training texts (UTF-8)")
     parser.add_argument("--held-out", type=Path, required=True, help="text for the figure that is reported")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
@@ -50,11 +59,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.5)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
 
 
 def log(line: str) -> None:
@@ -127,18 +135,18 @@ def build_model(vocab: int, end_id: int) -> LlamaForCausalLM:
     return model
 
 
-def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
+def add_dropout(model: PreTrainedModel, rate: float) -> None:
     """Dropout on the embedding and on what attention and MLP add: by hooks, since Llama has none there to switch on."""
 
     def drop(module: nn.Module, _: object, out: Tensor) -> Tensor:
         return nn.functional.dropout(out, rate, module.training)
 
     for name, module in model.named_modules():
-        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
+        if name.endswith(("embed_tokens", "o_proj", "down_proj", "experts")):
             module.register_forward_hook(drop)
 
 
-def next_token_loss(model: LlamaForCausalLM, tokens_ST: Tensor) -> Tensor:
+def next_token_loss(model: PreTrainedModel, tokens_ST: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats over the CONTEXT - 1 predictions of each window; float32."""
     with torch.autocast(tokens_ST.device.type, torch.bfloat16):
         logits_STV = model(input_ids=tokens_ST, use_cache=False).logits
@@ -146,16 +154,16 @@ def next_token_loss(model: LlamaForCausalLM, tokens_ST: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def mean_loss(model: LlamaForCausalLM, windows_ST: Tensor, device: str) -> float:
+def mean_loss(model: PreTrainedModel, windows_ST: Tensor, device: str) -> float:
     model.eval()
     losses = [next_token_loss(model, chunk.to(device)) * len(chunk) for chunk in windows_ST.split(16)]
     model.train()
     return float(torch.stack(losses).double().sum() / len(windows_ST))
 
 
-def optimizer_for(model: LlamaForCausalLM, args: argparse.Namespace) -> torch.optim.AdamW:
+def optimizer_for(model: PreTrainedModel, args: argparse.Namespace) -> torch.optim.AdamW:
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() == 2]},
+        {"params": [p for p in model.parameters() if p.dim() >= 2]},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -169,7 +177,12 @@ def rate_at(progress: float) -> float:
 
 
 def train(
-    model: LlamaForCausalLM, train_T: Tensor, choose_ST: Tensor, args: argparse.Namespace, device: str
+    model: PreTrainedModel,
+    train_T: Tensor,
+    choose_ST: Tensor,
+    args: argparse.Namespace,
+    device: str,
+    objective: Callable[[PreTrainedModel, Tensor], Tensor] = next_token_loss,
 ) -> dict[str, float]:
     """Leaves the best averaged weights in `model`; progress runs by steps or by the clock, whichever is ahead."""
     started = time.monotonic()
@@ -181,7 +194,7 @@ def train(
         progress = min(1.0, max(step / total_steps, (time.monotonic() - started) / (60 * args.minutes)))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate_at(progress)
-        loss = next_token_loss(model, batch_ST.to(device, non_blocking=True))
+        loss = objective(model, batch_ST.to(device, non_blocking=True))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -237,7 +250,7 @@ The weights are under Apache-2.0 like the rest of the package; the texts are not
 """
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.safetensors*"):  # a run before might have had more shards
         old.unlink()
@@ -259,22 +272,33 @@ def evaluate(out: Path, text: str, device: str) -> dict[str, float]:
     return {"perplexity": math.exp(loss), "nats_per_byte": nats_per_byte, "held_out_tokens": len(tokens_T)}
 
 
-def main() -> None:
-    args = parse_arguments()
+def start(args: argparse.Namespace) -> str:
+    """Seeds and threads; the device to train on."""
     torch.manual_seed(args.seed)
     disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    texts = [path.read_text(encoding="utf-8") for path in args.text]
-    tokenizer = train_tokenizer(texts, args.vocab)
-    end_id = tokenizer.convert_tokens_to_ids(END)
+    return args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def split(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """All training tokens in a row (T), and the windows to choose the weights by (S x CONTEXT)."""
     encoded = [encode(tokenizer, text) for text in texts]
     cuts = [int(len(tokens_T) * 0.97) for tokens_T in encoded]
-    end_T = torch.tensor([end_id])
+    end_T = torch.tensor([tokenizer.convert_tokens_to_ids(END)])
     train_T = torch.cat([part for tokens_T, cut in zip(encoded, cuts, strict=True) for part in (tokens_T[:cut], end_T)])
-    choose_ST = torch.cat([windows(tokens_T[cut:]) for tokens_T, cut in zip(encoded, cuts, strict=True)])
-    model = build_model(args.vocab, end_id).to(device)
+    return train_T, torch.cat([windows(tokens_T[cut:]) for tokens_T, cut in zip(encoded, cuts, strict=True)])
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--vocab", type=int, default=4096)
+    args = parser.parse_args()
+    device = start(args)
+    texts = [path.read_text(encoding="utf-8") for path in args.text]
+    tokenizer = train_tokenizer(texts, args.vocab)
+    train_T, choose_ST = split(tokenizer, texts)
+    model = build_model(args.vocab, tokenizer.convert_tokens_to_ids(END)).to(device)
     params = sum(p.numel() for p in model.parameters())
     log(f"{params:,} parameters, {len(train_T):,} training tokens, {choose_ST.numel():,} to choose by, on {device}")
     add_dropout(model, args.dropout)

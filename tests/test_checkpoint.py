@@ -267,9 +267,10 @@ def test_resolve_says_why_the_hub_failed(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve("org/model")
 
 
-def test_the_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, single: Path) -> None:
+@pytest.mark.parametrize("name", ["feather-tiny", "feather-tiny-moe"])
+def test_the_embedded_models(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, single: Path) -> None:
     monkeypatch.setattr("featherweight.models.checkpoint.resources.files", lambda _package: tmp_path)
-    with pytest.raises(RequestError, match="feather-tiny is missing"):
-        resolve("feather-tiny")
-    shutil.copytree(single, tmp_path / "assets" / "feather-tiny")
-    assert resolve("feather-tiny") == tmp_path / "assets" / "feather-tiny"
+    with pytest.raises(RequestError, match=f"{name} is missing"):
+        resolve(name)
+    shutil.copytree(single, tmp_path / "assets" / name)
+    assert resolve(name) == tmp_path / "assets" / name

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def compress(
     model: str | Path, out: str | Path, recipe: Recipe | None = None, device: str = "auto", tell: Tell | None = None
 ) -> Result:
-    """Compresses a checkpoint folder (or hub name, or "feather-tiny") into the folder `out`; see `stream.compress`.
+    """Compresses a checkpoint folder, hub name or embedded model ("feather-tiny") into `out`; see `stream.compress`.
 
     `tell(done, total, what)` hears of the progress in blocks. Repeated on a half-done folder, it goes on there.
     """

@@ -18,7 +18,7 @@ from featherweight.recipe import FLOAT_BITS
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(laws_cli.app, name="laws")
 
-Model = Annotated[str, typer.Argument(help="A local Hugging Face folder, a hub name, or feather-tiny.")]
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub name, feather-tiny or feather-tiny-moe.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Texts = Annotated[
     list[str] | None, typer.Option(help="Text file (.txt, .jsonl, .parquet) or hub data set; repeatable.")

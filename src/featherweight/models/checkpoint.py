@@ -23,6 +23,7 @@ from featherweight.errors import RequestError
 from featherweight.models.headers import DTYPES, Entry, read_entries
 
 EMBEDDED = "feather-tiny"
+EMBEDDED_MOE = "feather-tiny-moe"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MIB = 1 << 20
@@ -33,7 +34,7 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a model named on the command line: a local folder, the embedded model, or a hub name.
+    """The folder of a model named on the command line: a local folder, an embedded model, or a hub name.
 
     A hub name ("org/name") is downloaded by huggingface_hub (safetensors, tokenizer and configuration files only).
     Raises RequestError when it is none of the three.
@@ -41,20 +42,20 @@ def resolve(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if (path / "config.json").is_file():
         return path
-    if str(model) == EMBEDDED:
-        return _embedded()
+    if str(model) in (EMBEDDED, EMBEDDED_MOE):
+        return _embedded(str(model))
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         return _download(str(model))
     raise RequestError(
         f"{model} is not a checkpoint: no config.json; give a folder with config.json and .safetensors, "
-        f'a hub name such as "org/name", or "{EMBEDDED}".'
+        f'a hub name such as "org/name", "{EMBEDDED}" or "{EMBEDDED_MOE}".'
     )
 
 
-def _embedded() -> Path:
-    folder = Path(str(resources.files("featherweight") / "assets" / EMBEDDED))
+def _embedded(name: str) -> Path:
+    folder = Path(str(resources.files("featherweight") / "assets" / name))
     if not (folder / "config.json").is_file():
-        raise RequestError(f"{EMBEDDED} is missing from this installation ({folder}): install featherweight again.")
+        raise RequestError(f"{name} is missing from this installation ({folder}): install featherweight again.")
     return folder
 
 
