@@ -1,6 +1,6 @@
 """Kernels of this package against cuBLAS and whatever peer is importable, on one NVIDIA GPU.
 
-usage: python bench/kernels.py [--tokens 1 8 16 32] [--dtype float16] [--group 128] [--zeros] [--shapes 4096x4096 ...]
+usage: python bench/w4a16.py [--tokens 1 8 16 32] [--dtype float16] [--group 128] [--zeros] [--shapes 4096x4096 ...]
 
 One timing rule for all: a CUDA graph of launches over copies of the weights that together exceed the L2 cache four
 times (at least two), replayed; the median of the replays, divided by the launches. Random data. The error is the
