@@ -52,10 +52,8 @@ class World:
 
     def device(self, name: str) -> torch.device:
         """`pick_device`, but each of several processes has the GPU of its own number; RequestError without one."""
-        if self.size == 1:
-            return pick_device(name)
         device = pick_device(name)
-        if device.type != "cuda":
+        if self.size == 1 or device.type != "cuda":
             return device
         if device.index is not None:
             raise RequestError(
@@ -156,9 +154,10 @@ class World:
         try:
             yield
         except RuntimeError as error:
+            why = str(error).split("\n", 1)[0]
             raise FeatherweightError(
                 f"process {self.rank} of {self.size} lost the others, so one has ended (its own message says why): "
-                f"finished blocks are kept, repeat the command with any number of processes ({error})."
+                f"finished blocks are kept, repeat the command with any number of processes ({why})."
             ) from error
 
 
@@ -173,7 +172,8 @@ def joined() -> Iterator[World]:
         return
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank(dist.get_rank()))
     if ours:  # after an error the others may be in the middle of a sum: they learn of it when this process ends
         dist.destroy_process_group()
