@@ -91,6 +91,7 @@ def compress(
 ) -> None:
     """Compress MODEL into the folder OUT."""
     from featherweight import api
+    from featherweight.stream.parallel import joined
 
     chosen = recipes.by_name(recipe).but(
         bits=_bits(bits, sparsity),
@@ -131,14 +132,18 @@ def compress(
         seed=seed,
     )
     chosen = _with_group_size(chosen, group_size)
-    console.say(f"recipe {chosen.digest()}: {json.dumps(chosen.as_dict())}")
-    try:
-        with console.progress() as tell:
-            result = api.compress(model, out, chosen, device, tell)
-    except KeyboardInterrupt:
-        console.say(f"stopped; finished blocks are kept in {out}: repeat the command to go on.")
-        raise typer.Exit(1) from None
-    console.last_line(asdict(result))
+    with joined() as world:
+        if not world.leads:  # process 0 tells
+            api.compress(model, out, chosen, device)
+            return
+        console.say(f"recipe {chosen.digest()}: {json.dumps(chosen.as_dict())}")
+        try:
+            with console.progress() as tell:
+                result = api.compress(model, out, chosen, device, tell)
+        except KeyboardInterrupt:
+            console.say(f"stopped; finished blocks are kept in {out}: repeat the command to go on.")
+            raise typer.Exit(1) from None
+        console.last_line(asdict(result))
 
 
 def _bits(bits: float | None, sparsity: str | None) -> float | None:

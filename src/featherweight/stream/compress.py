@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,11 +32,12 @@ from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, TOKENS, Tell, calibration_ids, window_length
-from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
+from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
+from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.shard import block_tensors, plain_weight, require_all, require_same
 from featherweight.stream.states import States
 from featherweight.stream.tokens import round_tokens
@@ -64,27 +66,39 @@ def compress(
 
     Raises RequestError for everything the user can mend: a broken checkpoint, an architecture or a shape that does not
     fit, too little text, a folder begun with another recipe, model or data, a full disk.
+
+    Of several processes (`stream.parallel`), all call it with the same arguments; one writes and tells.
     """
+    with joined() as world:
+        return _compress(model, Path(out), recipe, device, tell, world)
+
+
+def _compress(model: str | Path, out: Path, recipe: Recipe, device: str, tell: Tell | None, world: World) -> Result:
     started = time.perf_counter()
-    torch_device = pick_device(device)
+    torch_device = world.device(device)
     checkpoint = Checkpoint.open(resolve(model))
     tree = trees.build(checkpoint)
     recipe = recipe.but(tokens=window_length(recipe, tree))
-    job = _Job(tree, recipe, torch_device, Path(out), tell or (lambda done, total, what: None))
+    check_divisible(world, tree, recipe)
+    job = _Job(tree, recipe, torch_device, out, tell if tell and world.leads else lambda done, total, what: None, world)
     if recipe.budget is None:
         job.check()
     else:
         check_reach(tree, recipe, job.format)
-    folder = OutputFolder(Path(out), len(tree.blocks))
-    with folder.locked():
-        ids_ST = calibration_ids(checkpoint.path, recipe)
+    folder = OutputFolder(out, len(tree.blocks))
+    with folder.locked() if world.leads else nullcontext():
+        ids_ST = world.first_tensor(lambda: calibration_ids(checkpoint.path, recipe))
         job.check_ids(ids_ST)
-        folder.begin(job.manifest(ids_ST))
-        if not folder.done:
+        if world.leads:
+            folder.begin(job.manifest(ids_ST))
+        if not world.first(folder.done):
             with torch.no_grad():
                 job.plan()
                 job.run(folder, ids_ST)
-            job.finish(folder)
+            if world.leads:
+                job.finish(folder)
+        world.wait()
+        folder.rows = folder.rows if world.leads else folder.finished_rows()
     bits = 8 * sum(row["bytes"] for row in folder.rows) / sum(row["shape"][0] * row["shape"][1] for row in folder.rows)
     seconds = time.perf_counter() - started
     return Result(str(out), len(folder.rows), bits, folder.size_bytes(), seconds, peak_memory_bytes(torch_device))
@@ -93,8 +107,10 @@ def compress(
 class _Job:
     """One run of `compress`: what does not change from block to block."""
 
-    def __init__(self, tree: ModelTree, recipe: Recipe, device: torch.device, out: Path, tell: Tell) -> None:
-        self.tree, self.recipe, self.device, self.out, self.tell = tree, recipe, device, out, tell
+    def __init__(
+        self, tree: ModelTree, recipe: Recipe, device: torch.device, out: Path, tell: Tell, world: World
+    ) -> None:
+        self.tree, self.recipe, self.device, self.out, self.tell, self.world = tree, recipe, device, out, tell, world
         self.format: Format = format_by_name(recipe.format_name)
         stored_dtype = self.format.scale_dtype(tree.dtype)
         self.rules: dict[str, Rule] = {matrix.name: recipe.rule(stored_dtype) for matrix in tree.matrices}
@@ -156,25 +172,27 @@ class _Job:
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+                **({"processes": self.world.size} if self.world.size > 1 else {}),
             },
         }
 
     def run(self, folder: OutputFolder, ids_ST: Tensor | None) -> None:
         """Writes every shard that is not there yet."""
         self.tell(0, len(self.tree.blocks), "reading")
-        if not folder.finished(0):
+        finished = self.world.first([folder.finished(number) for number in range(len(self.tree.blocks) + 1)])
+        if not finished[0]:
             self._write_rest(folder)
         runner = BlockRunner(self.tree, self.device, self.dtype)
         stored = {} if ids_ST is None else self._stored_tokens(folder)
-        states = States(runner, ids_ST, self.out, self.batch, self.recipe.target == "original", stored)
+        states = States(runner, ids_ST, self.out, self.batch, self.recipe.target == "original", stored, self.world)
         stored.clear()
         weights = self._weights(folder, ids_ST)
         try:
             for index, block in enumerate(self.tree.blocks):
-                if ids_ST is None and folder.finished(index + 1):
+                if ids_ST is None and finished[index + 1]:
                     continue
                 module = runner.load(index)
-                if not folder.finished(index + 1):
+                if not finished[index + 1]:
                     self._solve(folder, index, block, states.view(index, module, block, weights))
                 elif states.dense is not None:
                     states.advance(states.dense, index, module)
@@ -190,14 +208,22 @@ class _Job:
         """Writes what lies outside the blocks, embedding and head rounded if the recipe says so."""
         began, matrices = time.perf_counter(), tuple(self.tokens.values())
         solutions: dict[str, AnySolution] = {}
-        for matrix in matrices:
+        for matrix in matrices if self.world.leads else ():
             grid = self.token_rules[matrix.name]
             solutions[matrix.path] = round_tokens(self.tree, matrix, grid, self.format.lowest_zero(grid), self.device)
         rest = Block(OUTSIDE, "", matrices, self.tree.rest)
         self._write(folder, rest, solutions, time.perf_counter() - began)
 
     def _write(self, folder: OutputFolder, block: Block, solutions: dict[str, AnySolution], seconds: float) -> None:
-        """Writes the shard of a block (or of what lies in none), having read it back and compared."""
+        """Writes the shard of a block (or of what lies in none); the other processes wait for it."""
+        if self.world.leads:
+            self._write_shard(folder, block, solutions, seconds)
+        self.world.wait()
+
+    def _write_shard(
+        self, folder: OutputFolder, block: Block, solutions: dict[str, AnySolution], seconds: float
+    ) -> None:
+        """Writes a shard, having read it back and compared."""
         packed = {m.path: self._packed(solutions[m.path], m) for m in block.matrices}
         tensors = block_tensors(self.tree.checkpoint, block, packed, self.format.plain)
         with folder.staged(block.index + 1, tensors) as part, safe_open(part, framework="pt") as file:

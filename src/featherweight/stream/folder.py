@@ -22,6 +22,7 @@ from featherweight.errors import FallbackWarning, RequestError
 
 MANIFEST, JOURNAL, LOCK = "featherweight.json", "journal.jsonl", ".featherweight.lock"
 INDEX = "model.safetensors.index.json"
+LEFT_OUT = {"processes": 1}  # what a manifest says where it says nothing
 LEFTOVERS = ("*.part", "*.scratch", ".tmp*")  # of a run that was killed
 
 
@@ -61,7 +62,8 @@ class OutputFolder:
                 left.unlink()
         if path.exists():
             _compare(path, json.loads(path.read_text()), manifest)
-            self._read_journal()
+            self.rows = self.finished_rows()
+            self.write_text(JOURNAL, "".join(json.dumps(row) + "\n" for row in self.rows))
             return
         strange = sorted(p.name for p in self.path.iterdir() if p.name != LOCK)
         if strange:
@@ -140,8 +142,8 @@ class OutputFolder:
         """Bytes of all shards."""
         return sum(self.shard(index).stat().st_size for index in range(self.blocks + 1))
 
-    def _read_journal(self) -> None:
-        """Keeps the lines of finished blocks: a killed run may leave lines, or half a line, of the one after."""
+    def finished_rows(self) -> list[dict[str, Any]]:
+        """The journal's lines of finished blocks: a killed run may leave lines, or half a line, of the one after."""
         path = self.path / JOURNAL
         kept = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -151,8 +153,7 @@ class OutputFolder:
                 continue
             if self.finished(row["block"] + 1):
                 kept[row["name"]] = row
-        self.rows = list(kept.values())
-        self.write_text(JOURNAL, "".join(json.dumps(row) + "\n" for row in self.rows))
+        return list(kept.values())
 
     @contextmanager
     def _saving(self, path: Path, need_bytes: int) -> Iterator[None]:
@@ -196,9 +197,8 @@ def _compare(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
                     f"{path.parent} was begun with {part} {field} = {before.get(field)!r}, and now {now.get(field)!r} "
                     "is asked for: repeat the first command or choose a new OUT."
                 )
-    changed = [
-        f"{k} {old['made_with'].get(k)} -> {v}" for k, v in new["made_with"].items() if old["made_with"].get(k) != v
-    ]
+    before, now = ({**LEFT_OUT, **manifest["made_with"]} for manifest in (old, new))
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
         warnings.warn(
             f"resuming with {', '.join(changed)}: bytes may differ from an uninterrupted run.",

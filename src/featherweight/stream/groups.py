@@ -20,6 +20,7 @@ from featherweight.errors import FeatherweightError
 from featherweight.models.experts import find_experts
 from featherweight.models.tree import Matrix
 from featherweight.stream.hidden import HiddenStates
+from featherweight.stream.parallel import ALONE, World
 
 PROBE_TOKENS = 64  # enough to see which way tensors go in a block
 
@@ -38,6 +39,7 @@ class BlockView:
         batch: sequences in one forward pass.
         originals: the weights that `put` has replaced.
         weights: how much each token counts for a matrix, by its path: S x T, in any unit; all alike without.
+        world: the processes among which the sequences are split.
     """
 
     module: nn.Module
@@ -48,6 +50,7 @@ class BlockView:
     batch: int
     originals: dict[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] | None = None
+    world: World = ALONE
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""

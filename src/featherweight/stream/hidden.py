@@ -20,14 +20,19 @@ SHARE = 0.4  # of the free memory that hidden states may take before they move o
 class HiddenStates:
     """An S x T x D tensor on the device, in memory or in a memory-mapped scratch file; read and written by batches."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, scratch: Path) -> None:
-        """Takes the nearest place with room; `scratch` is the file to map if neither device nor memory has it."""
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, scratch: Path, sharers: int = 1
+    ) -> None:
+        """Takes the nearest place with room; `scratch` is the file to map if neither device nor memory has it.
+
+        `sharers` processes are each about to keep as much in the memory of this machine.
+        """
         size_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
-        self.device, self.scratch, self.beside = device, None, scratch
+        self.device, self.scratch, self.beside, self.sharers = device, None, scratch, sharers
         if device.type == "cuda" and size_bytes < SHARE * torch.cuda.mem_get_info(device)[0]:
             self.place = "device"
             self.states_STD = torch.empty(shape, dtype=dtype, device=device)
-        elif size_bytes < SHARE * free_memory_bytes():
+        elif sharers * size_bytes < SHARE * free_memory_bytes():
             self.place = "memory"
             self.states_STD = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         else:
@@ -47,7 +52,7 @@ class HiddenStates:
         """Room for as many tokens of another width, with a scratch file of its own should it need one."""
         sequences, tokens, _ = self.states_STD.shape
         scratch = self.beside.with_name(f"{name}.{self.beside.name}")
-        return HiddenStates((sequences, tokens, width), self.states_STD.dtype, self.device, scratch)
+        return HiddenStates((sequences, tokens, width), self.states_STD.dtype, self.device, scratch, self.sharers)
 
     def batches(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of `size` sequences with their states on the device."""

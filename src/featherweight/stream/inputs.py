@@ -17,6 +17,7 @@ from featherweight.core.hessian import CrossSum, HessianSum
 from featherweight.recipe import Recipe
 from featherweight.stream.groups import BlockView, Group, hooks, input_groups, on_input
 from featherweight.stream.guide import normalised
+from featherweight.stream.parallel import World
 
 __all__ = ["BlockView", "Group", "GroupSums", "Tick", "collect", "input_groups"]
 
@@ -40,6 +41,18 @@ class GroupSums:
             self.gap.add(gap, inputs_STC)
         if self.sinks is not None and inputs_STC.dim() == 3:
             self.sinks.add(inputs_STC[:, :1], None if gap is None else gap[:, :1])
+
+    def add_up(self, world: World) -> None:
+        """The sums over the sequences of all processes."""
+        if world.size == 1:
+            return
+        world.sum_(self.hessian.sum_CC)
+        self.hessian.tokens = world.add_up(self.hessian.tokens)
+        if self.gap is not None:
+            world.sum_(self.gap.sum_RC)
+            self.gap.tokens = world.add_up(self.gap.tokens)
+        if self.sinks is not None:
+            self.sinks.add_up(world)
 
     def weigh_sinks(self, share: float) -> None:
         """Repeats the windows' first tokens until they hold this share of H's trace, if they do not hold it yet."""
@@ -91,6 +104,7 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
             dense.states_STD[at] = target_STD  # only now: what was heard may be a view of the states
         tick(at.stop / sequences)
     for group in groups:
+        sums[group.path].add_up(view.world)
         sums[group.path].weigh_sinks(recipe.sink_share)
     return [sums[group.path] for group in groups]
 

@@ -34,7 +34,7 @@ def layerwise(
     mixtures = mixtures_of(view)
     rest = without_experts(view, mixtures)
     solutions: dict[str, AnySolution] = {}
-    stages = _stages(input_groups(rest), recipe)
+    stages = _stages(_agreed(rest, input_groups(rest)), recipe)
     # Experts come last, but before a matrix that writes the block's output and so makes up for them too.
     ends = bool(stages) and all(group.writes == "end" for group in stages[-1])
     turn = len(stages) - 1 if ends else len(stages)
@@ -46,8 +46,7 @@ def layerwise(
     for number, stage in enumerate(stages):
         if number == turn:
             solutions |= solve_mixtures(view, mixtures, rules, recipe, choices)
-        for group, sums in zip(stage, collect(rest, stages, number, recipe, collected), strict=True):
-            solutions |= solve_group(rest, group, sums, rules, recipe, choices)
+        solutions |= solve_stage(rest, stage, collect(rest, stages, number, recipe, collected), rules, recipe, choices)
         more = number + 1 < len(stages) or (mixtures and number < turn)
         for matrix in (m for group in stage for m in group.matrices) if more else ():
             rest.put(matrix, solutions[matrix.path].values())
@@ -57,6 +56,13 @@ def layerwise(
     return solutions
 
 
+def _agreed(view: BlockView, groups: list[Group]) -> list[Group]:
+    """The groups as process 0 finds them: each looks at a sequence of its own, and all must take the same."""
+    matrices = {matrix.path: matrix for matrix in view.matrices}
+    said = view.world.first([[[matrix.path for matrix in g.matrices], g.first, g.writes] for g in groups])
+    return [Group(tuple(matrices[path] for path in paths), first, writes) for paths, first, writes in said]
+
+
 def _stages(groups: list[Group], recipe: Recipe) -> list[list[Group]]:
     """The groups that are collected and solved together; each stage sees the block with those before it compressed."""
     if recipe.true_sequential and groups:
@@ -64,6 +70,25 @@ def _stages(groups: list[Group], recipe: Recipe) -> list[list[Group]]:
     if recipe.target == "original" and len(groups) > 1:  # the last one makes up for what the others did
         return [groups[:-1], groups[-1:]]
     return [groups]
+
+
+def solve_stage(
+    view: BlockView,
+    stage: list[Group],
+    sums: list[GroupSums],
+    rules: Mapping[str, Rule],
+    recipe: Recipe,
+    choices: Choices,
+) -> dict[str, AnySolution]:
+    """Solves the groups of one stage; of several processes each solves some, and has the others' from the others."""
+    columns = [group.matrices[0].columns for group in stage]
+    rows = [sum(matrix.rows for matrix in group.matrices) for group in stage]
+    costs = [(r + c) * c**2 for r, c in zip(rows, columns, strict=True)]  # the sweep and the factor
+
+    def solve_one(number: int) -> dict[str, AnySolution]:
+        return solve_group(view, stage[number], sums[number], rules, recipe, choices)
+
+    return view.world.solved(costs, solve_one, rules)
 
 
 def solve_group(

@@ -15,6 +15,7 @@ from featherweight.models.tree import Block
 from featherweight.stream.guide import Weights
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView
+from featherweight.stream.parallel import ALONE, World
 
 
 class States:
@@ -33,23 +34,25 @@ class States:
         batch: int,
         original: bool,
         stored: Mapping[str, Tensor] | None = None,
+        world: World = ALONE,
     ) -> None:
         """Embeds the windows.
 
         `out` is the folder for scratch files, `batch` the sequences of one forward pass; `stored` has values by name on
-        disk that the compressed model has in place of the original's.
+        disk that the compressed model has in place of the original's. Of several processes, each keeps its own windows.
         """
-        self.runner, self.batch = runner, batch
+        self.runner, self.batch, self.world = runner, batch, world
         self.hidden: HiddenStates | None = None
         self.dense: HiddenStates | None = None
         if ids_ST is None:
             return
-        ids = ids_ST
+        ids = ids_ST[world.split(len(ids_ST))]
+        end = f"{world.rank}.scratch" if world.size > 1 else "scratch"
         shape = (ids.shape[0], ids.shape[1], runner.embed(ids[:1]).shape[-1])
-        self.hidden = HiddenStates(shape, runner.dtype, runner.device, out / "hidden.scratch")
+        self.hidden = HiddenStates(shape, runner.dtype, runner.device, out / f"hidden.{end}", world.size)
         self.hidden.fill(batch, lambda at: runner.embed(ids[at]))
         if original:
-            self.dense = HiddenStates(shape, runner.dtype, runner.device, out / "dense.scratch")
+            self.dense = HiddenStates(shape, runner.dtype, runner.device, out / f"dense.{end}", world.size)
             self.dense.states_STD.copy_(self.hidden.states_STD)
         runner.release()
         if stored:
@@ -66,6 +69,7 @@ class States:
             self.dense,
             self.batch,
             weights=weights and {m.path: weights[m.name] for m in block.matrices if m.name in weights},
+            world=self.world,
         )
 
     def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:

@@ -1,0 +1,223 @@
+"""Several processes on one model: what each has to do, and what they tell each other (torch.distributed).
+
+Calibration sequences are split, sums over them added up, groups of matrices dealt out to be solved; process 0 writes.
+Started by `torchrun --nproc-per-node N -m featherweight compress ...`, or by a program whose every process has called
+`torch.distributed.init_process_group` and then calls `compress`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from featherweight.core.rules import Rule, grid_of, pattern_of
+from featherweight.core.solution import AnySolution, Solution, SparseSolution
+from featherweight.errors import FeatherweightError, RequestError
+from featherweight.models.experts import find_experts
+from featherweight.models.tree import ModelTree
+from featherweight.recipe import Recipe
+from featherweight.stream.device import pick_device
+
+PATIENCE = timedelta(minutes=30)  # with a process that neither answers nor ends; one that ends is noticed at once
+FIELDS = {Solution: ("codes_RC", "scales_RG", "zeros_RG", "loss_R", "keep_RC"),
+          SparseSolution: ("values_RC", "keep_RC", "loss_R")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that work on one model; alone, every method does nothing or what one process would do.
+
+    All processes call the same methods in the same order. FeatherweightError where another one has ended.
+
+    Attributes:
+        rank: this process's number; size: how many there are; local: its number on its machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and tells of the progress."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """`pick_device`, but each of several processes has the GPU of its own number; RequestError without one."""
+        device = pick_device(name)
+        if self.size == 1 or device.type != "cuda":
+            return device
+        if device.index is not None:
+            raise RequestError(
+                f"device {name!r} was asked for and each of {self.size} processes has a GPU of its own: use --device "
+                "cuda."
+            )
+        if self.local >= torch.cuda.device_count():
+            raise RequestError(
+                f"process {self.local + 1} of this machine was to have a GPU of its own and it has "
+                f"{torch.cuda.device_count()}: use --nproc-per-node {torch.cuda.device_count()}."
+            )
+        torch.cuda.set_device(self.local)
+        return torch.device("cuda", self.local)
+
+    def split(self, count: int) -> slice:
+        """This process's part of `count` things in a row."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def deal(self, costs: Sequence[float]) -> list[int]:
+        """Which process gets which of some tasks: the dearest first, each to the one with least to do."""
+        loads, owners = [0.0] * self.size, [0] * len(costs)
+        for number in sorted(range(len(costs)), key=lambda n: -costs[n]):
+            owners[number] = loads.index(min(loads))
+            loads[owners[number]] += costs[number]
+        return owners
+
+    def wait(self) -> None:
+        """Returns once all processes have come here."""
+        self.add_up(0)
+
+    def add_up(self, number: int) -> int:
+        """The sum of a number over all processes."""
+        if self.size == 1:
+            return number
+        told = torch.tensor([number])
+        with self._talking():
+            dist.all_reduce(told)
+        return int(told)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Puts in a tensor's place its sum over all processes."""
+        if self.size > 1:
+            with self._talking():
+                dist.all_reduce(tensor)
+
+    def first(self, said: Any) -> Any:
+        """What process 0 says: any JSON value."""
+        return self._from(0, (said, []))[0] if self.size > 1 else said
+
+    def first_tensor(self, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What process 0 makes, which is made nowhere else."""
+        if self.size == 1:
+            return make()
+        made = make() if self.leads else None
+        tensors = self._from(0, (None, [] if made is None else [made]))[1]
+        return tensors[0] if tensors else None
+
+    def solved(
+        self, costs: Sequence[float], solve: Callable[[int], dict[str, AnySolution]], rules: Mapping[str, Rule]
+    ) -> dict[str, AnySolution]:
+        """The solutions of every task `solve(number)`, by path, each solved by one process and then known to all."""
+        owners = self.deal(costs)
+        mine = {number: solve(number) for number, owner in enumerate(owners) if owner == self.rank}
+        found: dict[str, AnySolution] = {}
+        for number, owner in enumerate(owners):
+            found |= mine[number] if self.size == 1 else self._solutions(owner, mine.get(number, {}), rules)
+        return found
+
+    def _solutions(
+        self, owner: int, solutions: Mapping[str, AnySolution], rules: Mapping[str, Rule]
+    ) -> dict[str, AnySolution]:
+        """The solutions of the process that has them: their tensors as they are, the rest as JSON."""
+        told, tensors = self._from(owner, _taken_apart(solutions))
+        return dict(solutions) if owner == self.rank else _put_together(told, tensors, rules)
+
+    def _from(self, owner: int, message: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+        """A JSON value and tensors from the process that has them; the message of the others is not looked at."""
+        said, tensors = message
+        header = [said, [(str(t.dtype).removeprefix("torch."), t.shape, t.device.type) for t in tensors]]
+        text = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
+        length = torch.tensor([len(text)])
+        with self._talking():
+            dist.broadcast(length, owner)
+            text = text if owner == self.rank else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(text, owner)
+            said, kinds = json.loads(text.numpy().tobytes())
+            if owner != self.rank:
+                tensors = [torch.empty(shape, dtype=getattr(torch, dtype), device=on) for dtype, shape, on in kinds]
+            for number, tensor in enumerate(tensors):
+                tensors[number] = tensor.contiguous()
+                if tensor.numel():
+                    dist.broadcast(tensors[number].view(-1).view(torch.uint8), owner)  # not every backend has bools
+        return said, tensors
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Turns a broken connection into a sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            why = str(error).split("\n", 1)[0]
+            raise FeatherweightError(
+                f"process {self.rank} of {self.size} lost the others, so one has ended (its own message says why): "
+                f"finished blocks are kept, repeat the command with any number of processes ({why})."
+            ) from error
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The processes that torchrun started with this one, or that have joined already; without any, this one alone."""
+    if not (dist.is_available() and (dist.is_initialized() or dist.is_torchelastic_launched())):
+        yield ALONE
+        return
+    ours = not dist.is_initialized()
+    if ours:
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    yield World(dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank(dist.get_rank()))
+    if ours:  # after an error the others may be in the middle of a sum: they learn of it when this process ends
+        dist.destroy_process_group()
+
+
+def check_divisible(world: World, tree: ModelTree, recipe: Recipe) -> None:
+    """RequestError for what several processes cannot do together (yet)."""
+    if world.size == 1:
+        return
+    if world.size > recipe.samples:
+        raise RequestError(
+            f"{world.size} processes were to share {recipe.samples} calibration sequences, and each needs 1: raise "
+            f"--samples to {world.size} or use --nproc-per-node {recipe.samples}."
+        )
+    mixture = next(find_experts(tree.model), None)
+    refused = {
+        f"--method {recipe.method}": recipe.method != "gptq",
+        "--mask obs": recipe.prunes and recipe.mask == "obs",
+        "--guide": recipe.guide > 0,
+        "a budget (--size, --average-bits, --non-uniform)": recipe.budget is not None,
+        f"a model with experts ({mixture and mixture[0]})": mixture is not None,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise RequestError(
+                f"{what} is not divided among processes by this version, and {world.size} were started: use 1, that "
+                "is, featherweight without torchrun."
+            )
+
+
+def _taken_apart(solutions: Mapping[str, AnySolution]) -> tuple[Any, list[Tensor]]:
+    told: list[Any] = []
+    tensors: list[Tensor] = []
+    for path, solution in solutions.items():
+        held = {name: tensor for name in FIELDS[type(solution)] if (tensor := getattr(solution, name)) is not None}
+        told.append([path, list(held), {"damping": solution.damping, "metrics": solution.metrics}])
+        tensors += held.values()
+    return told, tensors
+
+
+def _put_together(told: Any, tensors: Sequence[Tensor], rules: Mapping[str, Rule]) -> dict[str, AnySolution]:
+    coming, found = iter(tensors), {}
+    for path, names, rest in told:
+        grid, pattern = grid_of(rules[path]), pattern_of(rules[path])
+        fields = {**{name: next(coming) for name in names}, **rest, "pattern": pattern}
+        found[path] = SparseSolution(**fields) if grid is None else Solution(grid=grid, **fields)
+    return found

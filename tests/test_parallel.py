@@ -1,0 +1,408 @@
+"""Several processes on one model (Gloo, two on this CPU): what one would have written, whole or resumable.
+
+What is compared with is always the same request in one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from featherweight import api, formats
+from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
+from featherweight.models.checkpoint import Checkpoint
+from featherweight.models.tree import build
+from featherweight.recipe import Recipe
+from featherweight.recipes import papers_gptq
+from featherweight.stream import compress as pipeline
+from featherweight.stream import hidden as hidden_states
+from featherweight.stream.inputs import Group, GroupSums
+from featherweight.stream.parallel import ALONE, World, check_divisible
+from runs import MANIFEST, journal, processes, shards, stamps, tensors_of
+from tiny import add_tokenizer, make
+
+BLOCKS = 2
+LLAMA = {"num_hidden_layers": BLOCKS, "intermediate_size": 256}
+SMALL = {"group_size": 32, "samples": 5, "tokens": 32}  # windows that two do not share evenly
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_tokenizer(make("llama", tmp_path_factory.mktemp("source"), **LLAMA))
+
+
+@pytest.fixture
+def default(text: Path) -> Recipe:
+    return Recipe(**SMALL, calibration=(str(text),))
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default recipe in one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    api.compress(source, out, Recipe(**SMALL, calibration=(str(text),)))
+    return out
+
+
+# --- processes that have met
+
+Happening = Callable[[int], None]  # is handed the rank before the work begins
+
+
+def take_part(
+    line: Connection, rank: int, size: int, place: Path, request: tuple[Path, Path, Recipe], happen: Happening | None
+) -> None:
+    """One of the processes: sends its result, or the error as it would be told."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{place}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    try:
+        if happen is not None:
+            happen(rank)
+        line.send(api.compress(*request, tell=lambda *told: line.send(told)))
+    except FeatherweightError as error:
+        line.send(error)
+    except BaseException:
+        line.send(traceback.format_exc())
+    os._exit(0)  # whatever the others wait for is gone at once, as with any process that ends
+
+
+def together(
+    source: Path, out: Path, chosen: Recipe, happen: Happening | None = None, size: int = 2
+) -> list[tuple[list[Any], int | None]]:
+    """What each process said last, after how many words of progress."""
+    place = out.with_name(out.name + ".meeting")
+    place.unlink(missing_ok=True)
+    lines, workers = [], []
+    for rank in range(size):
+        ours, theirs = processes().Pipe()
+        arguments = (theirs, rank, size, place, (source, out, chosen), happen)
+        worker = processes().Process(target=take_part, args=arguments)
+        worker.start()
+        theirs.close()
+        lines.append(ours)
+        workers.append(worker)
+    said = [heard(line) for line in lines]
+    for worker in workers:
+        worker.join(60)
+        assert not worker.is_alive()
+    return [(words, worker.exitcode) for words, worker in zip(said, workers, strict=True)]
+
+
+def heard(line: Connection) -> list[Any]:
+    words = []
+    while line.poll(120):
+        try:
+            words.append(line.recv())
+        except EOFError:
+            return words
+    raise AssertionError(f"a process hangs after {words[-1:]}")
+
+
+def whole(said: list[tuple[list[Any], int | None]]) -> list[Any]:
+    """The results, one a process; only the first told of its progress."""
+    assert [type(words[-1]).__name__ for words, _ in said] == ["Result"] * len(said), said
+    assert all(len(words) == 1 for words, _ in said[1:]) and len(said[0][0]) > BLOCKS
+    return [words[-1] for words, _ in said]
+
+
+# --- what they write
+
+
+def codes_of(folder: Path) -> dict[str, Tensor]:
+    """Codes (or, with floats, which weights are kept) of every matrix, by name."""
+    config = Checkpoint.open(folder).config["quantization_config"]
+    format, rules = formats.from_config(config)
+    tensors, found = tensors_of(folder), {}
+    for name in (row["name"] for row in journal(folder)):
+        rule = rules.of(name)
+        held = {suffix: tensors[f"{name}.{suffix}"] for suffix in format.suffixes(rule)}
+        solution = format.unpack(held, rule, name)
+        codes_RC = getattr(solution, "codes_RC", None)
+        found[name] = solution.keep_RC if codes_RC is None else codes_RC
+    return found
+
+
+FIRST = ("embed", "layers.0.self_attn.", "layers.0.mlp.gate", "layers.0.mlp.up")  # solved before anything is put back
+
+
+def assert_alike(out: Path, other: Path, first: tuple[str, ...] = FIRST) -> None:
+    """Both folders whole, with the same files, the same codes (but for ties) of what is solved first, and like losses.
+
+    One tie that falls the other way moves all that comes after it: one process that takes its windows one by one
+    differs from itself as much in later matrices (docs/log.md), so of those only losses are compared.
+    """
+    assert {path.name for path in out.iterdir()} == {path.name for path in other.iterdir()}
+    assert (out / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    assert next(iter(shards(out).values())) == next(iter(shards(other).values()))  # what lies outside the blocks
+    ours, theirs = codes_of(out), codes_of(other)
+    assert list(ours) == list(theirs) and len(theirs) == len(journal(out))
+    compared = [name for name in theirs if any(part in name for part in first)]
+    same = sum(int((ours[name] == theirs[name]).sum()) for name in compared)
+    assert same / sum(theirs[name].numel() for name in compared) > 0.999
+    for one, another in zip(journal(out), journal(other), strict=True):
+        near = 1e-2 if another["name"] in compared else 0.1
+        assert (one["loss"] or 0.0) == pytest.approx(another["loss"] or 0.0, rel=near), one["name"]
+
+
+def test_two_write_what_one_would(source: Path, default: Recipe, alone: Path, tmp_path: Path) -> None:
+    results = whole(together(source, tmp_path / "out", default))
+    assert_alike(tmp_path / "out", alone)
+    for result in results:
+        assert (result.matrices, result.bytes) == (7 * BLOCKS, sum(map(len, shards(alone).values())))
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["made_with"]["processes"] == 2
+    assert "processes" not in json.loads((alone / MANIFEST).read_text())["made_with"]
+
+
+RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "papers.gptq": (dataclasses.asdict(papers_gptq()), FIRST),
+    "2:4": ({"sparsity": "2:4", "bits": 16}, FIRST),
+    "joint, head": ({"sparsity": "0.5", "embedding_bits": 8, "format": "compressed-tensors"}, FIRST),
+    "sequential": ({"true_sequential": True, "symmetric": False}, ("0.self_attn.q", "0.self_attn.k", "0.self_attn.v")),
+}
+
+
+@pytest.mark.parametrize(("changes", "first"), RECIPES.values(), ids=RECIPES)
+def test_any_recipe(changes: dict[str, Any], first: tuple[str, ...], source: Path, text: Path, tmp_path: Path) -> None:
+    chosen = Recipe(**{**changes, **SMALL, "calibration": (str(text),)})
+    whole(together(source, tmp_path / "out", chosen, hidden_on_disk))
+    api.compress(source, tmp_path / "alone", chosen)
+    assert_alike(tmp_path / "out", tmp_path / "alone", first)
+
+
+def hidden_on_disk(_rank: int) -> None:
+    hidden_states.free_memory_bytes = lambda: 0
+
+
+# --- stopped, and gone on with by others
+
+
+class Stop(FeatherweightError):
+    """What the tests interrupt with."""
+
+
+def begin(source: Path, out: Path, chosen: Recipe) -> Path:
+    """The first block, by one process."""
+
+    def tell(done: float, _total: float, _what: str) -> None:
+        if done >= 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        api.compress(source, out, chosen, tell=tell)
+    return out
+
+
+def test_two_go_on_where_one_stopped(source: Path, default: Recipe, alone: Path, tmp_path: Path) -> None:
+    out = begin(source, tmp_path / "out", default)
+    before = stamps(out)
+    assert len(before) == 2
+    whole(together(source, out, default))
+    assert stamps(out).items() >= before.items()
+    assert_alike(out, alone)
+    finished = stamps(out)
+    whole_again = together(source, out, default)  # nothing is left to do
+    assert [type(words[-1]).__name__ for words, _ in whole_again] == ["Result"] * 2 and stamps(out) == finished
+
+
+def in_second_block(rank: int, act: Callable[[], None]) -> None:
+    """Lets the second process act when it is about to solve its second block."""
+    inner, solved = pipeline.layerwise, []
+
+    def solve(*arguments: Any) -> Any:
+        solved.append(1)
+        if rank == 1 and len(solved) == 2:
+            act()
+        return inner(*arguments)
+
+    pipeline.layerwise = solve
+
+
+def second_dies(rank: int) -> None:
+    in_second_block(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def second_fails(rank: int) -> None:
+    def fail() -> None:
+        raise FeatherweightError("H of a matrix could not be factored")
+
+    in_second_block(rank, fail)
+
+
+@pytest.mark.parametrize("happen", [second_dies, second_fails])
+def test_one_goes_on_where_two_failed(
+    happen: Happening, source: Path, default: Recipe, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (words, _), (others, code) = together(source, out, default, happen)
+    assert re.search(r"process 0 of 2 lost the others.*finished blocks are kept, repeat the command", str(words[-1]))
+    assert (others, code) == ([], -9) if happen is second_dies else "could not be factored" in str(others[-1])
+    before = stamps(out)
+    assert len(before) == 2 and not (out / "config.json").exists()
+    with pytest.warns(FallbackWarning, match="resuming with processes 2 -> 1: bytes may differ"):
+        api.compress(source, out, default)
+    assert stamps(out).items() >= before.items()
+    assert_alike(out, alone)
+
+
+# --- refused
+
+
+def test_refused(source: Path, default: Recipe, text: Path, tmp_path: Path) -> None:
+    """Each process says why, and none hangs."""
+    refusals = {
+        "2 processes were to share 1 calibration sequences, and each needs 1: raise --samples to 2": {"samples": 1},
+        "--method rtn is not divided among processes": {"method": "rtn"},
+        "--method obq is not divided among processes": {"method": "obq"},
+        "--method block-ap is not divided among processes": {"method": "block-ap"},
+        "--mask obs is not divided among processes": {"sparsity": "2:4", "mask": "obs"},
+        "--guide is not divided among processes": {"guide": 0.5},
+        "a budget (--size, --average-bits, --non-uniform) is not divided": {"average_bits": 4.5},
+    }
+    tree = build(Checkpoint.open(source))
+    for sentence, changes in refusals.items():
+        with pytest.raises(RequestError, match=re.escape(sentence)):
+            check_divisible(World(1, 2), tree, default.but(**changes))
+        check_divisible(ALONE, tree, default.but(**changes))
+    for words, _ in together(source, tmp_path / "out", default.but(samples=1)):
+        assert isinstance(words[-1], RequestError) and "2 processes were to share 1" in str(words[-1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_are_refused(default: Recipe, tmp_path: Path) -> None:
+    tree = build(Checkpoint.open(make("mixtral", tmp_path / "mixtral")))
+    with pytest.raises(RequestError, match=r"a model with experts \(.*experts\) is not divided among processes"):
+        check_divisible(World(0, 2), tree, default)
+
+
+def test_another_folder_is_refused_by_the_one_that_writes(source: Path, default: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    (words, _), (others, _) = together(source, tmp_path / "out", default)
+    assert isinstance(words[-1], RequestError) and "holds thesis.txt" in str(words[-1])
+    assert "process 1 of 2 lost the others" in str(others[-1])
+
+
+def test_each_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert World(5, 8, 1).device("auto") == World(1, 2, 1).device("cuda") == torch.device("cuda", 1)
+    assert chosen == [1, 1]
+    assert World(1, 2, 1).device("cpu") == torch.device("cpu")
+    assert ALONE.device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(RequestError, match="each of 2 processes has a GPU of its own: use --device cuda"):
+        World(0, 2).device("cuda:1")
+    with pytest.raises(RequestError, match=r"process 3 of this machine .* it has 2: use --nproc-per-node 2"):
+        World(2, 4, 2).device("auto")
+
+
+# --- who does what
+
+
+def test_sequences_are_split_in_order() -> None:
+    for size, count in ((1, 5), (2, 5), (3, 8), (8, 8)):
+        parts = [list(range(count))[World(rank, size).split(count)] for rank in range(size)]
+        assert list(itertools.chain(*parts)) == list(range(count))
+        assert min(map(len, parts)) >= count // size
+
+
+def test_every_sum_is_added_up(source: Path) -> None:
+    """H, the drift's part and the sinks', with their tokens: of two halves as of the whole."""
+    matrix = build(Checkpoint.open(source)).blocks[0].matrices[0]
+    generator = torch.Generator().manual_seed(0)
+    inputs_STC, gap_STC = torch.randn(2, 6, 8, matrix.columns, generator=generator)
+
+    def sums_of(at: slice) -> GroupSums:
+        sums = GroupSums(Group((matrix,), first=True), drift=True, sinks=True, device=torch.device("cpu"))
+        sums.add(inputs_STC[at], gap_STC[at])
+        return sums
+
+    def parts(sums: GroupSums) -> list[Any]:
+        assert sums.gap is not None
+        own = [sums.hessian.sum_CC, sums.hessian.tokens, sums.gap.sum_RC, sums.gap.tokens]
+        return own + ([] if sums.sinks is None else parts(sums.sinks))
+
+    of_the_other = iter(parts(sums_of(slice(2, 6))))
+
+    class Two(World):
+        def sum_(self, tensor: Tensor) -> None:
+            tensor += next(of_the_other)
+
+        def add_up(self, number: int) -> int:
+            return number + int(next(of_the_other))
+
+    mine = sums_of(slice(0, 2))
+    mine.add_up(Two(0, 2))
+    whole = sums_of(slice(0, 6))
+    for one, another in zip(parts(mine), parts(whole), strict=True):
+        torch.testing.assert_close(one, another)
+    for sums in (mine, whole):
+        sums.weigh_sinks(0.2)
+    torch.testing.assert_close(mine.hessian.mean(), whole.hessian.mean())
+
+
+def test_tasks_are_dealt_out_by_cost() -> None:
+    assert ALONE.deal([3.0, 1.0]) == [0, 0]
+    assert World(0, 2).deal([1.0, 5.0, 2.0, 2.0]) == World(1, 2).deal([1.0, 5.0, 2.0, 2.0]) == [1, 0, 1, 1]
+    assert sorted(World(0, 4).deal([7.0, 7.0, 7.0])) == [0, 1, 2]
+
+
+# --- torchrun
+
+
+def torchrun(source: Path, text: Path, out: Path) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m"]
+    command += ["featherweight", "compress", source, out, "--group-size", 32, "--samples", SMALL["samples"]]
+    return [str(part) for part in [*command, "--tokens", SMALL["tokens"], "--calibration", text]]
+
+
+def test_torchrun(source: Path, text: Path, alone: Path, tmp_path: Path) -> None:
+    """The whole command: one line on stdout, one report of progress."""
+    done = subprocess.run(torchrun(source, text, tmp_path / "out"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["matrices"] == 7 * BLOCKS
+    assert done.stderr.count("recipe ") == 1
+    assert_alike(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_one_is_killed(text: Path, default: Recipe, tmp_path: Path) -> None:
+    """SIGKILL to the second process between two blocks: torchrun fails at once, and one process goes on."""
+    source = add_tokenizer(make("llama", tmp_path / "source", num_hidden_layers=12, intermediate_size=256))
+    out = tmp_path / "out"
+    with subprocess.Popen(torchrun(source, text, out), stderr=subprocess.PIPE, text=True) as run:
+        while len(shards(out)) < 3:
+            assert run.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert run.wait(60) != 0
+        assert run.stderr is not None
+        assert re.search(r"Root Cause.*\n.*\n.*\n.*\n *rank +: 1 .*\n *exitcode +: -9", run.stderr.read())
+    before = stamps(out)
+    assert 3 <= len(before) < 13 and not (out / "config.json").exists()
+    with pytest.warns(FallbackWarning, match="resuming with processes 2 -> 1"):
+        api.compress(source, out, default)
+    assert stamps(out).items() >= before.items() and len(journal(out)) == 7 * 12
