@@ -29,9 +29,9 @@ format: $(STAMP)
 $(STAMP): pyproject.toml
 	@echo "installing into .venv (first use, or pyproject.toml changed; some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet torch==2.13.0 "triton==3.9.0; sys_platform == 'linux'"
+	@nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --no-compile torch==2.13.0 "triton==3.9.0; sys_platform == 'linux'"
 	@$(BIN)/python -m pip freeze | grep -E '^torch==' >.venv/constraints.txt || true
-	@$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --no-compile -c .venv/constraints.txt -e ".[dev]"
 	@touch $@
 
 clean:

@@ -48,6 +48,7 @@ def test_its_tokenizer_is_feather_tinys() -> None:
     assert (resolve(NAME) / "tokenizer.json").read_bytes() == (resolve("feather-tiny") / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_four_bits_of_every_expert(tmp_path: Path) -> None:
     """All matrices are there, no expert is starved on 16 samples, and little is lost."""
     recipe = Recipe(bits=4, group_size=64, refine=0, samples=16, tokens=256)

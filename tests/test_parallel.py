@@ -377,6 +377,7 @@ def torchrun(source: Path, text: Path, out: Path) -> list[str]:
     return [str(part) for part in [*command, "--tokens", SMALL["tokens"], "--calibration", text]]
 
 
+@pytest.mark.slow
 def test_torchrun(source: Path, text: Path, alone: Path, tmp_path: Path) -> None:
     """The whole command: one line on stdout, one report of progress."""
     done = subprocess.run(torchrun(source, text, tmp_path / "out"), capture_output=True, text=True, timeout=300)
