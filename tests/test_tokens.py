@@ -85,7 +85,7 @@ def test_transformers_loads_it(family: str, tied: bool, sparsity: str | None, tm
 
 
 def test_the_stream_begins_with_what_is_stored(tmp_path: Path, text: Path, llama: Path) -> None:
-    """With two bits in the embedding, blocks that know of it come closer than blocks that do not."""
+    """Two bits in the embedding change what the first block is solved for."""
     plain = runs.recipe(text, bits=4)
     api.compress(llama, tmp_path / "apart", plain, "cpu")
     api.compress(llama, tmp_path / "known", plain.but(embedding_bits=2), "cpu")

@@ -24,8 +24,7 @@ from featherweight.stream.compress import compress as stream_compress
 from featherweight.stream.device import compute_dtype, pick_device
 from featherweight.stream.folder import journal_losses
 from featherweight.stream.module import compress_module as compress_module
-from featherweight.stream.tune import Tuning
-from featherweight.stream.tune import tune as stream_tune
+from featherweight.stream.tune import tune as tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,23 +38,6 @@ def compress(
     `tell(done, total, what)` hears of the progress in blocks. Repeated on a half-done folder, it goes on there.
     """
     return stream_compress(model, out, recipe or Recipe(), device, tell)
-
-
-def tune(
-    path: str | Path,
-    text: Sequence[str],
-    to: str | Path | None = None,
-    against: str | Path | None = None,
-    settings: Tuning | None = None,
-    device: str = "auto",
-    tell: Tell | None = None,
-) -> dict[str, Any]:
-    """Trains the scales of a compressed folder on text, towards the dense model `against` where one is given.
-
-    Writes the folder `to`, or `path` itself in one go; see `stream.tune.tune`. Repeated after an interruption, it goes
-    on where it stopped.
-    """
-    return stream_tune(path, text, to, against, settings, device, tell)
 
 
 def load(
