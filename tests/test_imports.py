@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"models", "data", "linear"},
 }
 # The rooms that sit on top, in order; each may import everything below it.
-ABOVE = ["huggingface", "transformers_hook", "api", "demo", "console", "laws_cli", "cli"]
+ABOVE = ["huggingface", "transformers_hook", "api", "benchmarks", "demo", "console", "laws_cli", "bench_cli", "cli"]
 # The package itself hands out names of every room, but lazily: `import featherweight` alone must stay quick.
 TOP = {"__init__", "__main__"}
 # What `import featherweight` runs all the same: it imports the standard library alone.
