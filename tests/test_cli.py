@@ -180,7 +180,7 @@ def direct_perplexity(model: Any, source: Path, text: Path, context: int, window
 def test_eval_of_a_dense_model(source: Path, text: Path) -> None:
     ran = featherweight("eval", source, "--text", text, "--context", 64, "--windows", 5)
     assert ran.code == 0 and len(ran.out.splitlines()) == 1
-    assert_shape(ran.last, {**EVAL, "kl_nats": NONE, "top1_agreement": NONE})
+    assert_shape(ran.last, {**EVAL, "kl_nats": NONE, "top1_agreement": NONE, "tasks": dict})
     expected = direct_perplexity(load_dense(source, "cpu", torch.float32), source, text, 64, 5)
     assert ran.last["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert (ran.last["model"], ran.last["tokens"], ran.last["context"]) == (str(source), 5 * 63, 64)
@@ -190,7 +190,7 @@ def test_eval_of_a_dense_model(source: Path, text: Path) -> None:
 
 def test_eval_against_the_dense_model(source: Path, out: Path, text: Path, ran: Ran) -> None:
     found = featherweight("eval", out, "--text", text, "--context", 64, "--windows", 5, "--against", source).last
-    assert_shape(found, {**EVAL, "kl_nats": float, "top1_agreement": float})
+    assert_shape(found, {**EVAL, "kl_nats": float, "top1_agreement": float, "tasks": dict})
     expected = direct_perplexity(api.load(out, kernel="dense"), source, text, 64, 5)
     assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert found["bits_per_weight"] == pytest.approx(ran.last["bits_per_weight"])
@@ -201,9 +201,12 @@ def test_eval_against_the_dense_model(source: Path, out: Path, text: Path, ran: 
     assert alone["kl_nats"] is None and alone["perplexity"] == found["perplexity"]
 
 
-def test_eval_says_where_it_puts_a_bos(tmp_path: Path, text: Path) -> None:
+def test_eval_says_where_it_puts_a_bos_and_answers_zero_shot_questions(tmp_path: Path, text: Path) -> None:
     with_bos = add_tokenizer(make("llama", tmp_path / "source"), bos=True)
-    ran = featherweight("eval", with_bos, "--text", text, "--context", 64, "--windows", 2)
+    task = tmp_path / "letters.jsonl"
+    task.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' * 3)
+    ran = featherweight("eval", with_bos, "--text", text, "--context", 64, "--windows", 2, "--task", task, "--items", 2)
+    assert ran.last["tasks"]["letters"]["items"] == 2 and "letters: " in ran.err
     assert "BOS (id 1) in front of every window" in ran.err
     assert "bos" not in ran.last
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from featherweight.data import evaluation_windows
+from featherweight.data import Item, evaluation_windows, read_task
 from featherweight.errors import FeatherweightError, RequestError
-from featherweight.evaluate import bits_per_weight, evaluate, generate, perplexity
+from featherweight.evaluate import accuracy, bits_per_weight, evaluate, generate, perplexity, zero_shot
 
 VOCABULARY = 300
 
@@ -258,3 +260,82 @@ def test_what_cannot_be_generated_is_refused(model: LlamaForCausalLM, tokenizer:
     bare.backend_tokenizer.post_processor = processors.ByteLevel()
     with pytest.raises(RequestError, match="prompt has 0 tokens"):
         generate(model, bare, "")
+
+
+# --- zero-shot
+
+
+def letters(text: str) -> list[int]:
+    return [2 + ord(letter) for letter in text]
+
+
+def direct_likelihood(model: LlamaForCausalLM, context: str, choice: str, bos: int | None) -> float:
+    """The sum over the choice's letters, each predicted from what stands before it, one sequence at a time."""
+    front = [] if bos is None else [bos]
+    ids = torch.tensor([front + letters(context + choice)])
+    logp_TV = log_probabilities(model, ids)[0]
+    begin = len(front) + len(context)
+    return sum(logp_TV[at - 1, ids[0, at]].item() for at in range(begin, ids.shape[1]))
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+def test_the_likeliest_choice_is_the_one_that_single_sequences_name(
+    model: LlamaForCausalLM, bos: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "PASS_LOGITS", 60 * VOCABULARY)  # three sequences or so in a pass
+    contexts = ["Question: how many?\nAnswer:", "a longer passage that goes on", "b"]
+    choices = ((" one", " two", " many more"), (" up", " down"), (" x", " y z"))
+    scores = [
+        [direct_likelihood(model, c, one, bos) for one in them] for c, them in zip(contexts, choices, strict=True)
+    ]
+    best = [max(range(len(row)), key=row.__getitem__) for row in scores]
+    right = [Item(c, them, gold) for c, them, gold in zip(contexts, choices, best, strict=True)]
+    assert zero_shot(model, letters, right, bos).accuracy == 1
+    wrong = [Item(item.context, item.choices, (item.gold + 1) % len(item.choices)) for item in right]
+    assert zero_shot(model, letters, wrong, bos).accuracy == 0
+    shares = [[s / len(c.strip()) for s, c in zip(*pair, strict=True)] for pair in zip(scores, choices, strict=True)]
+    agree = sum(max(range(len(row)), key=row.__getitem__) == b for row, b in zip(shares, best, strict=True)) / 3
+    assert zero_shot(model, letters, right, bos).accuracy_per_character == pytest.approx(agree)
+
+
+def test_a_last_word_counts_when_every_token_of_it_is_the_models_own_first(model: LlamaForCausalLM) -> None:
+    ids = letters("the end")
+    for _ in range(3):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    own = "".join(chr(letter - 2) for letter in ids[-3:])
+    found = zero_shot(model, letters, [Item("the end", (own,), 0), Item("the end", ("\x01" + own[1:],), 0)])
+    assert (found.accuracy, found.accuracy_per_character, found.items) == (0.5, None, 2)
+
+
+def test_a_long_context_loses_its_beginning_and_a_long_choice_is_refused(model: LlamaForCausalLM) -> None:
+    long, cut = Item("q" * 500 + "end", (" a", " b"), 0), Item("q" * 123 + "end", (" a", " b"), 0)
+    assert zero_shot(model, letters, [long]).accuracy == zero_shot(model, letters, [cut]).accuracy
+    with pytest.raises(RequestError, match="128 positions"):
+        zero_shot(model, letters, [Item("q", (" " + "a" * 200, " b"), 0)])
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("{", "line 2"),
+        ('{"query": "a", "choices": ["b"], "gold": 0}', "1 choices"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold 2"),
+        ('{"context": "a"}', "query, choices and gold"),
+    ],
+)
+def test_a_line_that_is_no_item_is_named(tmp_path: Path, line: str, named: str) -> None:
+    good = {"query": "Question: a?\n", "choices": ["b", "c"], "gold": 1}
+    task = tmp_path / "task.jsonl"
+    task.write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(RequestError, match=named):
+        read_task(task)
+    task.write_text(json.dumps(good) + '\n{"context": "so it goes ", "continuation": "on"}\n')
+    assert read_task(task) == [Item("Question: a?\nAnswer:", (" b", " c"), 1), Item("so it goes", (" on",), 0)]
+
+
+def test_a_missing_or_empty_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no task file"):
+        read_task(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(RequestError, match="is empty"):
+        read_task(tmp_path / "empty.jsonl")

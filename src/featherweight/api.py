@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from featherweight import data, formats
 from featherweight.errors import RequestError
-from featherweight.evaluate import bits_per_weight
+from featherweight.evaluate import bits_per_weight, zero_shot
 from featherweight.evaluate import evaluate as evaluate_model
 from featherweight.linear import CompressedEmbedding, CompressedLinear
 from featherweight.models.checkpoint import Checkpoint, resolve
@@ -78,14 +79,18 @@ def evaluate(
     limit: int | None = None,
     device: str = "auto",
     tell: Tell | None = None,
+    tasks: Sequence[str | Path] = (),
+    items: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a checkpoint folder over whole windows of text, bits per weight, and distance from `against`.
 
     A BOS goes in front of every window exactly where the tokenizer adds one by default. `context` None is 2048, or the
     model's positions if those are fewer; `limit` takes only the first so many windows. Returns the fields of `eval`'s
     JSON line: model, perplexity, tokens, context, bits_per_weight, kl_nats (mean KL(dense || model) a prediction),
-    top1_agreement, and bos (the id in front of windows, or None).
+    top1_agreement, bos (the id in front of windows, or None), and tasks: for each file of zero-shot questions
+    (the first `items` of each), by its name without suffix, the fields of `evaluate.ZeroShot`.
     """
+    questions = {Path(task).stem: data.read_task(task)[:items] for task in tasks}
     if limit is not None and limit < 1:
         raise RequestError(f"{limit} windows were asked for and at least 1 is needed: raise --windows.")
     folder = resolve(model)
@@ -100,7 +105,8 @@ def evaluate(
         if tell is not None:
             tell(done, total, f"{done} of {total} windows")
 
-    found = evaluate_model(load(folder, device, kernel="dense"), ids_ST, reference, 1, progress)
+    loaded = load(folder, device, kernel="dense")
+    found = evaluate_model(loaded, ids_ST, reference, 1, progress)
     return {
         "model": str(model),
         "perplexity": found.perplexity,
@@ -110,7 +116,15 @@ def evaluate(
         "kl_nats": found.kl_nats,
         "top1_agreement": found.top1_agreement,
         "bos": bos,
+        "tasks": {
+            name: asdict(zero_shot(loaded, data.encoder(tokenizer), asked, bos, _told(tell, name)))
+            for name, asked in questions.items()
+        },
     }
+
+
+def _told(tell: Tell | None, name: str) -> Callable[[int, int], None] | None:
+    return None if tell is None else lambda done, total: tell(done, total, f"{name}: {done} of {total} sequences")
 
 
 def stored_bits_per_weight(folder: Path) -> float:

@@ -194,13 +194,19 @@ def evaluate(
     context: Annotated[int | None, typer.Option(help="Tokens in a window (2048, or the model's positions).")] = None,
     against: Annotated[str | None, typer.Option(help="The dense model, for KL and top-1 agreement.")] = None,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Zero-shot questions (.jsonl); repeatable.")] = None,
+    items: Annotated[int | None, typer.Option(help="Only the first so many questions of each.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Perplexity of MODEL, bits per weight, and its distance from a dense model."""
+    """Perplexity of MODEL, bits per weight, its distance from a dense model, and zero-shot accuracy."""
     from featherweight import api
 
     with console.progress() as tell:
-        report = api.evaluate(model, text or ["builtin:evaluation"], context, against, windows, device, tell)
+        report = api.evaluate(
+            model, text or ["builtin:evaluation"], context, against, windows, device, tell, task or (), items
+        )
+    for name, found in report["tasks"].items():
+        console.say(f"{name}: {found['accuracy']:.3f} +- {found['error']:.3f} of {found['items']} items")
     bos = report.pop("bos")
     console.say(
         "no BOS in front of windows (the tokenizer adds none)"

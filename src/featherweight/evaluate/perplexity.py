@@ -74,7 +74,7 @@ def evaluate(
     started = time.perf_counter()
     sums = torch.zeros(3, dtype=torch.float64)
     windows, context = ids_ST.shape
-    with torch.no_grad(), _evaluating(model), _evaluating(reference):
+    with torch.no_grad(), evaluating(model), evaluating(reference):
         for first in range(0, windows, batch):
             ids_of_pass = ids_ST[first : first + batch]
             sums += _pass_sums(model, reference, ids_of_pass)
@@ -103,7 +103,7 @@ def _check(model: PreTrainedModel, role: str, ids_ST: Tensor, batch: int) -> Non
         raise RequestError(f"a batch of {batch} windows was asked for and at least 1 is needed: raise the batch")
     if ids_ST.ndim != 2 or ids_ST.shape[0] < 1 or ids_ST.shape[1] < 2:
         raise RequestError(f"ids of shape {tuple(ids_ST.shape)} hold no prediction: give at least 1 window of 2 tokens")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(model)
     if longest and ids_ST.shape[1] > longest:
         raise RequestError(
             f"windows have {ids_ST.shape[1]} tokens and the {role} takes at most {longest}: lower --context"
@@ -117,8 +117,14 @@ def _check(model: PreTrainedModel, role: str, ids_ST: Tensor, batch: int) -> Non
         )
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The most tokens the model takes, None where its configuration names no limit."""
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
 @contextmanager
-def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
     """Dropout off for the time being."""
     was_training = model is not None and model.training
     if model is not None:
