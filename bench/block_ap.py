@@ -4,8 +4,9 @@
         --samples 256 --tokens 1024 --parallel 4 --row "best_2bit" --row "best_2bit --epochs 4 + tune --rate 0.001"
 
 A row is a recipe's name with fields of the recipe as options (as in bench/accuracy.py); after "+ tune" come fields of
-`Tuning`: the folder is then tuned towards the dense model and evaluated again. Every row is a process of its own, so
-many at a time. One JSON object a row on stdout as it is done, the last line holds them all.
+`Tuning`: the folder is then tuned towards the dense model and evaluated again. The row "dense" is the model itself.
+Every row is a process of its own, so many at a time. One JSON object a row on stdout as it is done, the last line holds
+them all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from accuracy import recipe_of
 
 from featherweight import Tuning, api, data
-from featherweight.evaluate import evaluate
+from featherweight.evaluate import evaluate, zero_shot
 from featherweight.models.load import load_tokenizer
 
 
@@ -38,21 +39,26 @@ def tuning_of(options: str, args: argparse.Namespace) -> Tuning:
 
 
 def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Perplexity and KL of a folder on every text."""
+    """Perplexity and KL of a folder on every text, accuracy on every task."""
     tokenizer = load_tokenizer(args.model)
     bos = data.bos_of(tokenizer)
     model, dense = (api.load(folder, args.device, kernel="dense") for folder in (out, args.model))
-    found = {}
+    found: dict[str, Any] = {}
     for text in args.text:
         ids_ST = data.evaluation_windows(data.tokens(tokenizer, [text]), args.context, bos)[: args.windows]
         result = evaluate(model, ids_ST, dense, batch=args.eval_batch)
         found[Path(text).name] = {"perplexity": round(result.perplexity, 3), "kl_nats": round(result.kl_nats or 0, 5)}
+    for task in args.task:
+        right = zero_shot(model, data.encoder(tokenizer), data.read_task(task)[: args.items], bos)
+        found[Path(task).stem] = {"accuracy": round(right.accuracy, 4), "error": round(right.error, 4)}
     return found
 
 
 def run_row(args: argparse.Namespace) -> dict[str, Any]:
     """One row in this process."""
     row, (compressing, _, tuning) = args.row[0], args.row[0].partition("+ tune")
+    if row == "dense":
+        return {"row": row, "texts": measure(args, Path(args.model))}
     recipe = recipe_of(compressing).but(calibration=tuple(args.calibration), samples=args.samples, tokens=args.tokens)
     scratch = Path(tempfile.mkdtemp(dir=args.scratch))
     try:
@@ -111,6 +117,8 @@ def main() -> None:
     ask.add_argument("--calibration", action="append", required=True)
     ask.add_argument("--text", action="append", required=True)
     ask.add_argument("--row", action="append", required=True)
+    ask.add_argument("--task", action="append", default=[], help="zero-shot questions (.jsonl)")
+    ask.add_argument("--items", type=int, help="only the first so many of each")
     ask.add_argument("--samples", type=int, default=256)
     ask.add_argument("--tokens", type=int, default=1024)
     ask.add_argument("--context", type=int, default=2048)
