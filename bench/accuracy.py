@@ -3,8 +3,9 @@
     python bench/accuracy.py MODEL --calibration wiki.txt --calibration web.txt --text wiki.test.raw \
         --row "default --bits 4 --group-size 64" --row "papers.gptq --bits 3 --group-size 64 --asymmetric"
 
-A row is a recipe's name with fields of the recipe as options (--bits 3, --asymmetric, --search mse, ...). One JSON
-object a row on stdout as it is done, the last line holds them all.
+A row is a recipe's name with fields of the recipe as options (--bits 3, --asymmetric, --search mse, ...); --without
+refit or --without descend takes that half out of each round of refinement. One JSON object a row on stdout as it is
+done, the last line holds them all.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from featherweight import api, data, recipes
+from featherweight.core import refine
+from featherweight.core.solution import Solution
 from featherweight.evaluate import evaluate
 from featherweight.models.load import load_tokenizer
 
@@ -44,6 +49,25 @@ def recipe_of(row: str) -> recipes.Recipe:
             except json.JSONDecodeError:
                 changes[field] = text
     return recipes.by_name(name).but(**changes)
+
+
+@contextmanager
+def without(half: str | None) -> Iterator[None]:
+    """Takes scales ("refit") or codes ("descend") out of `refine`, for an ablation."""
+    name = {"refit": "refit_scales", "descend": "descend", None: None}[half]
+    if name is None:
+        yield
+        return
+
+    def nothing(weight_RC: torch.Tensor, hessian_CC: torch.Tensor, solution: Solution) -> Solution:
+        return solution
+
+    before = getattr(refine, name)
+    setattr(refine, name, nothing)
+    try:
+        yield
+    finally:
+        setattr(refine, name, before)
 
 
 def main() -> None:
@@ -73,9 +97,11 @@ def main() -> None:
         if time.time() - began > args.seconds:
             print(f"out of time before {row}", file=sys.stderr)
             break
-        recipe = recipe_of(row).but(calibration=tuple(args.calibration), samples=args.samples, tokens=args.tokens)
+        options, _, half = row.partition(" --without ")
+        recipe = recipe_of(options).but(calibration=tuple(args.calibration), samples=args.samples, tokens=args.tokens)
         out = Path(tempfile.mkdtemp(dir=args.scratch)) / "out"
-        result = api.compress(args.model, out, recipe, args.device)
+        with without(half or None):
+            result = api.compress(args.model, out, recipe, args.device)
         found = evaluate(api.load(out, args.device, kernel="dense"), ids, dense)
         shutil.rmtree(out.parent)
         done.append(

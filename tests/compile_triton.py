@@ -18,6 +18,7 @@ CONSTANTS = {
     "MIRROR": True,
     "HAS_KEEP": True,
     "HAS_FREE": True,
+    "HAS_PRICE": True,
 }
 
 

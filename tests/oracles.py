@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featherweight.core.rules import Pattern
 from featherweight.core.solution import Solution
 
 
@@ -94,13 +95,46 @@ def eliminate(weight_RC: Tensor, damped_CC: Tensor, order: list[int], levels_RCL
     return Eliminated(values_RC, loss_R, price_C)
 
 
-def coordinate_pass(weight_RC: Tensor, damped_CC: Tensor, values_RC: Tensor, levels_RCL: Tensor) -> Tensor:
-    """One pass of coordinate descent: each column in turn to its best level, all others held; the new values."""
+def coordinate_pass(
+    weight_RC: Tensor, damped_CC: Tensor, values_RC: Tensor, levels_RCL: Tensor, price: float = 0.0
+) -> Tensor:
+    """One pass of coordinate descent: each column in turn to its best level, all others held; the new values.
+
+    A level that is not zero costs `price` besides.
+    """
     values_RC = values_RC.double().clone()
     for j in range(values_RC.shape[1]):
         slope_R = (weight_RC.double() - values_RC) @ damped_CC[:, j]
-        values_RC[:, j] = nearest(values_RC[:, j] + slope_R / damped_CC[j, j], levels_RCL[:, j])
+        goal_R1 = (values_RC[:, j] + slope_R / damped_CC[j, j]).unsqueeze(-1)
+        cost_RL = damped_CC[j, j] * (goal_R1 - levels_RCL[:, j]).square() + price * (levels_RCL[:, j] != 0)
+        values_RC[:, j] = torch.take_along_dim(levels_RCL[:, j], cost_RL.argmin(-1, keepdim=True), -1).squeeze(-1)
     return values_RC
+
+
+def exchange_group(
+    weight_C: Tensor, damped_CC: Tensor, values_C: Tensor, keep_C: Tensor, levels_CL: Tensor, group: range
+) -> tuple[Tensor, Tensor]:
+    """Values and mask of one row after the best exchange in one N:M group, and then each kept code to its best level.
+
+    Every kept weight is tried as zero with every pruned one at every level, each by its whole loss.
+    """
+
+    def loss(candidate_C: Tensor) -> float:
+        return float(layer_loss(weight_C[None], candidate_C[None], damped_CC))
+
+    best, best_C, mask_C = loss(values_C), values_C.clone(), keep_C.clone()
+    for out, into in itertools.product(group, group):
+        if keep_C[out] and not keep_C[into]:
+            for level in levels_CL[into]:
+                tried_C, kept_C = values_C.clone(), keep_C.clone()
+                tried_C[out], tried_C[into] = 0.0, level
+                kept_C[out], kept_C[into] = False, True
+                if loss(tried_C) < best - 1e-12:
+                    best, best_C, mask_C = loss(tried_C), tried_C, kept_C
+    for j in (j for j in group if mask_C[j]):
+        tries = [best_C.index_fill(0, torch.tensor(j), float(level)) for level in levels_CL[j]]
+        best_C = min(tries, key=loss)
+    return best_C, mask_C
 
 
 def activation_order(damped_CC: Tensor) -> list[int]:
@@ -116,6 +150,25 @@ def pivot_order(damped_CC: Tensor) -> list[int]:
         pivots = [float(1 / torch.linalg.inv(damped_CC[[j, *behind]][:, [j, *behind]])[0, 0]) for j in left]
         behind.insert(0, left[int(np.argmin(pivots))])
     return behind
+
+
+def brute_force_sparse(weight_RC: Tensor, damped_CC: Tensor, levels_RCL: Tensor, pattern: Pattern) -> float:
+    """The smallest tr(D H D^T) of a layer over all levels with as many zeros, at least, as the pattern asks for."""
+    rows, columns, count = levels_RCL.shape
+    choice_KC = torch.tensor(list(itertools.product(range(count), repeat=columns)))
+    kept = rows * columns - round(pattern.zeros * rows * columns)
+    best_N = torch.zeros(kept + 1, dtype=torch.float64)  # of the rows so far, with at most N weights that are not zero
+    for weight_C, levels_CL in zip(weight_RC.double(), levels_RCL, strict=True):
+        values_KC = levels_CL[torch.arange(columns), choice_KC]
+        loss_K = (((weight_C - values_KC) @ damped_CC.double()) * (weight_C - values_KC)).sum(-1)
+        if pattern.of:
+            allowed_K = ((values_KC != 0).unflatten(-1, (-1, pattern.of)).sum(-1) <= pattern.keep).all(-1)
+            loss_K = loss_K.masked_fill(~allowed_K, torch.inf)
+        used_K = (values_KC != 0).sum(-1)
+        row_N = torch.stack([loss_K[used_K <= n].min() for n in range(columns + 1)])
+        both_N = [(best_N[: n + 1].flip(0)[: columns + 1] + row_N[: n + 1]).min() for n in range(kept + 1)]
+        best_N = torch.stack(both_N)
+    return float(best_N[-1])
 
 
 def brute_force(weight_RC: Tensor, damped_CC: Tensor, levels_RCL: Tensor) -> Tensor:

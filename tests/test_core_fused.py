@@ -17,7 +17,7 @@ import torch
 import featherweight.core
 from featherweight.core import fused, scales
 from featherweight.core.problem import LayerProblem
-from featherweight.core.refine import refine
+from featherweight.core.refine import descend, refine
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import sweep
@@ -92,6 +92,20 @@ def test_masks_and_orders(order: Any, launched: list[str]) -> None:
     slow = refine(given, replace(sweep(given, Grid(4, 16), order, keep_RC=keep_RC), keep_RC=keep_RC), 1)
     same(fast, slow)
     assert launched and not bool(fast.values()[~keep_RC].any())
+
+
+def test_a_price_on_what_is_not_zero(launched: list[str]) -> None:
+    given, grid = problem(5, 40, layers=2), Grid(3, 20, symmetric=False)
+    swept, damped_ECC = sweep(given, grid), given.damped()
+    price_E = torch.tensor([0.5, 0.0], device=DEVICE) * swept.loss_R.mean(-1) / 4
+    launched.clear()
+    fast = descend(given.weight_RC, damped_ECC, swept, price_E)
+    assert launched == ["kernel"]
+    fused._failed.append("on purpose")
+    same(fast, descend(given.weight_RC, damped_ECC, swept, price_E))
+    free = descend(given.weight_RC, damped_ECC, swept)
+    assert int(fast.layer(0).nonzero().sum()) < int(free.layer(0).nonzero().sum())
+    assert torch.equal(fast.layer(1).codes_RC, free.layer(1).codes_RC)
 
 
 def test_updated_scales(launched: list[str]) -> None:

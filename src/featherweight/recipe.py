@@ -53,7 +53,8 @@ class Recipe:
             sharing a scale, None for the whole row.
         symmetric: no zero points; search, order, scales_from, damping: see `Grid`, `LayerProblem` and `sweep`.
         damping: None is 0.1, or 0.03 where weights are pruned.
-        refine: rounds of descent after the sweep (`core.refine`), 0 for none.
+        refine: rounds of descent after the sweep (`core.refine`), 0 for none; release: with sparsity and bits, let
+            descent move the zeros as well (`core.release`).
         target: whose output each matrix is to match: that of its own inputs as the compressed blocks before it make
             them ("drifted", GPTQ), or that of the original model ("original", in the spirit of GPTAQ and Qronos), the
             residual stream included, with each block's last matrix solved after the others: two more forward passes.
@@ -100,6 +101,7 @@ class Recipe:
     scales_from: ScalesFrom = "original"
     damping: float | None = None
     refine: int = 1
+    release: bool = True
     target: Literal["drifted", "original"] = "original"
     pull: float = 0.5
     sink_share: float = 0.05
@@ -234,7 +236,7 @@ class Recipe:
 
     def choices(self, lowest_zero: int, value_dtype: torch.dtype) -> Choices:
         """What the solver of one layer is told: the recipe's part of it, and the two limits of the format."""
-        names = ("mask", "order", "scales_from", "refine", "resolve", "swaps")
+        names = ("mask", "order", "scales_from", "refine", "release", "resolve", "swaps")
         own = {name: getattr(self, name) for name in names}
         method = self.start if self.method == "block-ap" else self.method
         return Choices(method, **own, lowest_zero=lowest_zero, value_dtype=value_dtype)

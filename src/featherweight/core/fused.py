@@ -59,6 +59,7 @@ def descend_slab(
     code_ECR: Tensor,
     at: slice,
     levels: tuple[int, int],
+    price_E: Tensor | None = None,
 ) -> bool:
     """Decides `refine.descend`'s columns `at` again: brings what is left of them, and their codes, up to date.
 
@@ -67,9 +68,10 @@ def descend_slab(
     if not usable(value_ECR):
         return False
     _, columns, rows = value_ECR.shape
-    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, code_ECR)
+    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, price_E, delta_ECR, code_ECR)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
-    return _launch(lambda kernels: kernels.descend_slab, tensors, sizes, HAS_FREE=free_ECR is not None)
+    has = {"HAS_FREE": free_ECR is not None, "HAS_PRICE": price_E is not None}
+    return _launch(lambda kernels: kernels.descend_slab, tensors, sizes, **has)
 
 
 def usable(tensor: Tensor) -> bool:

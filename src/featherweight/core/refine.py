@@ -43,16 +43,23 @@ def row_loss(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tenso
     return ((delta_RC @ hessian_CC) * delta_RC).sum(-1)
 
 
-def keep_better(weight_RC: Tensor, hessian_CC: Tensor, old: Solution, new: Solution) -> Solution:
-    """Row by row, the solution with the smaller loss; `old`, whose loss_R must be for this H, where they tie."""
+def keep_better(
+    weight_RC: Tensor, hessian_CC: Tensor, old: Solution, new: Solution, price_E: Tensor | None = None
+) -> Solution:
+    """Row by row, the solution with the smaller loss; `old`, whose loss_R must be for this H, where they tie.
+
+    With a price, every weight that is not zero adds it to the loss that is compared.
+    """
     old_R, new_R = old.loss_R.to(weight_RC.dtype), row_loss(weight_RC, hessian_CC, new)
-    take_R1 = (new_R < old_R).unsqueeze(-1)
+    saved_R = 0.0 if price_E is None else price_E.unsqueeze(-1) * (old.nonzero().sum(-1) - new.nonzero().sum(-1))
+    take_R = new_R < old_R + saved_R
+    take_R1 = take_R.unsqueeze(-1)
     return replace(
         old,
         codes_RC=torch.where(take_R1, new.codes_RC, old.codes_RC),
         scales_RG=torch.where(take_R1, new.scales_RG, old.scales_RG),
         zeros_RG=torch.where(take_R1, new.zeros_RG, old.zeros_RG),
-        loss_R=torch.minimum(new_R, old_R),
+        loss_R=torch.where(take_R, new_R, old_R),
     )
 
 
@@ -93,14 +100,17 @@ def _least_squares(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, st
     return scale_RG
 
 
-def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Solution:
+def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: Tensor | None = None) -> Solution:
     """One pass of coordinate descent over the codes, column after column, all rows at once.
 
     With all other columns fixed, the loss in column j is a parabola around v_j + (D H)_j / H_jj; its best allowed
-    value is the nearest one. Columns go by slabs: one GEMM brings D H up to date for the next slab.
+    value is the nearest one. With a price (one number for each layer) every weight that is not zero costs that much
+    besides, and the better of that value and zero is taken. Columns go by slabs: one GEMM brings D H up to date for
+    the next slab.
     """
     if weight_RC.dim() == 2:
-        return descend(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked()).layer(0)
+        price_E = None if price_E is None else price_E.reshape(1)
+        return descend(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked(), price_E).layer(0)
     weight_ECR = weight_RC.transpose(1, 2)
     scale_EGR, zero_EGR = (
         t.to(weight_RC.dtype).transpose(1, 2).contiguous() for t in (solution.scales_RG, solution.zeros_RG)
@@ -117,7 +127,7 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
         pull_ENR = hessian_CC[:, at] @ delta_ECR
         levels = (solution.grid.bottom, solution.grid.top)
         state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR)
-        if fused.descend_slab(pull_ENR, *state, at, levels):
+        if fused.descend_slab(pull_ENR, *state, at, levels, price_E):
             continue
         group_N = torch.arange(at.start, at.stop, device=weight_RC.device) // width
         with one_thread(weight_RC.device):
@@ -129,11 +139,12 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Soluti
                 zero_EGR[:, group_N],
                 None if free_ECR is None else free_ECR[:, at],
                 levels,
+                price_E,
             )
         delta_ECR[:, at] -= moved_ENR
         codes_ECR[:, at] = codes_ENR
     codes_RC = codes_ECR.transpose(1, 2).contiguous()
-    return keep_better(weight_RC, hessian_CC, solution, replace(solution, codes_RC=codes_RC))
+    return keep_better(weight_RC, hessian_CC, solution, replace(solution, codes_RC=codes_RC), price_E)
 
 
 def _descend_slab(
@@ -144,6 +155,7 @@ def _descend_slab(
     zero_ENR: Tensor,
     free_ENR: Tensor | None,
     levels: tuple[int, int],
+    price_E: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """How far each value of the slab moves, and its codes; `pull` is (D H) of the slab's columns as it begins."""
     moved_ENR, shifts_ENR = torch.empty_like(values_ENR), torch.empty_like(values_ENR)
@@ -151,6 +163,7 @@ def _descend_slab(
     if free_ENR is not None:  # a pruned weight has one level left, zero
         low_ENR, high_ENR = low_ENR * free_ENR, high_ENR * free_ENR
     curve_EN1 = hessian_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
+    price_EN1 = None if price_E is None else price_E.view(-1, 1, 1) * curve_EN1
     tensors = (
         pull_ENR,
         values_ENR,
@@ -169,5 +182,11 @@ def _descend_slab(
         goal_E1R = torch.addcmul(value_E1R, pull_E1R, curve_E11)
         torch.mul(goal_E1R, inverse_E1R, out=shift_E1R).round_()
         torch.maximum(torch.minimum(shift_E1R, high_E1R, out=shift_E1R), low_E1R, out=shift_E1R)
-        torch.mul(shift_E1R, scale_E1R, out=moved_E1R).sub_(value_E1R)
+        torch.mul(shift_E1R, scale_E1R, out=moved_E1R)
+        if price_EN1 is not None:  # what it takes off the loss against what it costs
+            worth_E1R = (2 * goal_E1R).sub_(moved_E1R).mul_(moved_E1R)
+            keep_E1R = worth_E1R > price_EN1[:, j : j + 1]
+            shift_E1R *= keep_E1R
+            moved_E1R *= keep_E1R
+        moved_E1R -= value_E1R
     return moved_ENR, (shifts_ENR + zero_ENR).to(torch.uint8)

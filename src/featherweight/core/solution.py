@@ -56,6 +56,12 @@ class Solution:
         grouped = (grouped - self.zeros_RG.unsqueeze(-1).to(dtype)) * self.scales_RG.unsqueeze(-1).to(dtype)
         return grouped.flatten(-2)
 
+    def nonzero(self) -> Tensor:
+        """Which values differ from zero, R x C bool."""
+        grouped = self.codes_RC.unflatten(-1, (self.scales_RG.shape[-1], -1))
+        differs: Tensor = (grouped != self.zeros_RG.unsqueeze(-1)).flatten(-2)
+        return differs
+
     def rows(self, start: int, stop: int) -> Solution:
         """The solution of rows start .. stop-1: how layers that were solved stacked come apart again."""
         return self._each(lambda tensor: tensor.narrow(self.codes_RC.dim() - 2, start, stop - start))

@@ -17,6 +17,7 @@ from featherweight.core.greedy import obq, obs
 from featherweight.core.problem import Factor, LayerProblem, Order
 from featherweight.core.prune import prune, prune_and_round
 from featherweight.core.refine import refine
+from featherweight.core.release import release
 from featherweight.core.rules import Grid, Joint, Pattern, Rule
 from featherweight.core.solution import AnySolution, Solution, SparseSolution
 from featherweight.core.sweep import ScalesFrom, round_to_nearest, sweep
@@ -37,6 +38,8 @@ class Choices:
             (|w| times its input, row by row) or "obs" (greedy, slow).
         order, scales_from: see `sweep`.
         refine: rounds of descent after rounding.
+        release: with a grid and a pattern, decide zeros and codes together after that, as many zeros kept; not where
+            nothing is refined.
         resolve: steps of conjugate gradients on the weights that are kept (at most 4 after ADMM, which begins near the
             answer); 0 leaves them as the mask's method does.
         swaps: rounds of exchanging kept for pruned weights after that.
@@ -49,6 +52,7 @@ class Choices:
     order: Order = "activation"
     scales_from: ScalesFrom = "original"
     refine: int = 1
+    release: bool = True
     resolve: int = support.STEPS
     swaps: int = 0
     lowest_zero: int = 0
@@ -107,7 +111,7 @@ def _pruned(problem: LayerProblem, pattern: Pattern, choices: Choices, factor: F
 
 
 def _joint(problem: LayerProblem, rule: Joint, choices: Choices, factor: Factor | None) -> Solution:
-    """Prunes first, then rounds what is left, the mask held.
+    """Prunes first, then rounds what is left, the mask held; then lets go of the mask (`release`).
 
     Rounding starts from the pruned weights V*, so grids are fitted to survivors and every survivor already makes up for
     what was pruned. With V the result, tr((W-V) H (W-V)^T) = that of W-V* + that of V*-V + 2 tr((W-V*) H (V*-V)^T); the
@@ -118,7 +122,7 @@ def _joint(problem: LayerProblem, rule: Joint, choices: Choices, factor: Factor 
     if choices.method == "rtn":
         rounded = replace(round_to_nearest(from_pruned, rule.grid, choices.lowest_zero), keep_RC=pruned.keep_RC)
     else:
-        rounded = sweep(
+        swept = sweep(
             from_pruned,
             rule.grid,
             choices.order,
@@ -127,12 +131,14 @@ def _joint(problem: LayerProblem, rule: Joint, choices: Choices, factor: Factor 
             factor=factor,
             keep_RC=pruned.keep_RC,
         )
-    rounded = refine(from_pruned, rounded, choices.refine)
+        rounded = refine(from_pruned, swept, choices.refine)
     hessian_CC = problem.damped(rounded.damping)
     cross_RC = (problem.weight_RC - pruned.values_RC) @ hessian_CC
     cross_R = (cross_RC * (pruned.values_RC - rounded.values(cross_RC.dtype))).sum(-1)
     loss_R = pruned.loss_R + rounded.loss_R + 2 * cross_R
-    return replace(rounded, loss_R=loss_R, pattern=rule.pattern)
+    joint = replace(rounded, loss_R=loss_R, pattern=rule.pattern)
+    released = choices.release and choices.refine and choices.method != "rtn"
+    return release(problem, joint) if released else joint
 
 
 def _as_stored(problem: LayerProblem, solution: SparseSolution, dtype: torch.dtype | None) -> SparseSolution:

@@ -93,6 +93,7 @@ def descend_slab(
     scale_ptr,  # E x G x R
     zero_ptr,  # E x G x R
     free_ptr,  # E x C x R
+    price_ptr,  # E, of a weight that is not zero
     delta_ptr,  # E x C x R, brought up to date
     code_ptr,  # E x C x R, uint8, written
     rows,
@@ -103,6 +104,7 @@ def descend_slab(
     bottom,
     top,
     HAS_FREE: tl.constexpr,
+    HAS_PRICE: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -117,6 +119,9 @@ def descend_slab(
         mask=inside_N[:, None] & inside_R[None, :],
         other=0.0,
     )
+    price = 0.0
+    if HAS_PRICE:
+        price = tl.load(price_ptr + layer)
     hessian_row = hessian_ptr + first * all_columns + start + column_N
     group_R = (layer * groups + start // width) * rows + row_R
     scale_next_R = tl.load(scale_ptr + group_R, mask=inside_R, other=1.0)
@@ -143,6 +148,9 @@ def descend_slab(
             low_R, high_R = low_R * free_R, high_R * free_R
         goal_R = value_R + pull_R * (1.0 / curve)
         step_R = nearest(goal_R * (1.0 / scale_R), low_R, high_R)
+        if HAS_PRICE:
+            new_R = step_R * scale_R
+            step_R = tl.where((2.0 * goal_R - new_R) * new_R > price * (1.0 / curve), step_R, 0.0)
         moved_R = step_R * scale_R - value_R
         tl.store(delta_ptr + at_R, delta_R - moved_R, mask=inside_R)
         tl.store(code_ptr + at_R, (step_R + zero_R).to(tl.uint8), mask=inside_R)
