@@ -145,7 +145,8 @@ def least_squares(problem: LayerProblem, keep_RC: Tensor, pattern: Pattern, damp
     most = max(1, int(kept_R[-1]))
     size = max(1, ROW_BYTES[hessian_CC.device.type] // (2 * most * most * hessian_CC.element_size()))
     for row_B, count_B in zip(by_count_R.split(size), kept_R.split(size), strict=True):
-        column_BK = torch.argsort(keep_RC[row_B].byte(), dim=-1, descending=True, stable=True)[:, : max(1, int(count_B[-1]))]
+        kept_first_BC = torch.argsort(keep_RC[row_B].byte(), dim=-1, descending=True, stable=True)
+        column_BK = kept_first_BC[:, : max(1, int(count_B[-1]))]
         inside_BK = torch.arange(column_BK.shape[-1], device=count_B.device) < count_B.unsqueeze(-1)
         system_BKK = hessian_CC[column_BK.unsqueeze(-1), column_BK.unsqueeze(-2)]
         system_BKK *= inside_BK.unsqueeze(-1) & inside_BK.unsqueeze(-2)
