@@ -110,10 +110,10 @@ def round_greedily(
     def run(rows: _Rows) -> tuple[Tensor, Tensor]:
         codes_BC = torch.empty_like(rows.values_BK)
         loss_B = torch.zeros_like(rows.values_BK[:, 0])
+        rows.along = [scale_RC[rows.row_B], zero_RC[rows.row_B]]
         for _ in range(problem.weight_RC.shape[-1]):
             with one_thread(problem.weight_RC.device):
-                scale_BK = scale_RC[rows.row_B].gather(-1, rows.column_BK)
-                zero_BK = zero_RC[rows.row_B].gather(-1, rows.column_BK)
+                scale_BK, zero_BK = rows.along
                 code_BK = grid.encode(rows.values_BK, scale_BK, zero_BK)
                 at_B = _next_rounded(rows, (code_BK - zero_BK) * scale_BK, scale_BK)
                 here = (rows.each_B, at_B)
@@ -171,6 +171,7 @@ class _Rows:
         self.closed_BK = torch.zeros_like(self.values_BK)  # 0, or infinite where nothing may be picked
         self.inverse_BKK = inverse_CC.expand(rows, -1, -1).clone()
         self.diagonal_BK = inverse_CC.diagonal().expand(rows, -1).clone()
+        self.along: list[Tensor] = []  # more that is said of the columns, and dropped with them
         self.pending_BPK = weight_BC.new_zeros(rows, PENDING, columns)
         self.waiting, self.undecided = 0, columns
         self.vector_BK = torch.zeros_like(self.values_BK)  # what the last step took off the inverse: its outer product
@@ -208,6 +209,7 @@ class _Rows:
             self.inverse_BKK = _cut(self.inverse_BKK, kept_BK)
             for name in ("values_BK", "column_BK", "alive_BK", "closed_BK", "diagonal_BK"):
                 setattr(self, name, getattr(self, name).gather(-1, kept_BK))
+            self.along = [tensor.gather(-1, kept_BK) for tensor in self.along]
             self.pending_BPK = self.pending_BPK.gather(-1, kept_BK.unsqueeze(1).expand(-1, PENDING, -1))
         self.inverse_BKK.baddbmm_(self.pending_BPK.mT, self.pending_BPK, alpha=-1)
         self.waiting = 0
