@@ -110,10 +110,10 @@ def round_greedily(
     def run(rows: _Rows) -> tuple[Tensor, Tensor]:
         codes_BC = torch.empty_like(rows.values_BK)
         loss_B = torch.zeros_like(rows.values_BK[:, 0])
+        rows.along = [scale_RC[rows.row_B], zero_RC[rows.row_B]]
         for _ in range(problem.weight_RC.shape[-1]):
             with one_thread(problem.weight_RC.device):
-                scale_BK = scale_RC[rows.row_B].gather(-1, rows.column_BK)
-                zero_BK = zero_RC[rows.row_B].gather(-1, rows.column_BK)
+                scale_BK, zero_BK = rows.along
                 code_BK = grid.encode(rows.values_BK, scale_BK, zero_BK)
                 at_B = _next_rounded(rows, (code_BK - zero_BK) * scale_BK, scale_BK)
                 here = (rows.each_B, at_B)
@@ -128,9 +128,9 @@ def round_greedily(
 
 def _next_rounded(rows: _Rows, nearest_BK: Tensor, scale_BK: Tensor) -> Tensor:
     """The position of the weight that OBQ rounds next in each row."""
-    error_BK = (rows.values_BK - nearest_BK).square().masked_fill_(rows.gone_BK, -1.0)
-    cheap_B = (error_BK / rows.diagonal_BK).masked_fill_(rows.gone_BK, torch.inf).argmin(-1)
-    far_B = (error_BK > scale_BK.square() / 4).any(-1) & (rows.values_BK[rows.each_B, cheap_B] != 0)
+    error_BK = (rows.values_BK - nearest_BK).mul_(rows.alive_BK)
+    cheap_B, far_BK = rows.cheapest(error_BK), error_BK.square_() - scale_BK.square() / 4
+    far_B = (far_BK > 0).any(-1) & (rows.values_BK[rows.each_B, cheap_B] != 0)
     return torch.where(far_B, error_BK.argmax(-1), cheap_B)
 
 
@@ -140,16 +140,20 @@ def least_squares(problem: LayerProblem, keep_RC: Tensor, pattern: Pattern, damp
     `damping` is that of the solution whose support it is: with it, H can be factored.
     """
     hessian_CC = problem.damped(damping)
-    columns = hessian_CC.shape[-1]
-    goal_RC = problem.weight_RC @ hessian_CC
-    size = max(1, ROW_BYTES[hessian_CC.device.type] // (2 * columns * columns * hessian_CC.element_size()))
-    parts = []
-    for goal_BC, keep_BC in zip(goal_RC.split(size), keep_RC.split(size), strict=True):
-        system_BCC = hessian_CC * (keep_BC.unsqueeze(-1) & keep_BC.unsqueeze(-2))
-        system_BCC.diagonal(dim1=-2, dim2=-1).add_((~keep_BC).to(hessian_CC.dtype))
-        lower_BCC = torch.linalg.cholesky(system_BCC)
-        parts.append(torch.cholesky_solve((goal_BC * keep_BC).unsqueeze(-1), lower_BCC).squeeze(-1) * keep_BC)
-    values_RC = torch.cat(parts)
+    goal_RC, values_RC = problem.weight_RC @ hessian_CC, torch.zeros_like(problem.weight_RC)
+    kept_R, by_count_R = keep_RC.sum(-1).sort()  # rows of like counts together: their systems have one size, K
+    most = max(1, int(kept_R[-1]))
+    size = max(1, ROW_BYTES[hessian_CC.device.type] // (2 * most * most * hessian_CC.element_size()))
+    for row_B, count_B in zip(by_count_R.split(size), kept_R.split(size), strict=True):
+        kept_first_BC = torch.argsort(keep_RC[row_B].byte(), dim=-1, descending=True, stable=True)
+        column_BK = kept_first_BC[:, : max(1, int(count_B[-1]))]
+        inside_BK = torch.arange(column_BK.shape[-1], device=count_B.device) < count_B.unsqueeze(-1)
+        system_BKK = hessian_CC[column_BK.unsqueeze(-1), column_BK.unsqueeze(-2)]
+        system_BKK *= inside_BK.unsqueeze(-1) & inside_BK.unsqueeze(-2)
+        system_BKK.diagonal(dim1=-2, dim2=-1).add_(~inside_BK)
+        goal_BK1 = (goal_RC[row_B].gather(-1, column_BK) * inside_BK).unsqueeze(-1)
+        best_BK = torch.cholesky_solve(goal_BK1, torch.linalg.cholesky(system_BKK)).squeeze(-1)
+        values_RC[row_B] = torch.zeros_like(values_RC[row_B]).scatter_(-1, column_BK, best_BK * inside_BK)
     delta_RC = problem.weight_RC - values_RC
     return SparseSolution(values_RC, keep_RC, pattern, ((delta_RC @ hessian_CC) * delta_RC).sum(-1), damping)
 
@@ -163,28 +167,35 @@ class _Rows:
         self.row_B, self.each_B = row_B, torch.arange(rows, device=weight_BC.device)
         self.values_BK = weight_BC.clone()
         self.column_BK = torch.arange(columns, device=weight_BC.device).expand(rows, -1).contiguous()
-        self.gone_BK = torch.zeros_like(self.values_BK, dtype=torch.bool)
+        self.alive_BK = torch.ones_like(self.values_BK)  # 1 or 0: a product is several times faster than a mask
+        self.closed_BK = torch.zeros_like(self.values_BK)  # 0, or infinite where nothing may be picked
         self.inverse_BKK = inverse_CC.expand(rows, -1, -1).clone()
         self.diagonal_BK = inverse_CC.diagonal().expand(rows, -1).clone()
+        self.along: list[Tensor] = []  # more that is said of the columns, and dropped with them
         self.pending_BPK = weight_BC.new_zeros(rows, PENDING, columns)
         self.waiting, self.undecided = 0, columns
         self.vector_BK = torch.zeros_like(self.values_BK)  # what the last step took off the inverse: its outer product
 
+    def cheapest(self, error_BK: Tensor) -> Tensor:
+        """The position in each row where an error of this much costs least, of those that are open."""
+        return torch.addcdiv(self.closed_BK, error_BK * error_BK, self.diagonal_BK).argmin(-1)
+
     def settle(self, at_B: Tensor, value_B: Tensor) -> Tensor:
         """Gives the weight at these positions its final value, makes the others make up for it; returns the cost."""
-        here = (self.each_B, at_B)
+        here, tiny = (self.each_B, at_B), torch.finfo(value_B.dtype).tiny
         row_BK = self.inverse_BKK[here]
         if self.waiting:
             pending_BPK = self.pending_BPK[:, : self.waiting]
             share_B1P = pending_BPK[self.each_B, :, at_B].unsqueeze(1)
             row_BK = torch.baddbmm(row_BK.unsqueeze(1), share_B1P, pending_BPK, alpha=-1).squeeze(1)
-        pivot_B = row_BK[here].clamp(min=torch.finfo(row_BK.dtype).tiny).sqrt()
-        row_BK = (row_BK / pivot_B.unsqueeze(-1)).masked_fill_(self.gone_BK, 0.0)
-        error_B = (self.values_BK[here] - value_B) / pivot_B
+        pivot_B = row_BK[here].clamp(min=tiny).rsqrt()
+        row_BK = torch.mul(row_BK, pivot_B.unsqueeze(-1), out=row_BK).mul_(self.alive_BK)
+        error_B = (self.values_BK[here] - value_B) * pivot_B
         self.values_BK.addcmul_(row_BK, error_B.unsqueeze(-1), value=-1)
         self.values_BK[here] = value_B
-        self.diagonal_BK.addcmul_(row_BK, row_BK, value=-1).clamp_(min=torch.finfo(row_BK.dtype).tiny)
-        self.gone_BK[here] = True
+        self.diagonal_BK.addcmul_(row_BK, row_BK, value=-1).clamp_(min=tiny)
+        self.alive_BK[here] = 0.0
+        self.closed_BK[here] = torch.inf
         self.pending_BPK[:, self.waiting] = self.vector_BK = row_BK
         self.waiting, self.undecided = self.waiting + 1, self.undecided - 1
         return error_B.square()
@@ -193,18 +204,31 @@ class _Rows:
         """Once there are enough, takes the pending vectors off the matrix and drops columns that are decided."""
         if self.waiting < PENDING:
             return
-        width = self.values_BK.shape[-1]
-        if self.shrinks and 0 < self.undecided <= DROP * width:
-            kept_BK = (~self.gone_BK).nonzero()[:, 1].view(-1, self.undecided)
-            row_BK = (kept_BK + self.each_B.unsqueeze(-1) * width).flatten()
-            for _ in range(2):  # rows, then (it is symmetric) columns: faster than picking elements
-                rows_BKK = self.inverse_BKK.flatten(0, 1).index_select(0, row_BK).unflatten(0, kept_BK.shape)
-                self.inverse_BKK = rows_BKK.mT.contiguous()
-            for name in ("values_BK", "column_BK", "gone_BK", "diagonal_BK"):
+        if self.shrinks and 0 < self.undecided <= DROP * self.values_BK.shape[-1]:
+            kept_BK = torch.argsort(self.alive_BK, dim=-1, descending=True, stable=True)[:, : self.undecided]
+            self.inverse_BKK = _cut(self.inverse_BKK, kept_BK)
+            for name in ("values_BK", "column_BK", "alive_BK", "closed_BK", "diagonal_BK"):
                 setattr(self, name, getattr(self, name).gather(-1, kept_BK))
+            self.along = [tensor.gather(-1, kept_BK) for tensor in self.along]
             self.pending_BPK = self.pending_BPK.gather(-1, kept_BK.unsqueeze(1).expand(-1, PENDING, -1))
         self.inverse_BKK.baddbmm_(self.pending_BPK.mT, self.pending_BPK, alpha=-1)
         self.waiting = 0
+
+
+def _cut(matrix_BCC: Tensor, kept_BK: Tensor) -> Tensor:
+    """The kept rows and columns of each matrix, B x K x K; what was given is overwritten on a CPU.
+
+    There one matrix after the other moves to the front of the same memory: five times faster than two transposes, and
+    twice as fast as `gather`, which a GPU takes.
+    """
+    count, kept = kept_BK.shape
+    if matrix_BCC.is_cuda:
+        row_BKC = matrix_BCC.gather(1, kept_BK.unsqueeze(-1).expand(-1, -1, matrix_BCC.shape[-1]))
+        return row_BKC.gather(2, kept_BK.unsqueeze(1).expand(-1, kept, -1))
+    cut_BKK = matrix_BCC.view(-1)[: count * kept * kept].view(count, kept, kept)
+    for matrix_CC, kept_K, cut_KK in zip(matrix_BCC, kept_BK, cut_BKK, strict=True):
+        torch.index_select(matrix_CC.index_select(0, kept_K), 1, kept_K, out=cut_KK)
+    return cut_BKK
 
 
 def _prune(rows: _Rows, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -216,13 +240,12 @@ def _prune(rows: _Rows, pattern: Pattern) -> tuple[Tensor, Tensor]:
     order, cost = [], []
     for _ in range(columns // width * quota):
         with one_thread(rows.values_BK.device):
-            closed_BK = rows.gone_BK
-            if pattern.of:
-                closed_BK = closed_BK | (left_BG == 0).gather(-1, rows.column_BK // width)
-            at_B = (rows.values_BK.square() / rows.diagonal_BK).masked_fill_(closed_BK, torch.inf).argmin(-1)
+            at_B = rows.cheapest(rows.values_BK)
             column_B = rows.column_BK[rows.each_B, at_B]
             if pattern.of:
                 left_BG[rows.each_B, column_B // width] -= 1
+                full_BK = (left_BG == 0).gather(-1, rows.column_BK // width)
+                rows.closed_BK.masked_fill_(full_BK, torch.inf)
             order.append(column_B)
             cost.append(rows.settle(at_B, torch.zeros_like(rows.values_BK[:, 0])))
         rows.catch_up()
@@ -233,7 +256,7 @@ def _prune_blocks(rows: _Rows, block: int) -> tuple[Tensor, Tensor]:
     """Prunes blocks of neighbouring columns, each time the one with the least w_b^T inv(inv(H)_bb) w_b."""
     inner_BNbb = rows.inverse_BKK.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
     inner_BNbb = inner_BNbb.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()
-    gone_BN = rows.gone_BK[:, ::block].clone()
+    gone_BN = torch.zeros_like(rows.alive_BK[:, ::block], dtype=torch.bool)
     eye_bb = torch.eye(block, dtype=inner_BNbb.dtype, device=inner_BNbb.device)
     order, cost = [], []
     for _ in range(gone_BN.shape[-1]):
