@@ -40,7 +40,7 @@ class Choices:
         refine: rounds of descent after rounding.
         release: with a grid and a pattern, decide zeros and codes together after that, as many zeros kept; not where
             nothing is refined.
-        resolve: steps of conjugate gradients on the weights that are kept (at most 4 after ADMM, which begins near the
+        resolve: steps of conjugate gradients on the weights that are kept (at most 2 after ADMM, which begins near the
             answer); 0 leaves them as the mask's method does.
         swaps: rounds of exchanging kept for pruned weights after that.
         lowest_zero: the smallest zero the file format can hold.
