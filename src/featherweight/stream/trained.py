@@ -20,7 +20,8 @@ from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.inputs import BlockView, Tick
 from featherweight.stream.layerwise import layerwise
-from featherweight.train.block_ap import Outcome, Schedule, Sequences, block_ap, held_out_loss
+from featherweight.train.block_ap import Outcome, Schedule, block_ap, held_out_loss
+from featherweight.train.sequences import Sequences
 from featherweight.train.trainable import NEAR, Trainable, TrainedFloats, TrainedGrid, TrainedRounding, beginning
 
 START = 0.2  # of a block's work is finding where to begin
@@ -47,17 +48,17 @@ def trained(
     )
     if not outcome.finite:
         _warn(view)
-    solutions = {path: layer.solution() for path, layer in layers.items()} if outcome.epoch else start
+    solutions = outcome.solutions if outcome.epoch else start
     for matrix in view.matrices:
         view.put(matrix, solutions[matrix.path].values())
-    _check(view, outcome, held_out_loss(view.module, view.run, {}, sequences, schedule))
+    _check(view, outcome, held_out_loss(view.run, sequences, schedule))
     return _measured(view, solutions, sequences, schedule, outcome)
 
 
 def _schedule(recipe: Recipe) -> Schedule:
     alike = recipe.units == "steps"
     rates = recipe.first_weight_rate, recipe.scale_rate
-    return Schedule(recipe.epochs, recipe.batch, *rates, recipe.held_out_samples, alike, recipe.seed)
+    return Schedule(recipe.epochs, recipe.batch, *rates, alike, recipe.seed)
 
 
 def _start(
@@ -138,7 +139,7 @@ def _measured(
     batches = list(torch.arange(sequences.training, sequences.inputs_STD.shape[0]).split(schedule.batch))
     try:
         for at_S in batches:
-            view.run(sequences.take(at_S.to(sequences.inputs_STD.device))[0])
+            view.run(sequences.take(at_S)[0])
     finally:
         for hook in hooks:
             hook.remove()

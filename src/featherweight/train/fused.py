@@ -1,0 +1,100 @@
+"""Whether, and how, a matrix in training is rounded and stepped by one kernel each; where not, autograd does it.
+
+Shapes: R outputs, C inputs, G groups, N inputs of one group.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featherweight.errors import FallbackWarning
+from featherweight.train.trainable import OnGrid, Trainable, TrainedRounding
+
+KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_grid` names them
+LATENTS = {"steps": 0, "absolute": 1, "rounding": 2}
+TILE_WEIGHTS, WIDEST = 2048, 1024  # of a program at a time, and of one group
+Averages = Sequence[tuple[Tensor, Tensor]]
+_failed: list[str] = []  # why, once it has
+
+
+def usable(layer: Trainable) -> bool:
+    """A grid on a GPU whose scales are of a dtype that is stored, until a kernel has failed."""
+    return isinstance(layer, OnGrid) and layer.latent_RGN.is_cuda and not _failed
+
+
+def write_values(layer: Trainable, matrix_RC: Tensor, pace: Tensor) -> bool:
+    """Writes `layer.values` into a matrix of any dtype and strides; False, and nothing written, where torch has to.
+
+    `pace` is a row of `adam.paces`: whether codes are whole is its say.
+    """
+    if not usable(layer):
+        return False
+    assert isinstance(layer, OnGrid)
+    tensors = [*_constants(layer), matrix_RC, pace]
+    return _tried(lambda kernels: _launch(kernels.grid_values, layer, tensors, matrix_RC, ()))
+
+
+def step(layer: Trainable, averages: Averages, gradient_RC: Tensor, pace: Tensor) -> bool:
+    """One step of Adam for all parameters of the layer, from the gradient of its values (any dtype and strides).
+
+    `averages`: mean and square of the weights, of the scales, and of the zeros where they are trained. False, and
+    nothing written, where torch has to do it.
+    """
+    if not usable(layer):
+        return False
+    assert isinstance(layer, OnGrid)
+    latent, code, scale, unit, zero, keep = [layer.latent_RGN, *_constants(layer)[1:]]
+    of_zeros = averages[2] if layer.trains_zeros else averages[1]
+    tensors = [
+        *(latent, *averages[0], code, scale, *averages[1], unit, zero, *of_zeros, keep),
+        *(gradient_RC, pace),
+    ]
+    return _tried(lambda kernels: _launch(kernels.grid_step, layer, tensors, gradient_RC, (layer.least,)))
+
+
+def _constants(layer: OnGrid) -> list[Tensor]:
+    """Latent weights, codes, scales, units, zeros, mask; one in place of another that is not read."""
+    codes = layer.first_RGN if isinstance(layer, TrainedRounding) else layer.start.codes_RC
+    keep = codes if layer.keep_RGN is None else layer.keep_RGN.contiguous().view(torch.uint8)
+    return [layer.latent_RGN, codes, layer.scale_RG1, layer.unit_RG1, layer.zero_RG1, keep]
+
+
+def _launch(kernel: Any, layer: OnGrid, tensors: Sequence[Tensor], matrix_RC: Tensor, more: tuple[float, ...]) -> None:
+    grid, (rows, in_row, width) = layer.start.grid, layer.latent_RGN.shape
+    tile = min(WIDEST, max(16, 1 << (width - 1).bit_length()))
+    together = max(1, TILE_WEIGHTS // tile)
+    assert all(tensor.is_contiguous() for tensor in tensors if tensor is not matrix_RC)
+    kernel[(-(-rows * in_row // together),)](
+        *(tensor.detach() for tensor in tensors),
+        *(rows * in_row, in_row, width, *matrix_RC.stride()),
+        *(float(grid.bottom), float(grid.top), float(layer.lowest_zero), *more),
+        LATENT=LATENTS[layer.kind],
+        ASYMMETRIC=layer.trains_zeros,
+        HAS_KEEP=layer.keep_RGN is not None,
+        KIND=KINDS[layer.start.scales_RG.dtype],
+        TILE=tile,
+        GROUPS=together,
+    )
+
+
+def _tried(launch: Callable[[Any], None]) -> bool:
+    """Whether a launch worked; where it did not, one warning, and no kernel is tried again."""
+    try:
+        from featherweight.train import triton_grid
+
+        launch(triton_grid)
+    except Exception as error:  # a missing compiler, an old GPU, a driver: Triton raises a kind of its own for each
+        _failed.append(f"{type(error).__name__}: {error}")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        warnings.warn(
+            f"Triton cannot run here ({reason}): blocks are trained by torch alone, slower and in more memory.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
