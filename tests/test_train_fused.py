@@ -25,7 +25,7 @@ from featherweight.core.solution import Solution
 from featherweight.core.solve import solve
 from featherweight.core.sweep import round_to_nearest
 from featherweight.errors import FallbackWarning
-from featherweight.train import adam, fused
+from featherweight.train import adam, fused, triton_tried
 from featherweight.train.step import Alone, Stepper, _plain_step
 from featherweight.train.trainable import NEAR, OnGrid, Trainable, TrainedGrid, TrainedRounding, beginning
 
@@ -39,8 +39,8 @@ PACES = adam.paces(STEPS, 0.01, 0.02, torch.device(DEVICE))
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of this device go to the kernels, which have not failed."""
-    monkeypatch.setattr(fused, "_failed", [])
-    monkeypatch.setattr(fused, "usable", lambda layer: isinstance(layer, OnGrid) and not fused._failed)
+    monkeypatch.setattr(triton_tried, "failed", [])
+    monkeypatch.setattr(fused, "usable", lambda layer: isinstance(layer, OnGrid) and not triton_tried.failed)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -180,7 +180,7 @@ class Line(torch.nn.Module):
 
 def stepped(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
     """A module's two matrices after some steps: values, and the weights it has in the end."""
-    monkeypatch.setattr(fused, "_failed", [] if kernels else ["on purpose"])
+    monkeypatch.setattr(triton_tried, "failed", [] if kernels else ["on purpose"])
     module = Line()
     layers: dict[str, Trainable] = {
         "first": layer_of("rounding", Grid(2, 32, symmetric=False, scale_dtype=torch.float32)),
@@ -209,7 +209,7 @@ def test_a_failure_is_told_once_and_torch_goes_on(monkeypatch: pytest.MonkeyPatc
     slow, _ = stepped(False, monkeypatch)
     monkeypatch.setitem(sys.modules, "featherweight.train.triton_grid", None)
     monkeypatch.delattr(featherweight.train, "triton_grid", raising=False)
-    with pytest.warns(FallbackWarning, match="Triton cannot run here .*: blocks are trained by torch alone") as told:
+    with pytest.warns(FallbackWarning, match="Triton cannot run here .*: training is done by torch alone") as told:
         fast, _ = stepped(True, monkeypatch)
     assert len(told) == 1
     assert all(torch.equal(one, other) for one, other in zip(fast, slow, strict=True))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 LEAST_SCALE = 0.05  # of the one it began with
 TOKENS = 2048
 MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}  # in one pass forward and back
+RESERVE = 0.3  # of the device's memory: logits and gradients, when the blocks have what they keep
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class _Job:
         layer = CompressedLinear.from_tensors(self.format, rule, tensors, bias, self.dtype, "reference")
         if name in self.tables:  # a head tied to the embedding, which stays as it is
             return layer
-        self.layers[name] = TunedLinear(layer, name, self.settings.zeros)
+        self.layers[name] = TunedLinear(layer, name, self.settings.zeros).prepare()
         return self.layers[name]
 
     def _norms(self) -> dict[str, nn.Parameter]:
@@ -226,7 +228,7 @@ class _Job:
         floors += [None] * len(self.norms)
         micro = max(1, MICRO_TOKENS[self.device.type] // training_ST.shape[1])
         schedule = Schedule(settings.steps, settings.batch, micro, settings.rate, seed=settings.seed)
-        _checkpointed(self.model)
+        Keeping(self.model, self.device)
         state = read_state(work, self.device)
         tuner = Tuner(
             lambda ids_ST: _logits(self.model, ids_ST),
@@ -278,16 +280,33 @@ def _logits(model: Any, ids_ST: Tensor) -> Tensor:
     return logits_STV
 
 
-def _checkpointed(model: PreTrainedModel) -> None:
-    """Blocks keep their inputs alone and run again on the way back; in eval mode, without dropout."""
-    from torch.utils.checkpoint import checkpoint
+class Keeping:
+    """Blocks that keep what they computed for the way back while there is room, and run again where there is not.
 
-    for block in find_blocks(model)[1]:
-        inner = block.forward
+    In eval mode, without dropout, so it makes no difference to the numbers. A block on a CPU always runs again.
+    """
 
-        def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return inner(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.device, self.grown_bytes = device, 0
+        for block in find_blocks(model)[1]:
+            block.forward = partial(self._forward, block.forward)  # type: ignore[method-assign]
+
+    def _forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        if not self._room():
+            from torch.utils.checkpoint import checkpoint
+
             return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+        before = torch.cuda.memory_allocated(self.device)
+        found = inner(*args, **kwargs)
+        self.grown_bytes = max(self.grown_bytes, torch.cuda.memory_allocated(self.device) - before)
+        return found
 
-        block.forward = forward  # type: ignore[method-assign]
+    def _room(self) -> bool:
+        """Whether another block's activations leave RESERVE of the memory free."""
+        if self.device.type != "cuda":
+            return False
+        free, total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + cached - self.grown_bytes > RESERVE * total

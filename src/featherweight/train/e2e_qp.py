@@ -19,6 +19,7 @@ from torch.nn import functional
 from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedLinear
+from featherweight.train import packed, triton_tried
 from featherweight.train.fake_quant import stored, whole
 
 Logits = Callable[[Tensor], Tensor]
@@ -46,6 +47,34 @@ class _Multiply(Function):
         to_scale = (to_weight_RGN * steps_RGN).sum(-1)
         to_zero = -to_weight_RGN.sum(-1) * scale_RG if ctx.needs_input_grad[2] else None
         return to_x, to_scale, to_zero, None
+
+
+class _MultiplyPacked(Function):
+    """The same over packed words, which two kernels read; it keeps x, scales and zeros."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_TC: Tensor, scale_RG: Tensor, zero_RG: Tensor, words_RW: Tensor, bits: int
+    ) -> Tensor:
+        ctx.save_for_backward(x_TC, scale_RG, zero_RG, words_RW)
+        ctx.bits = bits
+        value_RC = packed.packed_values(words_RW, scale_RG, zero_RG, bits, x_TC.shape[-1], x_TC.dtype)
+        return functional.linear(x_TC, value_RC)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient_TR: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
+        x_TC, scale_RG, zero_RG, words_RW = ctx.saved_tensors
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            columns = x_TC.shape[-1]
+            value_RC = packed.packed_values(words_RW, scale_RG, zero_RG, ctx.bits, columns, gradient_TR.dtype)
+            to_x = gradient_TR @ value_RC
+        to_weight_RC = gradient_TR.flatten(0, -2).T @ x_TC.flatten(0, -2).to(gradient_TR.dtype)
+        to_scale, total_RG = packed.group_sums(to_weight_RC, words_RW, zero_RG, ctx.bits)
+        to_zero = -total_RG * scale_RG if ctx.needs_input_grad[2] else None
+        return to_x, to_scale, to_zero, None, None
 
 
 def _steps(layer: CompressedLinear, zero_RG: Tensor) -> Tensor:
@@ -85,11 +114,29 @@ class TunedLinear(nn.Module):
         self.register_buffer("unit_RG", solution.scales_RG.float(), persistent=False)
         self.scale = nn.Parameter(torch.ones_like(solution.scales_RG, dtype=torch.float32))
         self.zero = nn.Parameter(solution.zeros_RG.float(), requires_grad=zeros)
+        self.bits = solution.grid.stored_bits
 
     def forward(self, x_TC: Tensor) -> Tensor:
         """y_TR for x_TC."""
-        y_TR: Tensor = _Multiply.apply(x_TC, self.scales(), self.zeros(), self.layer)
+        words_RW = self.layer.code_words()
+        if packed.usable(words_RW):
+            y_TR: Tensor = _MultiplyPacked.apply(x_TC, self.scales(), self.zeros(), words_RW, self.bits)
+        else:
+            y_TR = _Multiply.apply(x_TC, self.scales(), self.zeros(), self.layer)
         return y_TR if self.layer.bias is None else y_TR + self.layer.bias
+
+    def prepare(self) -> TunedLinear:
+        """Tries the kernels where the layer now is, so that a failure is known before training; returns the layer."""
+        words_RW = self.layer.code_words()
+        if words_RW is not None and packed.usable(words_RW):
+            zero_RG, columns = self.zero.detach(), self.layer.in_features
+
+            def both() -> None:
+                value_RC = packed.packed_values(words_RW, zero_RG, zero_RG, self.bits, columns, torch.bfloat16)
+                packed.group_sums(value_RC, words_RW, zero_RG, self.bits)
+
+            triton_tried.tried(both)
+        return self
 
     def scales(self) -> Tensor:
         """The scales as they will be stored, float32 with gradients, R x G."""

@@ -5,26 +5,24 @@ Shapes: R outputs, C inputs, G groups, N inputs of one group.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from featherweight.errors import FallbackWarning
+from featherweight.train import triton_tried
 from featherweight.train.trainable import OnGrid, Trainable, TrainedRounding
 
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_grid` names them
 LATENTS = {"steps": 0, "absolute": 1, "rounding": 2}
 TILE_WEIGHTS, WIDEST = 2048, 1024  # of a program at a time, and of one group
 Averages = Sequence[tuple[Tensor, Tensor]]
-_failed: list[str] = []  # why, once it has
 
 
 def usable(layer: Trainable) -> bool:
     """A grid on a GPU whose scales are of a dtype that is stored, until a kernel has failed."""
-    return isinstance(layer, OnGrid) and layer.latent_RGN.is_cuda and not _failed
+    return isinstance(layer, OnGrid) and layer.latent_RGN.is_cuda and not triton_tried.failed
 
 
 def write_values(layer: Trainable, matrix_RC: Tensor, pace: Tensor) -> bool:
@@ -36,7 +34,7 @@ def write_values(layer: Trainable, matrix_RC: Tensor, pace: Tensor) -> bool:
         return False
     assert isinstance(layer, OnGrid)
     tensors = [*_constants(layer), matrix_RC, pace]
-    return _tried(lambda kernels: _launch(kernels.grid_values, layer, tensors, matrix_RC, ()))
+    return triton_tried.tried(lambda: _launch("grid_values", layer, tensors, matrix_RC, ()))
 
 
 def step(layer: Trainable, averages: Averages, gradient_RC: Tensor, pace: Tensor) -> bool:
@@ -54,7 +52,7 @@ def step(layer: Trainable, averages: Averages, gradient_RC: Tensor, pace: Tensor
         *(latent, *averages[0], code, scale, *averages[1], unit, zero, *of_zeros, keep),
         *(gradient_RC, pace),
     ]
-    return _tried(lambda kernels: _launch(kernels.grid_step, layer, tensors, gradient_RC, (layer.least,)))
+    return triton_tried.tried(lambda: _launch("grid_step", layer, tensors, gradient_RC, (layer.least,)))
 
 
 def _constants(layer: OnGrid) -> list[Tensor]:
@@ -64,7 +62,10 @@ def _constants(layer: OnGrid) -> list[Tensor]:
     return [layer.latent_RGN, codes, layer.scale_RG1, layer.unit_RG1, layer.zero_RG1, keep]
 
 
-def _launch(kernel: Any, layer: OnGrid, tensors: Sequence[Tensor], matrix_RC: Tensor, more: tuple[float, ...]) -> None:
+def _launch(name: str, layer: OnGrid, tensors: Sequence[Tensor], matrix_RC: Tensor, more: tuple[float, ...]) -> None:
+    from featherweight.train import triton_grid
+
+    kernel: Any = getattr(triton_grid, name)
     grid, (rows, in_row, width) = layer.start.grid, layer.latent_RGN.shape
     tile = min(WIDEST, max(16, 1 << (width - 1).bit_length()))
     together = max(1, TILE_WEIGHTS // tile)
@@ -80,21 +81,3 @@ def _launch(kernel: Any, layer: OnGrid, tensors: Sequence[Tensor], matrix_RC: Te
         TILE=tile,
         GROUPS=together,
     )
-
-
-def _tried(launch: Callable[[Any], None]) -> bool:
-    """Whether a launch worked; where it did not, one warning, and no kernel is tried again."""
-    try:
-        from featherweight.train import triton_grid
-
-        launch(triton_grid)
-    except Exception as error:  # a missing compiler, an old GPU, a driver: Triton raises a kind of its own for each
-        _failed.append(f"{type(error).__name__}: {error}")
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        warnings.warn(
-            f"Triton cannot run here ({reason}): blocks are trained by torch alone, slower and in more memory.",
-            FallbackWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
