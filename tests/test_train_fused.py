@@ -26,7 +26,7 @@ from featherweight.core.solve import solve
 from featherweight.core.sweep import round_to_nearest
 from featherweight.errors import FallbackWarning
 from featherweight.train import adam, fused, triton_tried
-from featherweight.train.step import Alone, Stepper, _plain_step
+from featherweight.train.step import ALONE, Stepper, _plain_step
 from featherweight.train.trainable import NEAR, OnGrid, Trainable, TrainedGrid, TrainedRounding, beginning
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -187,7 +187,7 @@ def stepped(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor
         "second": layer_of("steps", Grid(3, 3, symmetric=False, scale_dtype=torch.float32), rows=96, columns=6),
     }
     layers["second"].transposed = True
-    stepper = Stepper(module, layers, module, torch.nn.functional.mse_loss, Alone())
+    stepper = Stepper(module, layers, module, torch.nn.functional.mse_loss, ALONE)
     with stepper.placed():
         for step in range(STEPS):
             inputs_STD, targets_STD = drawn(4, 5, 96, seed=step), drawn(4, 5, 96, seed=100 + step)

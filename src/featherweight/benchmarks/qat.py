@@ -25,7 +25,7 @@ from featherweight.train.block_ap import Schedule, block_loss
 from featherweight.train.e2e_qp import TunedLinear, Tuner, divergence
 from featherweight.train.e2e_qp import Schedule as TuningSchedule
 from featherweight.train.sequences import Sequences
-from featherweight.train.step import Alone, Run, Stepper
+from featherweight.train.step import ALONE, Run, Stepper
 from featherweight.train.trainable import NEAR, Trainable, TrainedGrid, TrainedRounding, beginning
 
 PAPERS_SAMPLES, PAPERS_EPOCHS = 4096, 2
@@ -66,14 +66,14 @@ def block_step(
     block, run = random_block(shapes, tokens, device)
     layers = {path: _layer(module, grid, tune) for path, module in _linears(block)}
     schedule = Schedule(1, sequences, 1e-4, 1e-4, True, 0)
-    stepper = Stepper(block, layers, run, partial(block_loss, each_token_alike=True), Alone())
+    stepper = Stepper(block, layers, run, partial(block_loss, each_token_alike=True), ALONE)
     table = paces(WARM + ROUNDS, 1e-4, 1e-4, device)
     host_STD = torch.randn(HELD_ON_HOST, tokens, shapes.hidden, dtype=torch.bfloat16)
     inputs_STD = host_STD[:sequences].to(device)
     with torch.no_grad():
         targets_STD = run(inputs_STD)
         forward_ms = timed(lambda: run(inputs_STD), device)
-    with stepper.placed():
+    with stepper.placed(PAPERS_EPOCHS * PAPERS_SAMPLES * tokens):
         step_ms = timed(lambda: stepper.step(inputs_STD, targets_STD, table[0], 0.0), device)
         run_ms = timed(lambda: stepper.replayed(inputs_STD, targets_STD), device)
         write_ms = timed(lambda: stepper.write(table[0], True), device)
@@ -109,7 +109,7 @@ def tuning_step(shapes: Shapes, grid: Grid, tokens: int, device: torch.device, p
     model = random_packed(shapes, grid, tokens, device)
     layers = [module for module in model.modules() if isinstance(module, TunedLinear)]
     parameters: list[nn.Parameter] = [layer.scale for layer in layers]
-    Keeping(model, device)
+    Keeping(model, device, compile=True)
     micro = max(1, MICRO_TOKENS[device.type] // tokens)
     ids_ST = torch.randint(0, shapes.vocabulary, (micro, tokens))
 

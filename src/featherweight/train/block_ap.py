@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from featherweight.core.solution import AnySolution
 from featherweight.train.adam import paces
 from featherweight.train.sequences import Sequences
-from featherweight.train.step import Alone, Processes, Run, Stepper
+from featherweight.train.step import ALONE, Processes, Run, Stepper
 from featherweight.train.trainable import Trainable
 
 Tick = Callable[[float], None]
-ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def block_ap(
         stepper.write(whole, soft=False)
         return held_out_loss(run, sequences, schedule, processes)
 
-    with stepper.placed():
+    with stepper.placed(len(table) * share * sequences.inputs_STD.shape[1]):
         start = best = held_out()
         kept, epoch, finite = _solutions(layers), 0, math.isfinite(start)
         for number in range(schedule.epochs if finite else 0):

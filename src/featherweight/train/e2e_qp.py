@@ -21,6 +21,7 @@ from featherweight.errors import RequestError
 from featherweight.linear import CompressedLinear
 from featherweight.train import packed, triton_tried
 from featherweight.train.fake_quant import stored, whole
+from featherweight.train.step import ALONE, Processes
 
 Logits = Callable[[Tensor], Tensor]
 SLICE_LOGITS = 1 << 24  # numbers of the vocabulary compared at once in float32
@@ -248,9 +249,12 @@ class Tuner:
         held_ST: Tensor,
         schedule: Schedule,
         state: State | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """`model` and `dense` give logits for ids; without `dense` the loss is the cross-entropy. `floors`: the least
-        value of each parameter (a scale that vanishes cannot come back), or None."""
+        value of each parameter (a scale that vanishes cannot come back), or None. Of several processes each takes some
+        of the sequences of every step and look, and all do the same with the sum."""
+        self.processes = processes
         self.model, self.dense, self.parameters, self.floors = model, dense, list(parameters), list(floors)
         self.training_ST, self.held_ST, self.schedule = training_ST, held_ST, schedule
         if state is None:
@@ -299,15 +303,33 @@ class Tuner:
 
     def _step(self, ids_ST: Tensor) -> None:
         with torch.enable_grad():
-            for part_ST in ids_ST.split(self.schedule.micro):
+            for part_ST in self._parts(ids_ST):
                 kl, entropy = self._losses(part_ST)
                 loss = (entropy if self.dense is None else kl) * (len(part_ST) / len(ids_ST))
                 loss.backward()  # type: ignore[no-untyped-call]
+        self._add_up_gradients()
         nn.utils.clip_grad_norm_(self.parameters, self.schedule.norm)
         state, rate = self.state, self.schedule.rate * rate_at(self.state.step, self.schedule.steps)
         state.step += 1
         for index, parameter in enumerate(self.parameters):
             _adam(parameter, state.mean[index], state.square[index], state.step, rate, self.floors[index])
+
+    def _parts(self, ids_ST: Tensor) -> tuple[Tensor, ...]:
+        """This process's sequences, as many at a time as go through the model."""
+        mine_ST = ids_ST[self.processes.rank :: self.processes.size]
+        return mine_ST.split(self.schedule.micro) if len(mine_ST) else ()
+
+    def _add_up_gradients(self) -> None:
+        """Over all processes, as one tensor; a process that had no sequence adds nothing."""
+        if self.processes.size == 1:
+            return
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        joined_N = torch.cat([gradient.flatten() for gradient in gradients])
+        self.processes.sum_(joined_N)
+        for gradient, part_N in zip(gradients, joined_N.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part_N.view_as(gradient))
 
     def _losses(self, ids_ST: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -318,9 +340,11 @@ class Tuner:
     @torch.no_grad()
     def look(self) -> None:
         """Measures the held-out text and keeps the parameters if they are the best so far."""
-        parts = self.held_ST.split(self.schedule.micro)
-        losses = [torch.stack(self._losses(part_ST)) * (len(part_ST) / len(self.held_ST)) for part_ST in parts]
-        kl, entropy = torch.stack(losses).sum(0).tolist()
+        total = torch.zeros(2, device=self.parameters[0].device)
+        for part_ST in self._parts(self.held_ST):
+            total += torch.stack(self._losses(part_ST)) * (len(part_ST) / len(self.held_ST))
+        self.processes.sum_(total)
+        kl, entropy = total.tolist()
         self.state.looks.append((self.state.step, None if self.dense is None else kl, entropy))
         if self.best_look == self.state.looks[-1]:
             self.state.best = [parameter.detach().clone() for parameter in self.parameters]

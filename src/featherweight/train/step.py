@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from featherweight.errors import FallbackWarning
 from featherweight.train import fused
 from featherweight.train.adam import adam_
+from featherweight.train.compiled import Compiled
 from featherweight.train.trainable import Trainable
 
 Run = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 EAGER = 3  # runs before one is captured: libraries set themselves up in the first
+WORTH_COMPILING = 1e15  # operations of a block's training, seconds of a GPU
 
 
 class Processes(Protocol):
@@ -48,6 +50,9 @@ class Alone:
         """Nothing to add."""
 
 
+ALONE = Alone()
+
+
 class Stepper:
     """The matrices of a block in training, in place of the module's own weights while `placed`."""
 
@@ -70,10 +75,16 @@ class Stepper:
         self.replayed = Replayed(there_and_back, self.leaves)
 
     @contextmanager
-    def placed(self) -> Iterator[None]:
-        """The module with the matrices in training in place of its weights, in their dtype and layout."""
+    def placed(self, tokens: int = 0) -> Iterator[None]:
+        """The module with the matrices in training in place of its weights, in their dtype and layout.
+
+        Where so many `tokens` are to be trained on that it pays, its forward is compiled for as long.
+        """
         own: list[tuple[nn.Module, nn.Parameter]] = []
+        operations = 6 * tokens * sum(leaf.numel() for leaf in self.leaves)
         try:
+            if self.leaves[0].is_cuda and operations > WORTH_COMPILING:
+                self.module.__dict__["forward"] = Compiled(self.module.forward)
             for path, leaf in zip(self.layers, self.leaves, strict=True):
                 owner = self.module.get_submodule(path)
                 weight = owner._parameters.pop("weight")
@@ -82,6 +93,7 @@ class Stepper:
                 owner.__dict__["weight"] = leaf
             yield
         finally:
+            self.module.__dict__.pop("forward", None)
             for owner, weight in own:
                 owner.__dict__.pop("weight", None)
                 owner._parameters["weight"] = weight
