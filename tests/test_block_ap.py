@@ -31,8 +31,8 @@ from featherweight.stream import trained as glue
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.tune import Tuning
 from featherweight.train import block_ap as training
-from featherweight.train.sequences import Sequences
 from featherweight.train.fake_quant import fake_quantize, softly, stored, whole
+from featherweight.train.sequences import Sequences
 from featherweight.train.trainable import NEAR, Trainable, TrainedFloats, TrainedGrid, TrainedRounding, beginning
 from runs import featherweight, journal, model_files, recipe, shards
 from tiny import add_tokenizer, make, write_text

@@ -5,13 +5,8 @@ Shapes: S sequences, T tokens, D width, R outputs, C inputs, G groups, N inputs 
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest

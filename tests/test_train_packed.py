@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.formats import by_name
-from featherweight.core.rules import Grid
 from featherweight.core.problem import LayerProblem
+from featherweight.core.rules import Grid
 from featherweight.core.solve import Choices, solve
+from featherweight.formats import by_name
 from featherweight.linear import CompressedLinear
 from featherweight.train import packed, triton_tried
-from featherweight.train.e2e_qp import TunedLinear
+from featherweight.train.tuned_linear import TunedLinear
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 

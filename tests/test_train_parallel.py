@@ -178,7 +178,9 @@ def test_windows_are_dealt_evenly() -> None:
             world = World(rank, size)
             mine = order[world.split(samples)]
             held = len(range(chosen.held_out_samples)[world.split(chosen.held_out_samples)])
-            assert bool((mine[: len(mine) - held] < training).all()) and bool((mine[len(mine) - held :] >= training).all())
+            assert bool((mine[: len(mine) - held] < training).all()) and bool(
+                (mine[len(mine) - held :] >= training).all()
+            )
     assert dealt(ids_ST, chosen, ALONE) is ids_ST
 
 

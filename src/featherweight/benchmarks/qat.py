@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.linear import CompressedLinear
 from featherweight.stream.device import peak_memory_bytes, pick_device
-from featherweight.stream.tune import MICRO_TOKENS, Keeping
+from featherweight.stream.tune import MICRO_TOKENS
 from featherweight.train.adam import paces
 from featherweight.train.block_ap import Schedule, block_loss
-from featherweight.train.e2e_qp import TunedLinear, Tuner, divergence
 from featherweight.train.e2e_qp import Schedule as TuningSchedule
+from featherweight.train.e2e_qp import Tuner, divergence
+from featherweight.train.keeping import Keeping
 from featherweight.train.sequences import Sequences
 from featherweight.train.step import ALONE, Run, Stepper
 from featherweight.train.trainable import NEAR, Trainable, TrainedGrid, TrainedRounding, beginning
+from featherweight.train.tuned_linear import TunedLinear
 
 PAPERS_SAMPLES, PAPERS_EPOCHS = 4096, 2
 WARM, ROUNDS = 6, 30
@@ -98,7 +101,7 @@ def block_step(
         "with_passes_minutes": (steps * step_ms + passes * forward_ms) / 6e4,
         "peak_gpu_bytes": peak_memory_bytes(device),
         "peak_host_bytes": peak_memory_bytes(torch.device("cpu")),
-        "captured": bool(stepper.replayed.graph),
+        "captured": stepper.replayed.graph is not None,
     }
 
 
@@ -109,7 +112,7 @@ def tuning_step(shapes: Shapes, grid: Grid, tokens: int, device: torch.device, p
     model = random_packed(shapes, grid, tokens, device)
     layers = [module for module in model.modules() if isinstance(module, TunedLinear)]
     parameters: list[nn.Parameter] = [layer.scale for layer in layers]
-    Keeping(model, device, compile=True)
+    Keeping(model.model.layers, device, compile=True)
     micro = max(1, MICRO_TOKENS[device.type] // tokens)
     ids_ST = torch.randint(0, shapes.vocabulary, (micro, tokens))
 
@@ -232,7 +235,7 @@ def timed(work: Callable[[], Any], device: torch.device, rounds: int = ROUNDS) -
         work()
         mark.record()
     torch.cuda.synchronize(device)
-    times = sorted(one.elapsed_time(other) for one, other in zip(marks, marks[1:], strict=False))
+    times = sorted(one.elapsed_time(other) for one, other in pairwise(marks))
     return times[rounds // 2]
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,9 @@ from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import LOCK
 from featherweight.stream.parallel import ALONE, World, joined
 from featherweight.stream.tuning import RESULT, begin, locked, note, read_state, swap, swapped, write_state
-from featherweight.train.compiled import Compiled
-from featherweight.train.e2e_qp import Schedule, TunedLinear, Tuner
-from featherweight.train.fake_quant import stored
+from featherweight.train.e2e_qp import Schedule, Tuner
+from featherweight.train.keeping import Keeping
+from featherweight.train.tuned_linear import Rounded, TunedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +39,6 @@ LEAST_SCALE = 0.05  # of the one it began with
 TOKENS = 2048
 MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}  # in one pass forward and back
 WORTH_COMPILING = 200  # passes forward and back
-RESERVE = 0.3  # of the device's memory: logits and gradients, when the blocks have what they keep
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ class _Job:
     ) -> None:
         self.checkpoint, self.settings, self.device = Checkpoint.open(folder), settings, device
         self.world = world
-        quantization = self.checkpoint.config.get("quantization_config")
+        quantization = formats.config_of(self.checkpoint.config, self.checkpoint.names)
         if quantization is None:
             raise RequestError(f"{folder} is dense: tune takes a folder that compress wrote.")
         self.format, self.rules = formats.from_config(quantization)
@@ -215,7 +213,7 @@ class _Job:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 on_disk = disk[f"{path}.{name}"].name
                 parametrize.register_parametrization(
-                    module, name, _Rounded(self.checkpoint.dtype(on_disk), self.dtype), unsafe=True
+                    module, name, Rounded(self.checkpoint.dtype(on_disk), self.dtype), unsafe=True
                 )
                 original = module.parametrizations[name].original  # type: ignore[index,union-attr]
                 assert isinstance(original, nn.Parameter)
@@ -263,7 +261,7 @@ class _Job:
         micro = max(1, MICRO_TOKENS[self.device.type] // training_ST.shape[1])
         schedule = Schedule(settings.steps, settings.batch, micro, settings.rate, seed=settings.seed)
         passes = settings.steps * settings.batch / micro / self.world.size
-        Keeping(self.model, self.device, compile=passes > WORTH_COMPILING)
+        Keeping(find_blocks(self.model)[1], self.device, compile=passes > WORTH_COMPILING)
         self.world.wait()  # for the folder
         state = read_state(work, self.device)
         tuner = Tuner(
@@ -303,55 +301,6 @@ class _Job:
         note(out, record)
 
 
-class _Rounded(nn.Module):
-    """A parametrization: float32 in training, rounded as it is stored, in the dtype the model computes in."""
-
-    def __init__(self, kept: torch.dtype, computed: torch.dtype) -> None:
-        super().__init__()
-        self.kept, self.computed = kept, computed
-
-    def forward(self, value: Tensor) -> Tensor:
-        return stored(value, self.kept).to(self.computed) if value.dtype == torch.float32 else value
-
-
 def _logits(model: Any, ids_ST: Tensor) -> Tensor:
     logits_STV: Tensor = model(input_ids=ids_ST.to(model.device), use_cache=False).logits
     return logits_STV
-
-
-class Keeping:
-    """Blocks that keep what they computed for the way back while there is room, and run again where there is not.
-
-    In eval mode, without dropout, so it makes no difference to the numbers. A block on a CPU always runs again; with
-    `compile`, those on a GPU are compiled for the first shape they are trained with.
-    """
-
-    def __init__(self, model: PreTrainedModel, device: torch.device, compile: bool) -> None:
-        self.device, self.grown_bytes = device, 0
-        self.shape: torch.Size | None = None
-        for block in find_blocks(model)[1]:
-            fast = Compiled(block.forward) if compile and device.type == "cuda" else block.forward
-            block.forward = partial(self._forward, block.forward, fast)  # type: ignore[method-assign]
-
-    def _forward(self, plain: Callable[..., Any], fast: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return plain(*args, **kwargs)
-        hidden_STD = args[0] if args else kwargs["hidden_states"]
-        self.shape = self.shape or hidden_STD.shape
-        inner = fast if hidden_STD.shape == self.shape else plain
-        if not self._room():
-            from torch.utils.checkpoint import checkpoint
-
-            return checkpoint(inner, *args, use_reentrant=False, **kwargs)
-        before = torch.cuda.memory_allocated(self.device)
-        found = inner(*args, **kwargs)
-        self.grown_bytes = max(self.grown_bytes, torch.cuda.memory_allocated(self.device) - before)
-        return found
-
-    def _room(self) -> bool:
-        """Whether another block's activations leave RESERVE of the memory free."""
-        if self.device.type != "cuda":
-            return False
-        free, total = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return free + cached - self.grown_bytes > RESERVE * total

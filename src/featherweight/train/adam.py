@@ -22,7 +22,7 @@ def cosine(progress: float) -> float:
 
 
 def hardness(progress: float) -> tuple[float, bool]:
-    """How hard soft steps are after `progress` (0 .. 1) of the steps, and whether they are whole: in the second half."""
+    """How hard soft steps are after `progress` (0 .. 1), and whether they are whole: in the second half."""
     return 1.0 + (HARDEST - 1.0) * min(1.0, 2 * progress), progress >= 0.5
 
 

@@ -31,7 +31,9 @@ class Compiled:
                 self.works = False
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 warnings.warn(
-                    f"this block cannot be compiled ({reason}): it runs as it is, slower.", FallbackWarning, stacklevel=2
+                    f"this block cannot be compiled ({reason}): it runs as it is, slower.",
+                    FallbackWarning,
+                    stacklevel=2,
                 )
             else:
                 self.works = True

@@ -20,7 +20,9 @@ def usable(words_RW: Tensor | None) -> bool:
 
 
 @torch.library.custom_op("featherweight::packed_values", mutates_args=())
-def packed_values(words_RW: Tensor, scale_RG: Tensor, zero_RG: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+def packed_values(
+    words_RW: Tensor, scale_RG: Tensor, zero_RG: Tensor, bits: int, columns: int, dtype: torch.dtype
+) -> Tensor:
     """(code - zero) * scale in `dtype`, R x C; scales and zeros are float32, words of any strides."""
     from featherweight.train import triton_packed
 

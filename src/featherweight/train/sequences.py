@@ -39,7 +39,7 @@ class Sequences:
 
     def batches(self, picks: Sequence[Tensor]) -> Iterator[Pair]:
         """`take` of every pick, in order; each pair holds until the next is asked for."""
-        if self.device.type != "cuda" or self.inputs_STD.is_cuda and self.targets_STD.is_cuda:
+        if self.device.type != "cuda" or (self.inputs_STD.is_cuda and self.targets_STD.is_cuda):
             yield from map(self.take, picks)
         elif picks:
             yield from self._ahead(picks)

@@ -1,8 +1,8 @@
 """One step of training a block: round, run there and back, and go down the gradients.
 
 The block runs with its matrices as plain tensors. What they are made of, and what their gradients do to that, is each
-matrix's own: one kernel (`fused`), or autograd. Between the two the gradients of several processes are added up. The run
-itself, which is the same every time, becomes a CUDA graph.
+matrix's own: one kernel (`fused`), or autograd. Between the two the gradients of several processes are added up. The
+run itself, which is the same every time, becomes a CUDA graph.
 Shapes: S sequences, T tokens, D width, R outputs, C inputs.
 """
 
@@ -60,8 +60,8 @@ class Stepper:
         self, module: nn.Module, layers: Mapping[str, Trainable], run: Run, loss: Loss, processes: Processes
     ) -> None:
         self.module, self.layers, self.processes = module, layers, processes
-        owners = [module.get_submodule(path) for path in layers]
-        self.leaves = [torch.empty_like(owner.weight, requires_grad=True) for owner in owners]  # type: ignore[call-overload]
+        owned = [module.get_parameter(f"{path}.weight") for path in layers]
+        self.leaves = [torch.empty_like(weight, requires_grad=True) for weight in owned]
         self.averages = [
             [(torch.zeros_like(p), torch.zeros_like(p)) for p in (*layer.weights, *layer.steps)]
             for layer in layers.values()
@@ -142,13 +142,14 @@ class Replayed:
 
     def __init__(self, function: Callable[[Tensor, Tensor], None], leaves: list[Tensor]) -> None:
         self.function, self.leaves = function, leaves
-        self.calls, self.graph = 0, None if leaves[0].is_cuda else False
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.calls, self.refused = 0, not leaves[0].is_cuda
 
     def __call__(self, *arguments: Tensor) -> None:
         self.calls += 1
-        if self.graph is None and self.calls > EAGER:
+        if self.graph is None and self.calls > EAGER and not self.refused:
             self._capture(*arguments)
-        if not self.graph:
+        if self.graph is None:
             self._eagerly(arguments)
             return
         for held, argument in zip(self.held, arguments, strict=True):
@@ -171,7 +172,7 @@ class Replayed:
             with torch.cuda.graph(graph):
                 self.function(*self.held)
         except RuntimeError as error:
-            self.graph = False
+            self.refused = True
             reason = str(error).strip().splitlines()[0][:200]
             warnings.warn(
                 f"this block cannot be captured as a CUDA graph ({reason}): its steps are started one by one, slower.",
