@@ -422,6 +422,15 @@ def test_held_out_windows_share_no_text_with_the_others(source: Path, tmp_path: 
     assert not words[0] & words[1]
 
 
+def test_text_that_is_held_out_and_trained_on_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    """A second file that holds the first one three times."""
+    (tmp_path / "again.txt").write_text(3 * text.read_text())
+    chosen = training_recipe(text, calibration=(str(text), str(tmp_path / "again.txt")), samples=256, held_out=0.1)
+    with pytest.raises(RequestError, match=r"\d+% of the text held out is in the text trained on too, and at most 10%"):
+        pipeline.calibration_ids(source, chosen)
+    assert pipeline.calibration_ids(source, chosen.but(calibration=(str(text),))) is not None
+
+
 def pipeline_tokenizer(source: Path) -> Any:
     from featherweight.models.load import load_tokenizer
 

@@ -33,7 +33,7 @@ from featherweight.train.tuned_linear import TunedLinear
 
 PAPERS_SAMPLES, PAPERS_EPOCHS = 4096, 2
 WARM, ROUNDS = 6, 30
-HELD_ON_HOST = 32  # sequences in memory, to see whether bringing them keeps the device waiting
+HELD_ON_HOST = 16  # sequences in memory, to see whether bringing them keeps the device waiting
 
 
 def measure(

@@ -67,7 +67,7 @@ class _Slot:
     """Room for one batch in pinned memory and on the device."""
 
     def __init__(self, sequences: Sequences, batch: int) -> None:
-        self.states = (sequences.inputs_STD.cpu(), sequences.targets_STD.cpu())
+        self.states = (sequences.inputs_STD, sequences.targets_STD)
         shapes = [(batch, *states.shape[1:]) for states in self.states]
         kinds = [states.dtype for states in self.states]
         self.pinned = [torch.empty(s, dtype=d, pin_memory=True) for s, d in zip(shapes, kinds, strict=True)]
@@ -80,10 +80,12 @@ class _Slot:
         self.filled.synchronize()  # the pinned memory is read until then
         count = len(at_S)
         for states, pinned in zip(self.states, self.pinned, strict=True):
-            torch.index_select(states, 0, at_S, out=pinned[:count])
+            if not states.is_cuda:
+                torch.index_select(states, 0, at_S, out=pinned[:count])
         with torch.cuda.stream(stream):
             stream.wait_event(self.used)
-            for pinned, there in zip(self.pinned, self.there, strict=True):
-                there[:count].copy_(pinned[:count], non_blocking=True)
+            for states, pinned, there in zip(self.states, self.pinned, self.there, strict=True):
+                found = states[at_S.to(states.device)] if states.is_cuda else pinned[:count]
+                there[:count].copy_(found, non_blocking=True)
             self.filled.record(stream)
         return self.there[0][:count], self.there[1][:count]
