@@ -1,4 +1,5 @@
-"""Compiles the solvers' Triton kernels to machine code for sm_ARGV[1] and prints their names; needs no GPU."""
+"""Compiles the Triton kernels of solvers and training to machine code for sm_ARGV[1] and prints their names; needs no
+GPU."""
 
 import sys
 
@@ -7,8 +8,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from featherweight.core import triton_scales, triton_slabs
+from featherweight.train import triton_grid, triton_packed
 
-FLOATS = {"low", "high", "levels", "least", "most", "top", "lowest_zero"}
+FLOATS = {"low", "high", "levels", "least", "most", "top", "lowest_zero", "bottom", "least_scale"}
 CONSTANTS = {
     "TILE": 128,
     "ROWS": 16,
@@ -19,25 +21,39 @@ CONSTANTS = {
     "HAS_KEEP": True,
     "HAS_FREE": True,
     "HAS_PRICE": True,
+    "LATENT": 2,
+    "ASYMMETRIC": True,
+    "BITS": 3,
 }
+POINTERS = {"group_ptr": "*i64", "code_ptr": "*u8", "word_ptr": "*i32"}
+TRAINED = {"keep_ptr": "*u8", "value_ptr": "*bf16", "gradient_ptr": "*bf16"}
+SEARCHES_AND_GRIDS = ("search", "grid_values", "grid_step")  # whose bounds are floats
 
 
 def kind(name: str, kernel: str) -> str:
     if name in CONSTANTS:
         return "constexpr"
     if name.endswith("_ptr"):
-        if name == "group_ptr":
-            return "*i64"
-        return "*u8" if name == "code_ptr" or (name, kernel) == ("zero_ptr", "asymmetric_search") else "*fp32"
-    return "fp32" if name in FLOATS and kernel.endswith("search") else "i32"
+        if (name, kernel) == ("zero_ptr", "asymmetric_search"):
+            return "*u8"
+        known = POINTERS | (TRAINED if kernel in OF_TRAINING else {})
+        return known.get(name, "*fp32")
+    return "fp32" if name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS) else "i32"
 
 
-for kernel, warps in (
+KERNELS = (
     (triton_slabs.sweep_slab, 1),
     (triton_slabs.descend_slab, 1),
     (triton_scales.symmetric_search, 4),
     (triton_scales.asymmetric_search, 4),
-):
+    (triton_grid.grid_values, 4),
+    (triton_grid.grid_step, 4),
+    (triton_packed.packed_values, 4),
+    (triton_packed.group_sums, 4),
+)
+OF_TRAINING = {kernel.__name__ for kernel, _ in KERNELS[4:]}
+
+for kernel, warps in KERNELS:
     signature = {name: kind(name, kernel.__name__) for name in kernel.arg_names}
     constants = {name: value for name, value in CONSTANTS.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)

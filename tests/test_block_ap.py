@@ -32,6 +32,7 @@ from featherweight.stream.layerwise import layerwise
 from featherweight.stream.tune import Tuning
 from featherweight.train import block_ap as training
 from featherweight.train.fake_quant import fake_quantize, softly, stored, whole
+from featherweight.train.sequences import Sequences
 from featherweight.train.trainable import NEAR, Trainable, TrainedFloats, TrainedGrid, TrainedRounding, beginning
 from runs import featherweight, journal, model_files, recipe, shards
 from tiny import add_tokenizer, make, write_text
@@ -92,22 +93,22 @@ def test_scales_of_trained_steps_have_their_true_gradient() -> None:
     layer.unit_RG1 = layer.unit_RG1.double()
     upstream_RC = drawn(6, 32, seed=4)
     (layer.values() * upstream_RC).sum().backward()
-    before, step = layer.scale.detach().clone(), 1e-4
+    before, step = layer.scale_RG1.detach().clone(), 1e-4
     for r, g in ((0, 0), (3, 2), (5, 3)):
         ends = []
         for sign in (1, -1):
-            layer.scale.data = before.clone()
-            layer.scale.data[r, g] += sign * step
+            layer.scale_RG1.data = before.clone()
+            layer.scale_RG1.data[r, g] += sign * step
             ends.append(float((exact_values(layer) * upstream_RC).sum()))
-        assert layer.scale.grad is not None
-        assert float(layer.scale.grad[r, g]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5)
+        assert layer.scale_RG1.grad is not None
+        assert float(layer.scale_RG1.grad[r, g]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5)
 
 
 def exact_values(layer: TrainedGrid) -> Tensor:
     """Values at scales that are not rounded to what is stored: float64 differences need more digits than float32."""
-    grid, scale_RG1 = layer.start.grid, layer.scale * layer.unit_RG1
-    zero_RG1 = layer.zero.double()
-    return fake_quantize(layer.weight * scale_RG1, scale_RG1, zero_RG1, grid.bottom, grid.top).flatten(-2).detach()
+    grid, scale_RG1 = layer.start.grid, layer.scale_RG1 * layer.unit_RG1
+    zero_RG1 = layer.zero_RG1.double()
+    return fake_quantize(layer.latent_RGN * scale_RG1, scale_RG1, zero_RG1, grid.bottom, grid.top).flatten(-2).detach()
 
 
 def test_soft_steps() -> None:
@@ -178,7 +179,7 @@ def test_a_layer_begins_where_it_was_and_is_stored_as_it_is_trained(grid: Grid) 
                 torch.testing.assert_close(layer.values(), start.values(), rtol=0, atol=0)
             generator = torch.Generator().manual_seed(7)
             for parameter in (*layer.weights, *layer.steps):
-                scale = 5.0 if parameter is getattr(layer, "zero", None) else 0.3
+                scale = 5.0 if parameter is getattr(layer, "zero_RG1", None) else 0.3
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
             layer.tidy()
             solution = layer.solution()
@@ -199,7 +200,7 @@ def test_zeros_keep_to_what_the_format_holds() -> None:
     start, latent_RC = some_start(Grid(2, 16, symmetric=False, scale_dtype=torch.bfloat16))
     start = dataclasses.replace(start, zeros_RG=start.zeros_RG.clamp(min=1))
     layer = TrainedGrid(start, latent_RC, 1, relative=True)
-    layer.zero.data -= 9
+    layer.zero_RG1.data -= 9
     assert layer.solution().zeros_RG.unique().tolist() == [1]
 
 
@@ -221,7 +222,7 @@ class Net(torch.nn.Module):
         return found
 
 
-def small_block(schedule: training.Schedule) -> tuple[Net, dict[str, Trainable], training.Sequences]:
+def small_block(schedule: training.Schedule) -> tuple[Net, dict[str, Trainable], Sequences]:
     net = Net()
     inputs_STD = drawn(60, 8, 32, seed=9).float()
     with torch.no_grad():
@@ -234,10 +235,10 @@ def small_block(schedule: training.Schedule) -> tuple[Net, dict[str, Trainable],
         start = round_to_nearest(problem, rule)
         layers[path] = TrainedGrid(start, beginning(start, problem.weight_RC, NEAR), 0, relative=True)
     layers["second"].transposed = True
-    return net, layers, training.Sequences(inputs_STD, targets_STD, schedule.held_out, CPU)
+    return net, layers, Sequences(inputs_STD, targets_STD, 12, CPU)
 
 
-SCHEDULE = training.Schedule(5, 4, 0.01, 0.005, 12, True, 0)
+SCHEDULE = training.Schedule(5, 4, 0.01, 0.005, True, 0)
 
 
 def test_training_lowers_the_held_out_loss_and_leaves_the_module_alone() -> None:
@@ -249,8 +250,8 @@ def test_training_lowers_the_held_out_loss_and_leaves_the_module_alone() -> None
     assert len(shares) == 5 * 12 and shares == sorted(shares)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [name for name, _ in net.named_parameters()] == ["first.weight", "second.weight"]
-    net.first.weight.data = layers["first"].solution().values()
-    net.second.weight.data = layers["second"].solution().values().T
+    net.first.weight.data = outcome.solutions["first"].values()
+    net.second.weight.data = outcome.solutions["second"].values().T
     with torch.no_grad():
         held = slice(48, 60)
         actual = training.block_loss(net(sequences.inputs_STD[held]), sequences.targets_STD[held], True)
@@ -263,7 +264,7 @@ def test_training_that_only_harms_keeps_the_start() -> None:
     codes = {path: layer.solution().codes_RC for path, layer in layers.items()}
     outcome = training.block_ap(net, net, layers, sequences, wild, lambda share: None)
     assert (outcome.epoch, outcome.best) == (0, outcome.start)
-    assert all(torch.equal(layer.solution().codes_RC, codes[path]) for path, layer in layers.items())
+    assert all(torch.equal(solution.codes_RC, codes[path]) for path, solution in outcome.solutions.items())
 
 
 def test_held_out_sequences_are_not_trained_on() -> None:
@@ -276,8 +277,8 @@ def test_held_out_sequences_are_not_trained_on() -> None:
     net, layers, sequences = small_block(SCHEDULE)
     second = training.block_ap(net, net, layers, sequences, one_epoch, lambda share: None)
     assert first.epoch == second.epoch == 1 and first.best != second.best
-    for path, layer in layers.items():
-        torch.testing.assert_close(layer.values(), others[path].values(), rtol=0, atol=0)
+    for path, solution in first.solutions.items():
+        torch.testing.assert_close(second.solutions[path].values(), solution.values(), rtol=0, atol=0)
 
 
 # --- the whole of compress
@@ -371,7 +372,7 @@ def test_a_loss_that_is_not_finite_leaves_the_block_as_it_was(
         """The second block's weights become NaN after two epochs."""
         blocks[0] += 1
         if blocks[0] == 2:
-            steps, real = [0], training._step
+            steps, real = [0], training.Stepper.step
 
             def step(*arguments: Any) -> None:
                 real(*arguments)
@@ -379,7 +380,7 @@ def test_a_loss_that_is_not_finite_leaves_the_block_as_it_was(
                 if steps[0] == 14:
                     next(iter(layers.values())).weights[0].data += torch.nan
 
-            monkeypatch.setattr(training, "_step", step)
+            monkeypatch.setattr(training.Stepper, "step", step)
         return inner(module, run, layers, *rest)
 
     monkeypatch.setattr(glue, "block_ap", failing)
@@ -419,6 +420,15 @@ def test_held_out_windows_share_no_text_with_the_others(source: Path, tmp_path: 
     ]
     assert all(len({word[0] for word in part}) == 2 for part in words)
     assert not words[0] & words[1]
+
+
+def test_text_that_is_held_out_and_trained_on_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    """A second file that holds the first one three times."""
+    (tmp_path / "again.txt").write_text(3 * text.read_text())
+    chosen = training_recipe(text, calibration=(str(text), str(tmp_path / "again.txt")), samples=256, held_out=0.1)
+    with pytest.raises(RequestError, match=r"\d+% of the text held out is in the text trained on too, and at most 10%"):
+        pipeline.calibration_ids(source, chosen)
+    assert pipeline.calibration_ids(source, chosen.but(calibration=(str(text),))) is not None
 
 
 def pipeline_tokenizer(source: Path) -> Any:

@@ -273,7 +273,7 @@ def test_refused(source: Path, default: Recipe, text: Path, tmp_path: Path) -> N
         "2 processes were to share 1 calibration sequences, and each needs 1: raise --samples to 2": {"samples": 1},
         "--method rtn is not divided among processes": {"method": "rtn"},
         "--method obq is not divided among processes": {"method": "obq"},
-        "--method block-ap is not divided among processes": {"method": "block-ap"},
+        "--method block-ap from rtn is not divided among processes": {"method": "block-ap", "start": "rtn"},
         "--mask obs is not divided among processes": {"sparsity": "2:4", "mask": "obs"},
         "--guide is not divided among processes": {"guide": 0.5},
         "a budget (--size, --average-bits, --non-uniform) is not divided": {"average_bits": 4.5},

@@ -26,7 +26,8 @@ from featherweight.models.load import load_dense
 from featherweight.stream import tune as module
 from featherweight.stream import tuning
 from featherweight.stream.tune import Tuning
-from featherweight.train.e2e_qp import TunedLinear, divergence, rate_at
+from featherweight.train.e2e_qp import divergence, rate_at
+from featherweight.train.tuned_linear import TunedLinear
 from runs import MANIFEST, model_files, recipe, same_bytes, tensors_of
 from runs import featherweight as command
 from tiny import add_tokenizer, make, write_text

@@ -55,7 +55,7 @@ def load(
     folder, torch_device = resolve(path), pick_device(device)
     checkpoint = Checkpoint.open(folder)
     dtype = dtype or compute_dtype(checkpoint_dtype(checkpoint), torch_device)
-    quantization = checkpoint.config.get("quantization_config")
+    quantization = formats.config_of(checkpoint.config, checkpoint.names)
     if quantization is None:
         return load_dense(folder, torch_device, dtype)
     format, rules = formats.from_config(quantization)
@@ -141,7 +141,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     comes from the journal `compress` left there, None without one. A dense checkpoint has the format "dense".
     """
     checkpoint = Checkpoint.open(resolve(path))
-    quantization = checkpoint.config.get("quantization_config")
+    quantization = formats.config_of(checkpoint.config, checkpoint.names)
     losses = journal_losses(checkpoint.path)
     if quantization is None:
         return {"format": "dense", "matrices": _dense_rows(checkpoint)}

@@ -42,6 +42,10 @@ class Stored(nn.Module):
         """What is stored: codes, scales and zeros, or pruned floats."""
         return self.format.unpack(self._stored(), self.rule)
 
+    def code_words(self) -> Tensor | None:
+        """The codes as `Format.code_words` has them, where they are: R x W int32, or None."""
+        return self.format.code_words(self._stored(), self.rule)
+
     def extra_repr(self) -> str:
         grid, pattern = parts(self.rule)
         what = [f"sparsity={pattern}"] if pattern is not None else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from featherweight.core.rules import parts
@@ -10,6 +10,7 @@ from featherweight.errors import RequestError
 from featherweight.formats.base import AnySolution, Format, Grid, Rule, Rules, Solution
 from featherweight.formats.compressed_tensors import CompressedTensors
 from featherweight.formats.dense import Dense
+from featherweight.formats.efficientqat import EfficientQat
 from featherweight.formats.gptq import Gptq
 from featherweight.formats.sparse import Sparse
 from featherweight.formats.sub1 import Sub1
@@ -24,6 +25,7 @@ __all__ = [
     "Solution",
     "Sub1",
     "by_name",
+    "config_of",
     "from_config",
     "parts",
 ]
@@ -49,12 +51,31 @@ def by_name(name: str) -> Format:
     return FORMATS[name]
 
 
+def config_of(config: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a checkpoint's config.json, None of a dense one.
+
+    RequestError where there is none and the names of its tensors say that matrices are packed as in GPTQ's and
+    EfficientQAT's files: those differ in what a zero means, so it is not guessed.
+    """
+    found: Mapping[str, Any] | None = config.get("quantization_config")
+    packed = None if found is not None else next((name for name in names if name.endswith(".qweight")), None)
+    if packed is not None:
+        raise RequestError(
+            f"config.json has no quantization_config, and {packed} is packed: add one, of GPTQ's files as in their "
+            'quantize_config.json with "quant_method": "gptq", of EfficientQAT\'s own {"quant_method": "efficientqat", '
+            '"bits": 2, "group_size": 64}, say.'
+        )
+    return found
+
+
 def from_config(quantization_config: Mapping[str, Any]) -> tuple[Format, Rules]:
     """The format and rules that a checkpoint's `quantization_config` names; RequestError if we cannot read it."""
     method = quantization_config.get("quant_method")
     if method == "gptq":
         name = quantization_config.get("checkpoint_format") or quantization_config.get("format") or "gptq"
         format = by_name(str(name))
+    elif method == "efficientqat":
+        format = EfficientQat()
     elif method == "compressed-tensors":
         format = by_name(str(method))
     elif method == "featherweight":
@@ -66,6 +87,7 @@ def from_config(quantization_config: Mapping[str, Any]) -> tuple[Format, Rules]:
         format = by_name(name)
     else:
         raise RequestError(
-            f"quantization_config.quant_method is {method}, and compressed-tensors, gptq or featherweight is read."
+            f"quantization_config.quant_method is {method}, and compressed-tensors, gptq, efficientqat "
+            "or featherweight is read."
         )
     return format, format.read(quantization_config)

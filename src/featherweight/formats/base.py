@@ -112,6 +112,11 @@ class Format(ABC):
         """
         raise RequestError(f"{self.name} with the rule {rule} stores linear layers only: convert the checkpoint.")
 
+    def code_words(self, tensors: Mapping[str, Tensor], rule: Rule) -> Tensor | None:
+        """The codes of a matrix as they lie in these tensors, where that is `codec.bits`' stream along the inputs:
+        int32, R x W, a view of any strides; None where it is not."""
+        return None
+
     @abstractmethod
     def config(
         self,

@@ -98,6 +98,9 @@ class CompressedTensors(Format):
             zeros_RG = unpack_dense(words_WG.T, bits, rows).T.contiguous()
         return solution_of(unpack_dense(tensors["weight_packed"], bits, columns), scales_RG, zeros_RG, grid)
 
+    def code_words(self, tensors: Mapping[str, Tensor], rule: Rule) -> Tensor:
+        return tensors["weight_packed"]
+
     def unpack_rows(self, tensors: Mapping[str, Tensor], rule: Rule, index_N: Tensor, columns: int) -> Solution:
         return grid_rows(tensors, require_grid(self.name, rule, THE_MATRIX), index_N, columns)
 

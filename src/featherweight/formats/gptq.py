@@ -113,6 +113,9 @@ class Gptq(Format):
         codes_RC = unpack_dense(tensors["qweight"].T, bits, columns)
         return solution_of(codes_RC, tensors["scales"].T.contiguous(), zeros_RG, grid)
 
+    def code_words(self, tensors: Mapping[str, Tensor], rule: Rule) -> Tensor:
+        return tensors["qweight"].T
+
     def config(
         self,
         rules: Mapping[str, Rule],

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is going on
+RUN, MOST_SHARED = 16, 0.1  # tokens in a row that are the same text, and the share of them held out and trained on
 TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward pass; to be tuned
 
@@ -78,4 +79,24 @@ def windows_apart(
         tail_ST = data.calibration_windows(encode, "\n\n".join(tails), counts[1], tokens, seed, bos)
     except RequestError as error:
         raise RequestError(f"of the text held out ({held_out:.3g} of each source), {error}") from error
+    _require_apart(head_ST, tail_ST)
     return head_ST, tail_ST
+
+
+def _require_apart(training_ST: Tensor, held_ST: Tensor) -> None:
+    """RequestError where much of the held-out text is in the training windows too, since a file holds it twice or two
+    files hold it: what it chose would be what fits best by heart."""
+    if held_ST.shape[1] < RUN:
+        return
+    factors_N = torch.randint(1, 2**62, (RUN,), generator=torch.Generator().manual_seed(0))
+
+    def hashed(ids_ST: Tensor) -> Tensor:
+        """One number for each run of tokens."""
+        return torch.cat([(ids_T.unfold(0, RUN, 1) * factors_N).sum(-1) for ids_T in ids_ST])
+
+    share = float(torch.isin(hashed(held_ST), hashed(training_ST)).float().mean())
+    if share > MOST_SHARED:
+        raise RequestError(
+            f"{share:.0%} of the text held out is in the text trained on too, and at most {MOST_SHARED:.0%} may be: "
+            "leave out files, or parts of them, that repeat others."
+        )

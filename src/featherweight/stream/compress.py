@@ -41,7 +41,7 @@ from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.shard import block_tensors, plain_weight, require_all, require_same
 from featherweight.stream.states import States
 from featherweight.stream.tokens import round_tokens
-from featherweight.stream.trained import trained
+from featherweight.stream.trained import dealt, trained
 
 OUTSIDE = -1  # in the journal, the block of what lies in none
 
@@ -184,6 +184,7 @@ class _Job:
             self._write_rest(folder)
         runner = BlockRunner(self.tree, self.device, self.dtype)
         stored = {} if ids_ST is None else self._stored_tokens(folder)
+        ids_ST = ids_ST if ids_ST is None else dealt(ids_ST, self.recipe, self.world)
         states = States(runner, ids_ST, self.out, self.batch, self.recipe.target == "original", stored, self.world)
         stored.clear()
         weights = self._weights(folder, ids_ST)

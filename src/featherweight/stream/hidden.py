@@ -15,6 +15,7 @@ from torch import Tensor
 from featherweight.errors import RequestError
 
 SHARE = 0.4  # of the free memory that hidden states may take before they move one place further out
+MOST_MEMORY_BYTES = 6 << 30  # of one stream, however much memory is free: mapped from disk, the system keeps what fits
 
 
 class HiddenStates:
@@ -32,7 +33,7 @@ class HiddenStates:
         if device.type == "cuda" and size_bytes < SHARE * torch.cuda.mem_get_info(device)[0]:
             self.place = "device"
             self.states_STD = torch.empty(shape, dtype=dtype, device=device)
-        elif sharers * size_bytes < SHARE * free_memory_bytes():
+        elif sharers * size_bytes < min(SHARE * free_memory_bytes(), MOST_MEMORY_BYTES):
             self.place = "memory"
             self.states_STD = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         else:

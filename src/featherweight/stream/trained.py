@@ -15,12 +15,14 @@ from torch import Tensor
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.core.solve import Choices
-from featherweight.errors import FallbackWarning, FeatherweightError
+from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.inputs import BlockView, Tick
 from featherweight.stream.layerwise import layerwise
-from featherweight.train.block_ap import Outcome, Schedule, Sequences, block_ap, held_out_loss
+from featherweight.stream.parallel import World
+from featherweight.train.block_ap import Outcome, Schedule, block_ap, held_out_loss
+from featherweight.train.sequences import Sequences
 from featherweight.train.trainable import NEAR, Trainable, TrainedFloats, TrainedGrid, TrainedRounding, beginning
 
 START = 0.2  # of a block's work is finding where to begin
@@ -41,23 +43,60 @@ def trained(
     schedule = _schedule(recipe)
     assert view.inputs is not None and view.dense is not None
     states = view.inputs.states_STD, view.dense.states_STD
-    sequences = Sequences(*states, held_out=recipe.held_out_samples, device=view.inputs.device)
-    outcome = block_ap(
-        view.module, view.run, layers, sequences, schedule, lambda share: tick(START + (1 - START) * share)
-    )
+    held_out = len(_part(recipe.held_out_samples, view.world))
+    sequences = Sequences(*states, held_out=held_out, device=view.inputs.device)
+
+    def told(share: float) -> None:
+        tick(START + (1 - START) * share)
+
+    outcome = block_ap(view.module, view.run, layers, sequences, schedule, told, view.world)
     if not outcome.finite:
         _warn(view)
-    solutions = {path: layer.solution() for path, layer in layers.items()} if outcome.epoch else start
+    solutions = outcome.solutions if outcome.epoch else start
     for matrix in view.matrices:
         view.put(matrix, solutions[matrix.path].values())
-    _check(view, outcome, held_out_loss(view.module, view.run, {}, sequences, schedule))
+    _check(view, outcome, held_out_loss(view.run, sequences, schedule, view.world))
     return _measured(view, solutions, sequences, schedule, outcome)
+
+
+def _part(count: int, world: World) -> range:
+    """This process's part of `count` things in a row."""
+    part = world.split(count)
+    return range(part.start, part.stop)
+
+
+def dealt(ids_ST: Tensor, recipe: Recipe, world: World) -> Tensor:
+    """The windows in the order in which each process's part of them, a run, ends with its share of the held-out ones.
+
+    RequestError where a process would have nothing to train on, or the sequences of a step cannot be shared evenly.
+    """
+    if world.size == 1 or not recipe.trains:
+        return ids_ST
+    if recipe.batch % world.size:
+        raise RequestError(
+            f"{world.size} processes were to share steps of {recipe.batch} sequences evenly: use --batch "
+            f"{-(-recipe.batch // world.size) * world.size}."
+        )
+    training, order = recipe.samples - recipe.held_out_samples, []
+    taken = 0
+    for rank in range(world.size):
+        each = World(rank, world.size)
+        held = _part(recipe.held_out_samples, each)
+        count = len(_part(recipe.samples, each)) - len(held)
+        if count < recipe.batch // world.size:
+            raise RequestError(
+                f"process {rank} of {world.size} has {count} sequences to train on and a step takes "
+                f"{recipe.batch // world.size} from each: raise --samples or lower --batch."
+            )
+        order += [*range(taken, taken + count), *(training + number for number in held)]
+        taken += count
+    return ids_ST[order]
 
 
 def _schedule(recipe: Recipe) -> Schedule:
     alike = recipe.units == "steps"
     rates = recipe.first_weight_rate, recipe.scale_rate
-    return Schedule(recipe.epochs, recipe.batch, *rates, recipe.held_out_samples, alike, recipe.seed)
+    return Schedule(recipe.epochs, recipe.batch, *rates, alike, recipe.seed)
 
 
 def _start(
@@ -135,16 +174,20 @@ def _measured(
         view.module.get_submodule(m.path).register_forward_pre_hook(lambda _, args, path=m.path: add(path, args[0]))
         for m in view.matrices
     ]
-    batches = list(torch.arange(sequences.training, sequences.inputs_STD.shape[0]).split(schedule.batch))
+    held_S = torch.arange(sequences.training, sequences.inputs_STD.shape[0])
+    batches = held_S.split(schedule.batch) if len(held_S) else ()
     try:
         for at_S in batches:
-            view.run(sequences.take(at_S.to(sequences.inputs_STD.device))[0])
+            view.run(sequences.take(at_S)[0])
     finally:
         for hook in hooks:
             hook.remove()
     found = {}
+    count = view.world.add_up(len(batches))
     for path, solution in solutions.items():
-        loss_R, energy = losses[path] / len(batches), float(energies[path]) / len(batches)
+        for sums in (losses[path], energies[path]):
+            view.world.sum_(sums)
+        loss_R, energy = losses[path] / count, float(energies[path]) / count
         metrics = {
             "relative_loss": float(loss_R.sum()) / energy if energy else 0.0,
             "block_loss": outcome.best,

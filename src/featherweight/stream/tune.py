@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,13 @@ from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import checkpoint_dtype, disk_names, find_blocks
 from featherweight.stream.calibration import Tell, windows_apart
-from featherweight.stream.device import compute_dtype, peak_memory_bytes, pick_device
+from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import LOCK
+from featherweight.stream.parallel import ALONE, World, joined
 from featherweight.stream.tuning import RESULT, begin, locked, note, read_state, swap, swapped, write_state
-from featherweight.train.e2e_qp import Schedule, TunedLinear, Tuner
-from featherweight.train.fake_quant import stored
+from featherweight.train.e2e_qp import Schedule, Tuner
+from featherweight.train.keeping import Keeping
+from featherweight.train.tuned_linear import Rounded, TunedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 LEAST_SCALE = 0.05  # of the one it began with
 TOKENS = 2048
 MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}  # in one pass forward and back
+WORTH_COMPILING = 200  # passes forward and back
 
 
 @dataclass(frozen=True)
@@ -99,19 +103,38 @@ def tune(
     again it goes on, from a folder beside the result whose name ends in ".tuning". Returns the fields of `tune`'s JSON
     line: held-out KL and cross-entropy before and after, the step that was best, seconds, and peak memory. Raises
     RequestError for a folder that has no scales or cannot hold what is asked for, and for too little text.
+
+    Of several processes (`stream.parallel`), all call it with the same arguments; each takes some of the windows of
+    every step, and one writes and tells.
     """
-    started, settings = time.perf_counter(), settings or Tuning()
+    with joined() as world:
+        return _tune(path, text, to, against, settings or Tuning(), device, tell, world)
+
+
+def _tune(
+    path: str | Path,
+    text: Sequence[str],
+    to: str | Path | None,
+    against: str | Path | None,
+    settings: Tuning,
+    device: str,
+    tell: Tell | None,
+    world: World,
+) -> dict[str, Any]:
+    started = time.perf_counter()
     target = Path(path if to is None else to)
     work = target.with_name(target.name + ".tuning")
-    if (found := swapped(target, work)) is not None:
+    found: dict[str, Any] | None = world.first(swapped(target, work) if world.leads else None)
+    if found is not None:
         return found
-    folder, torch_device = resolve(path), pick_device(device)
+    folder, torch_device = resolve(path), world.device(device)
     if to is not None and target.exists() and any(target.iterdir()):
         raise RequestError(f"{target} is not empty: choose a new folder, or leave --to out to tune in place.")
-    job = _Job(folder, settings, against, torch_device)
+    job = _Job(folder, settings, against, torch_device, world)
     training_ST, held_ST = job.windows(text)
-    with locked(work):
-        begin(work, job.request(training_ST, held_ST))
+    with locked(work) if world.leads else nullcontext():
+        if world.leads:
+            begin(work, job.request(training_ST, held_ST))
         looks, best = job.train(work, training_ST, held_ST, tell or (lambda done, total, what: None))
         (_, first_kl, first_entropy), (step, kl, entropy) = looks[0], best
         report = {
@@ -125,18 +148,29 @@ def tune(
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": peak_memory_bytes(torch_device),
         }
-        job.write(work / RESULT, {**job.request(training_ST, held_ST), "looks": looks, "report": report})
-        swap(target, work)
-    shutil.rmtree(work)
+        if world.leads:
+            job.write(work / RESULT, {**job.request(training_ST, held_ST), "looks": looks, "report": report})
+            swap(target, work)
+    if world.leads:
+        shutil.rmtree(work)
+    world.wait()
     return report
 
 
 class _Job:
     """One folder in training."""
 
-    def __init__(self, folder: Path, settings: Tuning, against: str | Path | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Tuning,
+        against: str | Path | None,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
         self.checkpoint, self.settings, self.device = Checkpoint.open(folder), settings, device
-        quantization = self.checkpoint.config.get("quantization_config")
+        self.world = world
+        quantization = formats.config_of(self.checkpoint.config, self.checkpoint.names)
         if quantization is None:
             raise RequestError(f"{folder} is dense: tune takes a folder that compress wrote.")
         self.format, self.rules = formats.from_config(quantization)
@@ -164,7 +198,7 @@ class _Job:
         layer = CompressedLinear.from_tensors(self.format, rule, tensors, bias, self.dtype, "reference")
         if name in self.tables:  # a head tied to the embedding, which stays as it is
             return layer
-        self.layers[name] = TunedLinear(layer, name, self.settings.zeros)
+        self.layers[name] = TunedLinear(layer, name, self.settings.zeros).prepare()
         return self.layers[name]
 
     def _norms(self) -> dict[str, nn.Parameter]:
@@ -179,7 +213,7 @@ class _Job:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 on_disk = disk[f"{path}.{name}"].name
                 parametrize.register_parametrization(
-                    module, name, _Rounded(self.checkpoint.dtype(on_disk), self.dtype), unsafe=True
+                    module, name, Rounded(self.checkpoint.dtype(on_disk), self.dtype), unsafe=True
                 )
                 original = module.parametrizations[name].original  # type: ignore[index,union-attr]
                 assert isinstance(original, nn.Parameter)
@@ -226,17 +260,22 @@ class _Job:
         floors += [None] * len(self.norms)
         micro = max(1, MICRO_TOKENS[self.device.type] // training_ST.shape[1])
         schedule = Schedule(settings.steps, settings.batch, micro, settings.rate, seed=settings.seed)
-        _checkpointed(self.model)
+        passes = settings.steps * settings.batch / micro / self.world.size
+        Keeping(find_blocks(self.model)[1], self.device, compile=passes > WORTH_COMPILING)
+        self.world.wait()  # for the folder
         state = read_state(work, self.device)
         tuner = Tuner(
             lambda ids_ST: _logits(self.model, ids_ST),
             None if self.dense is None else lambda ids_ST: _logits(self.dense, ids_ST),
-            parameters, floors, training_ST, held_ST, schedule, state,
+            parameters, floors, training_ST, held_ST, schedule, state, self.world,
         )  # fmt: skip
-        write_state(work, tuner.state)
-        while not tuner.done:
-            tuner.advance(lambda step: tell(step, settings.steps, f"step {step}"))
+        leads = self.world.leads
+        if leads:
             write_state(work, tuner.state)
+        while not tuner.done:
+            tuner.advance(lambda step: tell(step, settings.steps, f"step {step}") if leads else None)
+            if leads:
+                write_state(work, tuner.state)
         tuner.finish()
         return tuner.state.looks, tuner.best_look
 
@@ -262,32 +301,6 @@ class _Job:
         note(out, record)
 
 
-class _Rounded(nn.Module):
-    """A parametrization: float32 in training, rounded as it is stored, in the dtype the model computes in."""
-
-    def __init__(self, kept: torch.dtype, computed: torch.dtype) -> None:
-        super().__init__()
-        self.kept, self.computed = kept, computed
-
-    def forward(self, value: Tensor) -> Tensor:
-        return stored(value, self.kept).to(self.computed) if value.dtype == torch.float32 else value
-
-
 def _logits(model: Any, ids_ST: Tensor) -> Tensor:
     logits_STV: Tensor = model(input_ids=ids_ST.to(model.device), use_cache=False).logits
     return logits_STV
-
-
-def _checkpointed(model: PreTrainedModel) -> None:
-    """Blocks keep their inputs alone and run again on the way back; in eval mode, without dropout."""
-    from torch.utils.checkpoint import checkpoint
-
-    for block in find_blocks(model)[1]:
-        inner = block.forward
-
-        def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return inner(*args, **kwargs)
-            return checkpoint(inner, *args, use_reentrant=False, **kwargs)
-
-        block.forward = forward  # type: ignore[method-assign]

@@ -1,112 +1,23 @@
 """E2E-QP: the codes of a whole model frozen, its scales trained on text (2407.11062, section 3.3).
 
-Weights stay packed. Every call unpacks one matrix, multiplies, and lets go of it; so does the way back.
-Shapes: S sequences, T tokens, V vocabulary, R outputs, C inputs, G groups, N inputs of one group.
+`tuned_linear` is a layer of it, `keeping` how its blocks go there and back; here is how they are trained.
+Shapes: S sequences, T tokens, V vocabulary, N predictions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional
 
-from featherweight.core.solution import Solution
-from featherweight.errors import RequestError
-from featherweight.linear import CompressedLinear
-from featherweight.train.fake_quant import stored, whole
+from featherweight.train.step import ALONE, Processes
 
 Logits = Callable[[Tensor], Tensor]
 SLICE_LOGITS = 1 << 24  # numbers of the vocabulary compared at once in float32
-
-
-class _Multiply(Function):
-    """y = x ((codes - zero) scale)^T; keeps x, scales and zeros, and unpacks the codes again on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, scale_RG: Tensor, zero_RG: Tensor, layer: CompressedLinear) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x_TC, scale_RG, zero_RG)
-        ctx.layer = layer
-        return functional.linear(x_TC, _weight(_steps(layer, zero_RG), scale_RG, x_TC.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient_TR: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:  # type: ignore[override]
-        x_TC, scale_RG, zero_RG = ctx.saved_tensors
-        steps_RGN = _steps(ctx.layer, zero_RG)
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = gradient_TR @ _weight(steps_RGN, scale_RG, gradient_TR.dtype)
-        to_weight_RC = gradient_TR.flatten(0, -2).T @ x_TC.flatten(0, -2).to(gradient_TR.dtype)
-        to_weight_RGN = to_weight_RC.float().unflatten(-1, steps_RGN.shape[-2:])
-        to_scale = (to_weight_RGN * steps_RGN).sum(-1)
-        to_zero = -to_weight_RGN.sum(-1) * scale_RG if ctx.needs_input_grad[2] else None
-        return to_x, to_scale, to_zero, None
-
-
-def _steps(layer: CompressedLinear, zero_RG: Tensor) -> Tensor:
-    """codes - zero, float32, R x G x N."""
-    solution = layer.solution()
-    assert isinstance(solution, Solution)
-    return solution.codes_RC.unflatten(-1, (zero_RG.shape[-1], -1)).float() - zero_RG.unsqueeze(-1)
-
-
-def _weight(steps_RGN: Tensor, scale_RG: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values, rounded once, as `kernels.dequantize` has them."""
-    return (steps_RGN * scale_RG.unsqueeze(-1)).flatten(-2).to(dtype)
-
-
-class TunedLinear(nn.Module):
-    """A compressed layer whose scales (and zeros) are parameters, in float32, over the same packed codes.
-
-    Scales are held relative to those they began with, so that one rate serves all; the forward pass rounds them to the
-    dtype they are stored in, and zeros to whole numbers the format holds. Raises RequestError for a layer without
-    scales, and for zeros where they cannot be stored.
-    """
-
-    def __init__(self, layer: CompressedLinear, name: str, zeros: bool) -> None:
-        super().__init__()
-        solution = layer.solution()
-        if not isinstance(solution, Solution):
-            raise RequestError(f"{name} is pruned and not rounded: it has no scales to tune; give a folder with bits.")
-        if zeros and solution.grid.symmetric:
-            raise RequestError(
-                f"{name} is symmetric, and its {layer.format.name} file holds no zeros: drop --zeros, or compress "
-                "with --asymmetric."
-            )
-        if zeros and solution.keep_RC is not None:
-            raise RequestError(f"{name} is pruned, and its zeros mark what was: drop --zeros.")
-        self.layer, self.lowest, self.top = layer, layer.format.lowest_zero(solution.grid), solution.grid.top
-        self.stored_dtype = solution.scales_RG.dtype
-        self.register_buffer("unit_RG", solution.scales_RG.float(), persistent=False)
-        self.scale = nn.Parameter(torch.ones_like(solution.scales_RG, dtype=torch.float32))
-        self.zero = nn.Parameter(solution.zeros_RG.float(), requires_grad=zeros)
-
-    def forward(self, x_TC: Tensor) -> Tensor:
-        """y_TR for x_TC."""
-        y_TR: Tensor = _Multiply.apply(x_TC, self.scales(), self.zeros(), self.layer)
-        return y_TR if self.layer.bias is None else y_TR + self.layer.bias
-
-    def scales(self) -> Tensor:
-        """The scales as they will be stored, float32 with gradients, R x G."""
-        unit_RG = self.get_buffer("unit_RG")
-        return stored(self.scale * unit_RG, self.stored_dtype)
-
-    def zeros(self) -> Tensor:
-        """The zeros as they will be stored, float32 with gradients where they are trained, R x G."""
-        return whole(self.zero, self.lowest, self.top) if self.zero.requires_grad else self.zero
-
-    @torch.no_grad()
-    def tensors(self) -> dict[str, Tensor]:
-        """The layer's tensors as its format packs them now, by suffix; codes are those that were there."""
-        solution = self.layer.solution()
-        assert isinstance(solution, Solution)
-        scales_RG, zeros_RG = self.scales().to(self.stored_dtype), self.zeros().to(torch.uint8)
-        return self.layer.format.pack(replace(solution, scales_RG=scales_RG, zeros_RG=zeros_RG), dtype=self.layer.dtype)
 
 
 @dataclass(frozen=True)
@@ -201,9 +112,12 @@ class Tuner:
         held_ST: Tensor,
         schedule: Schedule,
         state: State | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """`model` and `dense` give logits for ids; without `dense` the loss is the cross-entropy. `floors`: the least
-        value of each parameter (a scale that vanishes cannot come back), or None."""
+        value of each parameter (a scale that vanishes cannot come back), or None. Of several processes each takes some
+        of the sequences of every step and look, and all do the same with the sum."""
+        self.processes = processes
         self.model, self.dense, self.parameters, self.floors = model, dense, list(parameters), list(floors)
         self.training_ST, self.held_ST, self.schedule = training_ST, held_ST, schedule
         if state is None:
@@ -252,15 +166,33 @@ class Tuner:
 
     def _step(self, ids_ST: Tensor) -> None:
         with torch.enable_grad():
-            for part_ST in ids_ST.split(self.schedule.micro):
+            for part_ST in self._parts(ids_ST):
                 kl, entropy = self._losses(part_ST)
                 loss = (entropy if self.dense is None else kl) * (len(part_ST) / len(ids_ST))
                 loss.backward()  # type: ignore[no-untyped-call]
+        self._add_up_gradients()
         nn.utils.clip_grad_norm_(self.parameters, self.schedule.norm)
         state, rate = self.state, self.schedule.rate * rate_at(self.state.step, self.schedule.steps)
         state.step += 1
         for index, parameter in enumerate(self.parameters):
             _adam(parameter, state.mean[index], state.square[index], state.step, rate, self.floors[index])
+
+    def _parts(self, ids_ST: Tensor) -> tuple[Tensor, ...]:
+        """This process's sequences, as many at a time as go through the model."""
+        mine_ST = ids_ST[self.processes.rank :: self.processes.size]
+        return mine_ST.split(self.schedule.micro) if len(mine_ST) else ()
+
+    def _add_up_gradients(self) -> None:
+        """Over all processes, as one tensor; a process that had no sequence adds nothing."""
+        if self.processes.size == 1:
+            return
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        joined_N = torch.cat([gradient.flatten() for gradient in gradients])
+        self.processes.sum_(joined_N)
+        for gradient, part_N in zip(gradients, joined_N.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part_N.view_as(gradient))
 
     def _losses(self, ids_ST: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -271,9 +203,11 @@ class Tuner:
     @torch.no_grad()
     def look(self) -> None:
         """Measures the held-out text and keeps the parameters if they are the best so far."""
-        parts = self.held_ST.split(self.schedule.micro)
-        losses = [torch.stack(self._losses(part_ST)) * (len(part_ST) / len(self.held_ST)) for part_ST in parts]
-        kl, entropy = torch.stack(losses).sum(0).tolist()
+        total = torch.zeros(2, device=self.parameters[0].device)
+        for part_ST in self._parts(self.held_ST):
+            total += torch.stack(self._losses(part_ST)) * (len(part_ST) / len(self.held_ST))
+        self.processes.sum_(total)
+        kl, entropy = total.tolist()
         self.state.looks.append((self.state.step, None if self.dense is None else kl, entropy))
         if self.best_look == self.state.looks[-1]:
             self.state.best = [parameter.detach().clone() for parameter in self.parameters]

@@ -1,0 +1,91 @@
+"""What a block is trained on, brought to the device while the step before is still running.
+
+Shapes: S sequences, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+AHEAD = 3  # batches on their way from memory or disk
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a block is fed and what it is to answer, S x T x D each, on the device, in memory or on disk; the last
+    `held_out` sequences are the held-out ones."""
+
+    inputs_STD: Tensor
+    targets_STD: Tensor
+    held_out: int
+    device: torch.device
+
+    @property
+    def training(self) -> int:
+        """How many sequences are trained on."""
+        return self.inputs_STD.shape[0] - self.held_out
+
+    def take(self, at_S: Tensor) -> Pair:
+        """Inputs and targets of these sequences (int64, on the CPU) on the device."""
+        inputs_STD, targets_STD = (states[at_S.to(states.device)] for states in (self.inputs_STD, self.targets_STD))
+        return inputs_STD.to(self.device, non_blocking=True), targets_STD.to(self.device, non_blocking=True)
+
+    def batches(self, picks: Sequence[Tensor]) -> Iterator[Pair]:
+        """`take` of every pick, in order; each pair holds until the next is asked for."""
+        if self.device.type != "cuda" or (self.inputs_STD.is_cuda and self.targets_STD.is_cuda):
+            yield from map(self.take, picks)
+        elif picks:
+            yield from self._ahead(picks)
+
+    def _ahead(self, picks: Sequence[Tensor]) -> Iterator[Pair]:
+        """A thread gathers into pinned memory (and waits for the disk), a stream of its own copies from there."""
+        largest = max(len(at_S) for at_S in picks)
+        slots = [_Slot(self, largest) for _ in range(min(AHEAD, len(picks)))]
+        stream = torch.cuda.Stream(self.device)
+        waiting: deque[Future[Pair]] = deque()
+        with ThreadPoolExecutor(1) as pool:
+            for number, at_S in enumerate(picks[: len(slots)]):
+                waiting.append(pool.submit(slots[number].fetch, at_S, stream))
+            for number in range(len(picks)):
+                slot = slots[number % len(slots)]
+                pair = waiting.popleft().result()
+                torch.cuda.current_stream(self.device).wait_event(slot.filled)
+                yield pair
+                slot.used.record(torch.cuda.current_stream(self.device))
+                if (later := number + len(slots)) < len(picks):
+                    waiting.append(pool.submit(slot.fetch, picks[later], stream))
+
+
+class _Slot:
+    """Room for one batch in pinned memory and on the device."""
+
+    def __init__(self, sequences: Sequences, batch: int) -> None:
+        self.states = (sequences.inputs_STD, sequences.targets_STD)
+        shapes = [(batch, *states.shape[1:]) for states in self.states]
+        kinds = [states.dtype for states in self.states]
+        self.pinned = [torch.empty(s, dtype=d, pin_memory=True) for s, d in zip(shapes, kinds, strict=True)]
+        self.there = [torch.empty(s, dtype=d, device=sequences.device) for s, d in zip(shapes, kinds, strict=True)]
+        self.filled, self.used = torch.cuda.Event(), torch.cuda.Event()
+        self.used.record(torch.cuda.current_stream(sequences.device))
+
+    def fetch(self, at_S: Tensor, stream: torch.cuda.Stream) -> Pair:
+        """Brings these sequences to the device, in that stream; `filled` tells when they are there."""
+        self.filled.synchronize()  # the pinned memory is read until then
+        count = len(at_S)
+        for states, pinned in zip(self.states, self.pinned, strict=True):
+            if not states.is_cuda:
+                torch.index_select(states, 0, at_S, out=pinned[:count])
+        with torch.cuda.stream(stream):
+            stream.wait_event(self.used)
+            for states, pinned, there in zip(self.states, self.pinned, self.there, strict=True):
+                found = states[at_S.to(states.device)] if states.is_cuda else pinned[:count]
+                there[:count].copy_(found, non_blocking=True)
+            self.filled.record(stream)
+        return self.there[0][:count], self.there[1][:count]
