@@ -21,9 +21,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(qat, name, value)
     monkeypatch.setattr(qat, "matrix_peak", lambda device: 1.0)
     first = ["qat"] if len(app.registered_commands) > 1 else []  # typer drops the name of an only command
-    ran = CliRunner().invoke(
-        app, [*first, *["--shapes", "toy", "--group-size", "32", "--tokens", "8", "--tuned-tokens", "32"]]
-    )
+    sizes = {"--group-size": "32", "--tokens": "8", "--tuned-tokens": "32"}
+    ran = CliRunner().invoke(app, [*first, "--shapes", "toy", *(word for pair in sizes.items() for word in pair)])
     assert ran.exit_code == 0, ran.output
     report = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))
     block, whole = report["block_ap"], report["e2e_qp"]
