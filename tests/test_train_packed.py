@@ -39,8 +39,11 @@ def layer_of(name: str, bits: int, symmetric: bool, size: int | None = 32, rows:
     )
 
 
-CASES = [("compressed-tensors", bits, bits % 2 == 1) for bits in (2, 3, 4, 5, 8)]
-CASES += [("gptq", 3, False), ("gptq_v2", 2, False)]
+CASES: list[Any] = [("compressed-tensors", 2, False), ("compressed-tensors", 3, True), ("gptq_v2", 2, False)]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (*(("compressed-tensors", bits, bits % 2 == 1) for bits in (4, 5, 8)), ("gptq", 3, False))
+]
 
 
 @pytest.mark.parametrize(("name", "bits", "symmetric"), CASES)

@@ -45,7 +45,7 @@ class Sequences:
             yield from self._ahead(picks)
 
     def _ahead(self, picks: Sequence[Tensor]) -> Iterator[Pair]:
-        """A thread gathers into pinned memory (and waits for the disk), a stream of its own copies from there."""
+        """A thread waits for memory and disk, a stream of its own copies to the device."""
         largest = max(len(at_S) for at_S in picks)
         slots = [_Slot(self, largest) for _ in range(min(AHEAD, len(picks)))]
         stream = torch.cuda.Stream(self.device)
@@ -64,28 +64,36 @@ class Sequences:
 
 
 class _Slot:
-    """Room for one batch in pinned memory and on the device."""
+    """Room for one batch on the device, and in pinned memory for what lies in memory that is not."""
 
     def __init__(self, sequences: Sequences, batch: int) -> None:
         self.states = (sequences.inputs_STD, sequences.targets_STD)
-        shapes = [(batch, *states.shape[1:]) for states in self.states]
-        kinds = [states.dtype for states in self.states]
-        self.pinned = [torch.empty(s, dtype=d, pin_memory=True) for s, d in zip(shapes, kinds, strict=True)]
-        self.there = [torch.empty(s, dtype=d, device=sequences.device) for s, d in zip(shapes, kinds, strict=True)]
+        self.there = [torch.empty(batch, *s.shape[1:], dtype=s.dtype, device=sequences.device) for s in self.states]
+        self.pinned = [
+            None if s.is_cuda or s.is_pinned() else torch.empty(batch, *s.shape[1:], dtype=s.dtype, pin_memory=True)
+            for s in self.states
+        ]
         self.filled, self.used = torch.cuda.Event(), torch.cuda.Event()
         self.used.record(torch.cuda.current_stream(sequences.device))
 
     def fetch(self, at_S: Tensor, stream: torch.cuda.Stream) -> Pair:
         """Brings these sequences to the device, in that stream; `filled` tells when they are there."""
         self.filled.synchronize()  # the pinned memory is read until then
-        count = len(at_S)
         for states, pinned in zip(self.states, self.pinned, strict=True):
-            if not states.is_cuda:
-                torch.index_select(states, 0, at_S, out=pinned[:count])
+            if pinned is not None:
+                _gather(states, at_S, pinned)
         with torch.cuda.stream(stream):
             stream.wait_event(self.used)
             for states, pinned, there in zip(self.states, self.pinned, self.there, strict=True):
-                found = states[at_S.to(states.device)] if states.is_cuda else pinned[:count]
-                there[:count].copy_(found, non_blocking=True)
+                if pinned is None:
+                    _gather(states, at_S, there)
+                else:
+                    there.copy_(pinned, non_blocking=True)
             self.filled.record(stream)
-        return self.there[0][:count], self.there[1][:count]
+        return self.there[0][: len(at_S)], self.there[1][: len(at_S)]
+
+
+def _gather(states: Tensor, at_S: Tensor, to: Tensor) -> None:
+    """Sequence by sequence: each lies in one piece, which is copied by all threads, or by the device itself."""
+    for place, number in enumerate(at_S.tolist()):
+        to[place].copy_(states[number], non_blocking=True)
