@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from featherweight.models.load import load_dense
 from featherweight.stream import tune as module
 from featherweight.stream import tuning
 from featherweight.stream.tune import Tuning
-from featherweight.train.e2e_qp import divergence, rate_at
+from featherweight.train.e2e_qp import Schedule, Tuner, divergence, rate_at
 from featherweight.train.tuned_linear import TunedLinear
 from runs import MANIFEST, model_files, recipe, same_bytes, tensors_of
 from runs import featherweight as command
@@ -314,6 +315,32 @@ def test_bad_requests(source: Path, packed: Path, text: Path, long_text: str, tm
     ):
         with pytest.raises(RequestError, match=match):
             Tuning(**changes_)
+
+
+def test_a_config_of_another_group_size_is_refused(packed: Path, long_text: str, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 16
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    refused(r"_proj.weight_scale has shape \(\d+, 2\), and .* ask for \(\d+, 4\)", tmp_path / "other", [long_text])
+
+
+def test_a_loss_that_is_no_number_ends_tuning_with_the_best_state() -> None:
+    """From the third step on the model answers with NaN."""
+    parameter, steps = torch.nn.Parameter(torch.ones(3)), [0]
+
+    def logits(ids_ST: Tensor) -> Tensor:
+        steps[0] += torch.is_grad_enabled()
+        broken = torch.nan if steps[0] >= 3 else 1.0
+        return functional.one_hot(ids_ST, 3) * parameter * broken
+
+    ids_ST = torch.randint(0, 3, (4, 8), generator=torch.Generator().manual_seed(0))
+    schedule = Schedule(steps=8, batch=2, micro=2, rate=0.1)
+    tuner = Tuner(logits, None, [parameter], [None], ids_ST, ids_ST, schedule)
+    while not tuner.done:
+        tuner.advance(lambda step: None)
+    tuner.finish()
+    assert tuner.state.step == 3 and tuner.best_look[0] in (0, 1, 2) and bool(parameter.isfinite().all())
 
 
 def test_going_on_with_another_request_is_refused(source: Path, packed: Path, long_text: str, tmp_path: Path) -> None:

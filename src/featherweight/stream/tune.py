@@ -191,6 +191,7 @@ class _Job:
 
     def _replace(self, name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         rule = self.rules.of(name)
+        self.format.shape(tensors, rule, name)  # for an error that names the matrix
         if isinstance(module, nn.Embedding):
             self.tables.add(name)
             return CompressedEmbedding(self.format, rule, tensors, module, self.dtype)
