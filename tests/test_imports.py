@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"core", "codec"},
     "kernels": {"formats", "codec"},
     "linear": {"formats", "kernels"},
+    "merged": {"formats", "kernels", "linear"},
     "recipe": {"core"},
     "recipes": {"core", "recipe"},
     "plan": {"core"},

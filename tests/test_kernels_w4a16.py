@@ -337,8 +337,8 @@ def test_without_a_gpu_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert refusal(Grid()) == "None"
     assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda", wanted="w4a16").name == "w4a16"
-    assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda").name == "reference"  # it has to be asked for
-    assert pick(FORMAT, Grid(8), 48, 256, HALF, "cuda").name == "reference"
+    assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda").name == "triton"  # it has to be asked for
+    assert pick(FORMAT, Grid(8), 48, 256, HALF, "cuda").name == "triton"
     assert reasons(FORMAT, Grid(), 48, 256, HALF, "cuda")["w4a16"] is None
 
 
