@@ -1,4 +1,4 @@
-"""`featherweight bench kernels`: products with random codes at real shapes, beside the library's dense product and peers.
+"""`featherweight bench kernels`: products with random codes at real shapes, beside dense ones and peers'.
 
 Shapes: R outputs, C inputs, T tokens.
 """
@@ -30,7 +30,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: every kernel that takes a layer of this grid, or those of `kernels`, at each number of tokens."""
+    """What is measured: every kernel that takes a layer of this grid, or those of `kernels`."""
 
     grid: Grid
     tokens: tuple[int, ...]

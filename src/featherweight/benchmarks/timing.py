@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 Call = Callable[[], object]
 ROUNDS_S = 0.04  # of replays or rounds that are measured
 LEAST_ROUNDS = 5
-CPU_CACHE_BYTES = 32e6
+CPU_CACHE_BYTES = 32e6  # that calls rotate through where nothing says how large the cache is
+MOST_COPIES = 256
 
 
 def median_us(calls: Sequence[Call], device: torch.device) -> float:
@@ -30,15 +32,15 @@ def median_us(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def copies(nbytes: float, device: torch.device) -> int:
-    """Of a weight of so many bytes, so that no call finds its own in the cache."""
-    return max(2, int(4 * cache_bytes(device) // nbytes) + 1)
+    """Of a weight of so many bytes, so that no call finds its own in the cache; no more than `MOST_COPIES`."""
+    return min(MOST_COPIES, max(2, int(4 * cache_bytes(device) // nbytes) + 1))
 
 
 def cache_bytes(device: torch.device) -> float:
     """Of the cache in front of the memory."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).L2_cache_size)
-    return CPU_CACHE_BYTES / 4
+    return CPU_CACHE_BYTES
 
 
 def read_gbps(device: torch.device) -> float:
@@ -63,7 +65,7 @@ def machine(device: torch.device) -> str:
 
 
 def excess_error(got_TR: Tensor, exact_TR: Tensor) -> float:
-    """The relative Frobenius distance from the float64 product, beyond that of rounding it once to the result's dtype."""
+    """The relative Frobenius distance from the float64 product, beyond that of rounding it to the result's dtype."""
     rounding = (exact_TR.to(got_TR.dtype).double() - exact_TR).norm()
     error = (got_TR.double() - exact_TR).norm()
     return float((error**2 - rounding**2).clamp_min(0).sqrt() / exact_TR.norm())
@@ -89,7 +91,7 @@ def _events_us(replay: Call, rounds: int, device: torch.device) -> list[float]:
         replay()
         mark.record()
     torch.cuda.synchronize(device)
-    return [1e3 * before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False)]
+    return [1e3 * before.elapsed_time(after) for before, after in pairwise(marks)]
 
 
 def _rounds_us(calls: Sequence[Call]) -> float:

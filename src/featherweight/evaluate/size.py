@@ -31,13 +31,18 @@ def bits_per_weight(matrices: Mapping[str, tuple[int, int]] | Iterable[tuple[int
 
 
 def read_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that one token needs, as they are stored: all but embeddings, of which it takes a row, and of
-    experts the share that a token is sent to (config.num_experts_per_tok; all where the model does not say)."""
+    """Bytes of the weights that one token needs, as they are stored: all but embeddings, of which it takes a row.
+
+    Of experts the share counts that a token is sent to (config.num_experts_per_tok; all where the model does not say).
+    """
     chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
     shares: dict[str, float] = {}
     total = 0.0
     for path, module in model.named_modules():
-        own = [*module._parameters.values(), *module._buffers.values()]
+        stored = {
+            name: each for name, each in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
+        own = [*module._parameters.values(), *stored.values()]
         experts = len(module) if isinstance(module, Experts) else _fused_experts(module)
         if experts and chosen:
             shares[path] = min(1.0, chosen / experts)

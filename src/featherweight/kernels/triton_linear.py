@@ -34,6 +34,7 @@ ROWS = 64  # of a tile; rows are padded to whole ones
 DENSE_ABOVE = 256
 """Tokens above which weights are made floats first: the library's product gains more than that costs."""
 CTAS_PER_PROCESSOR = 4
+WARPS, STAGES = 4, 3
 WORD_BITS = 32
 
 
@@ -194,8 +195,8 @@ def _tiles(x_TC: Tensor, packed: Packed, bias_R: Tensor | None) -> Tensor:
         PARTIAL=count > 1,
         TOKENS=tile,
         ROWS=ROWS,
-        num_warps=4,
-        num_stages=3,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     if count > 1:
         size, step = y_TR.numel(), 512
