@@ -1,7 +1,7 @@
 """Our own layout as a quantizer of transformers: `from_pretrained` on a folder whose quant_method is "featherweight".
 
-A folder that names another method, gptq or compressed-tensors, is loaded by transformers' own quantizer for it, as ever.
-Only who asks gets our layers and kernels for it: `from_pretrained(OUT, config=featherweight.config(OUT))`.
+A folder that names another method, gptq or compressed-tensors, is loaded by transformers' own quantizer for it, as
+ever. Only who asks gets our layers and kernels for it: `from_pretrained(OUT, config=featherweight.config(OUT))`.
 
 Compressed matrices become `CompressedLinear` modules while the model is still on meta, with buffers of the shapes and
 dtypes that the file's headers state; transformers then fills them like any other tensor. So nothing is ever dense, and
