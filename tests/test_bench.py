@@ -9,7 +9,7 @@ import torch
 
 from featherweight.benchmarks import generate, kernels, peers, shapes
 from featherweight.benchmarks.shapes import Shapes
-from featherweight.benchmarks.timing import MOST_COPIES, copies, excess_error, median_us, read_gbps
+from featherweight.benchmarks.timing import MOST_COPIES, copies, excess_error, median_us
 from featherweight.core.rules import Grid
 from featherweight.errors import RequestError
 from featherweight.formats import by_name
@@ -145,10 +145,6 @@ def test_what_is_not_benched(tiny: str) -> None:
     with pytest.raises(RequestError, match=r"has 128 experts, and models of 0"):
         generate.build(generate.Plan("qwen3-30b-a3b", Grid(), CPU), compressed=True)
     assert "16 or more after 1 or more" in featherweight("bench", "generate", "--tokens", 8, "--device", "cpu").error
-
-
-def test_read_bandwidth_is_measured() -> None:
-    assert read_gbps(CPU) > 0.1
 
 
 def test_the_help_names_both() -> None:

@@ -57,9 +57,9 @@ def test_the_operators_are_sound_for_torch() -> None:
     packed = tiles.pack(solution(Grid(4, 32), 50, 96))
     arguments = (packed.bytes_RGB, packed.scales_RG, packed.zeros_RG, packed.bits)
     x, y = torch.randn(3, 96, requires_grad=True), torch.randn(3, 50)
-    torch.library.opcheck(torch.ops.featherweight.tiled_linear.default, (x, *arguments))
-    backward = torch.ops.featherweight.tiled_linear_backward.default
-    torch.library.opcheck(backward, (y, *arguments), test_utils=("test_schema", "test_faketensor"))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.featherweight.tiled_linear.default, (x, *arguments), test_utils=checks)
+    torch.library.opcheck(torch.ops.featherweight.tiled_linear_backward.default, (y, *arguments), test_utils=checks)
 
 
 def test_refusals() -> None:

@@ -132,13 +132,10 @@ def test_splits_give_every_multiprocessor_work(monkeypatch: pytest.MonkeyPatch) 
 
 
 # ---- compiling ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("arch", "variants"),
-    [
-        (90, ["16-4-128-1"]),
-        pytest.param(80, ["16-4-128-1", "64-4-32-0"], marks=pytest.mark.slow),
-        *(pytest.param(arch, ["16-3-32-1", "16-2-64-1", "64-8-64-0"], marks=pytest.mark.slow) for arch in (80, 90)),
-    ],
+    "variants", [["16-4-128-1", "64-4-32-0"], ["16-3-32-1"], ["16-2-64-1"], ["64-8-64-0"]], ids=str
 )
 def test_the_kernels_compile_without_a_gpu(arch: int, variants: list[str], tmp_path: Path) -> None:
     """By Triton itself, in a process of its own: here it is interpreting."""
@@ -175,12 +172,10 @@ def test_refusals_name_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in refusal(Grid())
 
 
-def test_inputs_that_do_not_fit_are_refused() -> None:
+def test_it_has_no_backward() -> None:
     grid = Grid(4, 64)
     run = TritonLinear().prepare(FORMAT, grid, FORMAT.pack(solution(grid, 48, 256)), HALF)
     x = torch.randn(2, 256).half()
-    with pytest.raises(RequestError, match=r"float32 with 256 columns, and the layer is torch.float16 with 256"):
-        run(x.float(), None)
     with pytest.raises(RequestError, match="no backward pass"):
         run(x.requires_grad_(), None)
 

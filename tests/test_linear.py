@@ -230,14 +230,6 @@ def test_compiled_in_one_graph(kernel: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("kernel", ["cpu-int4", "dequantize"])
 def test_many_tokens_on_a_cpu_multiply_the_rounded_weights(kernel: str) -> None:
-    solution, x = solved(Grid(group_size=64, symmetric=False)), torch.randn(2, 20, 256).bfloat16()
+    solution, x = solved(Grid(group_size=64, symmetric=False)), torch.randn(2, 20, 256).bfloat16()  # 40 rows
     built = layer(Grid(group_size=64, symmetric=False), kernel)
     assert torch.equal(built(x), functional.linear(x, dequantize(solution, torch.bfloat16)))
-
-
-def test_inputs_that_do_not_fit_a_cpu_layer_are_refused() -> None:
-    built = layer(Grid(group_size=64), "cpu-int4")
-    with pytest.raises(RequestError, match=r"float32 with 256 columns, and the layer is torch.bfloat16 with 256"):
-        built(torch.randn(1, 256))
-    with pytest.raises(RequestError, match="with 128 columns"):
-        built(torch.randn(1, 128).bfloat16())

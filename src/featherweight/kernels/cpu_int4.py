@@ -29,9 +29,9 @@ from featherweight.errors import RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import tiles
-from featherweight.kernels.base import Case, Kernel, Run
+from featherweight.kernels.base import Case, Kernel, Run, require_input
 
-FEW_TOKENS = 16
+FEW_TOKENS = 24
 WIDTHS = (256, 128, 64, 32)
 ROW_MULTIPLE = 16
 MIDDLE = 8
@@ -71,11 +71,7 @@ class CpuInt4(Kernel):
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
             if torch.is_grad_enabled() and x_TC.requires_grad:
                 raise RequestError("the cpu-int4 kernel has no backward pass: choose reference or dense.")
-            if x_TC.shape[-1] != columns or x_TC.dtype != dtype:
-                found = f"{x_TC.dtype} with {x_TC.shape[-1]} columns"
-                raise RequestError(
-                    f"the input is {found}, and the layer is {dtype} with {columns}: cast it, or the layer."
-                )
+            require_input(x_TC, columns, dtype, packed.device)
             flat_TC = x_TC.reshape(-1, columns)
             if len(flat_TC) > FEW_TOKENS:
                 return tiles.call(x_TC, many, bias_R)

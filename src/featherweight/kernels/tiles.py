@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels.base import Case, Kernel, Run
+from featherweight.kernels.base import Case, Kernel, Run, require_input
 
 UNPACKED = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights at a time: what fits a core's cache, or keeps a GPU busy
 MULTIPLIED = {"cpu": 1 << 22, "cuda": 1 << 24}  # weights of one product, which every input is laid out for anew
@@ -71,7 +71,12 @@ class Dequantize(Kernel):
         assert isinstance(solution, Solution)
         packed = pack(solution)
         register()
-        return lambda x_TC, bias_R: call(x_TC, packed, bias_R)
+
+        def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
+            require_input(x_TC, packed.columns, dtype, packed.bytes_RGB.device)
+            return call(x_TC, packed, bias_R)
+
+        return run
 
 
 def stored_bits(bits: int) -> int:

@@ -25,7 +25,7 @@ from torch.nn import functional
 from featherweight.errors import RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels.base import Case, Kernel, Run
+from featherweight.kernels.base import Case, Kernel, Run, require_input
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -78,11 +78,7 @@ class TritonLinear(Kernel):
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
             if torch.is_grad_enabled() and x_TC.requires_grad:
                 raise RequestError("the triton kernel has no backward pass: choose dequantize, reference or dense.")
-            if x_TC.shape[-1] != columns or x_TC.dtype != dtype:
-                found = f"{x_TC.dtype} with {x_TC.shape[-1]} columns"
-                raise RequestError(
-                    f"the input is {found}, and the layer is {dtype} with {columns}: cast it, or the layer."
-                )
+            require_input(x_TC, columns, dtype, packed.words_KR.device)
             return call(x_TC, packed, bias_R)
 
         if packed.words_KR.is_cuda:  # compiled now, not in the first call, which may be captured into a graph
