@@ -223,7 +223,10 @@ def test_generate(source: Path, out: Path) -> None:
     for model in (source, out):
         ran = featherweight("generate", model, "the rain", "--max-new-tokens", 12)
         assert ran.code == 0
-        assert_shape(ran.last, {"model": str, "prompt": str, "text": str})
+        row = {"model": str, "prompt": str, "text": str, "prompt_tokens": int, "new_tokens": int, "prefill_s": float}
+        row |= {"decode_s": float, "read_bytes": int, "tokens_per_s": float, "read_gbps": float}
+        assert_shape(ran.last, row)
+        assert f"{ran.last['tokens_per_s']:.1f} tokens/s" in ran.err
         assert ran.last["model"] == str(model) and ran.last["prompt"] == "the rain"
         assert ran.out.startswith("the rain" + ran.last["text"] + "\n") and 0 < len(ran.last["text"]) <= 12 * len(
             "<unk>"

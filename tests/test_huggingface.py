@@ -233,3 +233,33 @@ def test_either_import_may_come_first(order: str, folder: Path) -> None:
     command = [sys.executable, "-c", program, str(folder), str(2 * len(RULES))]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_other_formats_come_onto_our_kernels_where_they_are_asked_to(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    format = FORMATS[name]
+    grid = replace(GRID, scale_dtype=format.scale_dtype(torch.bfloat16))
+    rules: dict[str, Rule] = {kind: grid for kind in ("q_proj", "k_proj", "v_proj", "down_proj")}
+    out = tmp_path / "out"
+    compressed(make("llama", tmp_path / "source", dtype=torch.bfloat16), out, rules, format)
+    expected = logits(featherweight.load(out, "cpu", torch.bfloat16))
+    model, info = AutoModelForCausalLM.from_pretrained(
+        out, config=featherweight.config(out), dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert layers(model) == 8 and torch.equal(logits(model), expected)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj._merged is attention.v_proj._merged is not None
+    model.save_pretrained(tmp_path / "again")
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == stored
+    assert torch.equal(logits(featherweight.load(tmp_path / "again", "cpu", torch.bfloat16)), expected)
+
+
+def test_a_config_of_ours_is_made_of_compressed_folders_alone(folder: Path) -> None:
+    with pytest.raises(RequestError, match="has no quantization_config: it is not compressed"):
+        featherweight.config(folder / "dense")
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert featherweight.config(folder).quantization_config == stored, "a folder of our own needs nothing"

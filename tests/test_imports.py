@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"core", "codec"},
     "kernels": {"formats", "codec"},
     "linear": {"formats", "kernels"},
+    "merged": {"formats", "kernels", "linear"},
     "recipe": {"core"},
     "recipes": {"core", "recipe"},
     "plan": {"core"},
@@ -30,7 +31,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"models", "data", "linear"},
 }
 # The rooms that sit on top, in order; each may import everything below it.
-ABOVE = ["huggingface", "transformers_hook", "api", "benchmarks", "demo", "console", "laws_cli", "bench_cli", "cli"]
+ABOVE = [
+    "huggingface",
+    "transformers_hook",
+    "api",
+    "benchmarks",
+    "demo",
+    "console",
+    "laws_cli",
+    "bench_cli",
+    "cli",
+    "vllm_plugin",
+]
 # The package itself hands out names of every room, but lazily: `import featherweight` alone must stay quick.
 TOP = {"__init__", "__main__"}
 # What `import featherweight` runs all the same: it imports the standard library alone.

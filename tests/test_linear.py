@@ -18,6 +18,7 @@ from featherweight.errors import RequestError
 from featherweight.formats import FORMATS
 from featherweight.kernels import KERNELS, dequantize, pick, reasons
 from featherweight.linear import CompressedLinear
+from featherweight.merged import merge, prepare
 
 FORMAT = FORMATS["compressed-tensors"]
 
@@ -91,7 +92,8 @@ def test_gradients_reach_the_input(kernel: str) -> None:
 def test_pick_prefers_the_fast_kernel_and_tells_why_not() -> None:
     case = (FORMAT, Grid(group_size=64), 48, 256)
     assert pick(*case, torch.bfloat16, "cpu").name == "cpu-int4"
-    assert pick(*case, torch.float32, "cpu").name == "reference"
+    assert pick(*case, torch.float32, "cpu").name == "dequantize"
+    assert pick(FORMAT, Grid(bits=2, group_size=2), 48, 256, torch.float32, "cpu").name == "reference"
     why = reasons(*case, torch.bfloat16, "cuda")
     assert set(why) == set(KERNELS) and why["reference"] is None and "cuda" in str(why["cpu-int4"])
 
@@ -106,10 +108,10 @@ def test_pick_prefers_the_fast_kernel_and_tells_why_not() -> None:
 )
 def test_a_kernel_that_does_not_fit_is_refused_with_numbers(grid: Grid, rows: int, message: str) -> None:
     with pytest.raises(
-        RequestError, match=f"cpu-int4 does not take this layer: .*{message}.*choose reference or dense"
+        RequestError, match=f"cpu-int4 does not take this layer: .*{message}.*choose dequantize or reference"
     ):
         pick(FORMAT, grid, rows, 256, torch.bfloat16, "cpu", wanted="cpu-int4")
-    assert pick(FORMAT, grid, rows, 256, torch.bfloat16, "cpu").name == "reference"
+    assert pick(FORMAT, grid, rows, 256, torch.bfloat16, "cpu").name == "dequantize"
 
 
 def test_requests_that_make_no_layer() -> None:
@@ -138,7 +140,7 @@ def test_casts_change_the_arithmetic_and_never_the_file() -> None:
     built = CompressedLinear.from_tensors(gptq, grid, gptq.pack(solution), torch.ones(48), torch.bfloat16)
     model = nn.Sequential(built).float()
     assert built.scales.dtype == torch.float16 and built.bias is not None and built.bias.dtype == torch.float32
-    assert built.dtype == torch.float32 and built.kernel.name == "reference"
+    assert built.dtype == torch.float32 and built.kernel.name == "dequantize"
     x = torch.randn(3, 256)
     torch.testing.assert_close(model(x), functional.linear(x, solution.values(), built.bias))
     assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
@@ -154,3 +156,80 @@ def test_moves_and_copies_drop_what_was_prepared() -> None:
     assert torch.equal(copy.deepcopy(built)(x), built(x))
     torch.save(built, saved)  # the layer can be pickled, as torch.distributed does; nothing of ours loads one
     assert built._run is not None
+
+
+# ---- layers that share an input -------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    """Three layers of one input, as families write them."""
+
+    def __init__(self, grids: list[Grid], bias: bool = False, kernel: str = "auto") -> None:
+        super().__init__()
+        for name, grid in zip(("q_proj", "k_proj", "v_proj"), grids, strict=True):
+            setattr(self, name, layer(grid, kernel, bias=torch.randn(48).bfloat16() if bias else None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.q_proj(x), self.k_proj(x) * 2, self.v_proj(x) - 1), dim=-1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_merged_layers_give_what_they_gave_apart(name: str, bias: bool) -> None:
+    grid, format = Grid(group_size=64, symmetric=False), FORMATS[name]
+    apart = Attention([grid] * 3, bias)
+    for part in ("q_proj", "k_proj", "v_proj"):
+        packed = format.pack(solved(grid, dtype=torch.float16))
+        setattr(apart, part, CompressedLinear.from_tensors(format, grid, packed, getattr(apart, part).bias))
+    together = copy.deepcopy(apart)
+    names = list(together.state_dict())
+    assert merge(together) == 1 and merge(nn.Sequential(together)) == 1
+    prepare(together)
+    for tokens in (1, 40):
+        x = torch.randn(2, tokens, 256).bfloat16()
+        assert torch.equal(together(x), apart(x))
+        assert torch.equal(together.k_proj(x), apart.k_proj(x)), "alone, and out of order"
+        assert torch.equal(together.v_proj(x.clone()), apart.v_proj(x))
+    assert list(together.state_dict()) == names and together.q_proj._run is None
+    assert together.q_proj._merged is not None and together.q_proj._merged._last is None, "nothing is kept"
+
+
+def test_merged_layers_load_move_and_copy_like_others() -> None:
+    first, second = Attention([Grid(group_size=64)] * 3, bias=True), Attention([Grid(group_size=64)] * 3, bias=True)
+    second.q_proj.weight_scale *= 2
+    merge(first)
+    x = torch.randn(3, 256).bfloat16()
+    first(x)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x), second(x))
+    assert torch.equal(copy.deepcopy(first)(x), second(x)) and copy.deepcopy(first).q_proj._merged is None
+    torch.testing.assert_close(first.float()(x.float()), second.float()(x.float()))
+    assert first.q_proj._merged is None, "the kernel for float32 gains nothing from merging"
+
+
+def test_layers_that_differ_stay_apart() -> None:
+    assert merge(Attention([Grid(group_size=64), Grid(group_size=64), Grid(group_size=32)])) == 0
+    assert merge(Attention([Grid(group_size=64)] * 3, kernel="reference")) == 0
+    mixed = Attention([Grid(group_size=64)] * 3)
+    mixed.k_proj.bias = nn.Parameter(torch.zeros(48).bfloat16())
+    assert merge(mixed) == 0
+    mixed.k_proj = nn.Linear(256, 48)
+    assert merge(mixed) == 0
+
+
+@pytest.mark.parametrize("kernel", ["auto", "cpu-int4", "dequantize"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_compiled_in_one_graph(kernel: str, tokens: int) -> None:
+    model = Attention([Grid(group_size=64)] * 3, bias=True, kernel=kernel)
+    x = torch.randn(tokens, 256).bfloat16()
+    want = model(x)
+    assert merge(model) == (kernel != "dequantize")
+    prepare(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), want) and torch.equal(compiled(x + 0), want)
+
+
+@pytest.mark.parametrize("kernel", ["cpu-int4", "dequantize"])
+def test_many_tokens_on_a_cpu_multiply_the_rounded_weights(kernel: str) -> None:
+    solution, x = solved(Grid(group_size=64, symmetric=False)), torch.randn(2, 20, 256).bfloat16()  # 40 rows
+    built = layer(Grid(group_size=64, symmetric=False), kernel)
+    assert torch.equal(built(x), functional.linear(x, dequantize(solution, torch.bfloat16)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.benchmarks.decode import measure
+from featherweight.benchmarks.kernels import Plan, run
 from featherweight.core.rules import Grid
 from featherweight.errors import FallbackWarning
 from featherweight.formats import FORMATS
@@ -114,9 +114,10 @@ def test_chained_launches_in_a_graph_wait_for_each_other() -> None:
 
 
 @pytest.mark.gpu
-def test_cells_are_measured() -> None:
+def test_products_are_timed_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
-    cells = list(measure(Grid(2, 64, False), 512, 1024, [1, 9], HALF))
-    assert [cell.tokens for cell in cells] == [1, 9]
-    assert all(cell.us > 0 and cell.error <= 1e-3 and cell.weight_bytes == 16 * 8 * 1184 for cell in cells)
+    plan = Plan(Grid(2, 64, False), (1, 9), HALF, torch.device("cuda", 0), ("wna16",))
+    rows = [row for row in run(["1024x512"], plan, lambda row: None)["rows"] if row["kernel"] == "wna16"]
+    assert [row["tokens"] for row in rows] == [1, 9]
+    assert all(row["us"] > 0 and row["error"] <= 1e-3 for row in rows)

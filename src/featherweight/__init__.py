@@ -6,7 +6,8 @@ featherweight.load(out)                               the compressed model as a 
 featherweight.solve(problem, rule)                    one layer, from its weights and its inputs' Hessian
 featherweight.compress_module(module, batches, rule)  any nn.Module, with batches of your own
 
-With it imported, transformers' own `from_pretrained` loads sparse folders too (`transformers_hook` says how).
+With it imported, transformers' own `from_pretrained` loads sparse and sub1 folders too (`transformers_hook` says how),
+and others onto our kernels where it is given `config=featherweight.config(out)`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "Tuning",
     "compress",
     "compress_module",
+    "config",
     "load",
     "solve",
     "tune",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from featherweight.core.rules import Grid, Joint, Pattern
     from featherweight.core.solution import Solution, SparseSolution
     from featherweight.core.solve import Choices, solve
+    from featherweight.huggingface import config
     from featherweight.recipe import Recipe
     from featherweight.stream.tune import Tuning
 
@@ -48,6 +51,7 @@ _HOMES = {
     "featherweight.core.rules": ("Grid", "Joint", "Pattern"),
     "featherweight.core.solution": ("Solution", "SparseSolution"),
     "featherweight.core.solve": ("Choices", "solve"),
+    "featherweight.huggingface": ("config",),
     "featherweight.recipe": ("Recipe",),
     "featherweight.stream.tune": ("Tuning",),
 }

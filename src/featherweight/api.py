@@ -15,6 +15,7 @@ from featherweight.errors import RequestError
 from featherweight.evaluate import bits_per_weight, zero_shot
 from featherweight.evaluate import evaluate as evaluate_model
 from featherweight.linear import CompressedEmbedding, CompressedLinear
+from featherweight.merged import merge, prepare
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import build, checkpoint_dtype
@@ -49,8 +50,8 @@ def load(
     Args:
         path: a folder that `compress` wrote, any folder in a format we read, or a dense checkpoint.
         dtype: to compute in; None takes the checkpoint's, or float32 on CPUs that are slow in it.
-        kernel: how compressed matrices are multiplied: "auto", "reference", "cpu-int4", "sub1-tiles" or "dense"
-            (unpacked once).
+        kernel: how compressed matrices are multiplied: "auto", "dense" (unpacked once), or another name in
+            `featherweight.kernels.KERNELS`. Layers that share an input (q, k and v; gate and up) multiply as one.
     """
     folder, torch_device = resolve(path), pick_device(device)
     checkpoint = Checkpoint.open(folder)
@@ -68,7 +69,10 @@ def load(
         bias = tensors.pop("bias", None)
         return CompressedLinear.from_tensors(format, rules.of(name), tensors, bias, dtype, kernel)
 
-    return load_with(folder, replace, torch_device, dtype)
+    model = load_with(folder, replace, torch_device, dtype)
+    merge(model)
+    prepare(model)
+    return model
 
 
 def evaluate(

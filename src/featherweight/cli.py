@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from featherweight import console, laws_cli, recipes
+from featherweight import bench_cli, console, laws_cli, recipes
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.recipe import FLOAT_BITS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(laws_cli.app, name="laws")
+app.add_typer(bench_cli.app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub name, feather-tiny or feather-tiny-moe.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -225,14 +226,17 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Print MODEL's continuation of PROMPT."""
+    """Print MODEL's continuation of PROMPT, and how fast it was written."""
     from featherweight import api
-    from featherweight.evaluate import generate as continuation
+    from featherweight.evaluate import write
     from featherweight.models.load import load_tokenizer
 
-    text = continuation(api.load(model, device), load_tokenizer(model), prompt, max_new_tokens, temperature, seed)
-    typer.echo(prompt + text)
-    console.last_line({"model": model, "prompt": prompt, "text": text})
+    written = write(api.load(model, device), load_tokenizer(model), prompt, max_new_tokens, temperature, seed)
+    typer.echo(prompt + written.text)
+    if written.tokens_per_s is not None:
+        console.say(f"{written.tokens_per_s:.1f} tokens/s, {written.read_gbps:.1f} GB/s of weights read")
+    rates = {"tokens_per_s": written.tokens_per_s, "read_gbps": written.read_gbps}
+    console.last_line({"model": model, "prompt": prompt, **asdict(written), **rates})
 
 
 @app.command()

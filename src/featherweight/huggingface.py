@@ -1,5 +1,8 @@
 """Our own layout as a quantizer of transformers: `from_pretrained` on a folder whose quant_method is "featherweight".
 
+A folder that names another method, gptq or compressed-tensors, is loaded by transformers' own quantizer for it, as
+ever. Only who asks gets our layers and kernels for it: `from_pretrained(OUT, config=featherweight.config(OUT))`.
+
 Compressed matrices become `CompressedLinear` modules while the model is still on meta, with buffers of the shapes and
 dtypes that the file's headers state; transformers then fills them like any other tensor. So nothing is ever dense, and
 what is loaded is bytes of the file. `save_pretrained` writes the same tensors and config again.
@@ -23,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from featherweight import formats
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedEmbedding, CompressedLinear
+from featherweight.merged import merge, prepare
 from featherweight.models.experts import take_apart
 from featherweight.models.headers import DTYPES, Entry, read_entries
 from featherweight.models.load import fill_buffers
@@ -39,11 +43,37 @@ def register(tables: ModuleType) -> None:
 
 
 class FeatherweightConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a folder, key by key as it is written."""
+    """The `quantization_config` of a folder, key by key as it is written; or, under `stored`, that of a folder which
+    names another method: such a folder is saved again as what it was."""
 
     def __init__(self, **settings: Any) -> None:
         self.__dict__.update(copy.deepcopy(settings))
         self.quant_method = METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = copy.deepcopy(self.__dict__)
+        return found.get("stored", found)
+
+
+def config(path: str | Path, **options: Any) -> Any:
+    """The transformers configuration of a checkpoint, with which `from_pretrained` loads it onto our layers.
+
+    Args:
+        path: a folder in any format we read, or a hub name.
+        options: as AutoConfig.from_pretrained takes them.
+
+    Raises RequestError for a checkpoint that is not compressed, or in a way we do not read.
+    """
+    from transformers import AutoConfig
+
+    found: Any = AutoConfig.from_pretrained(path, **options)
+    stored = getattr(found, "quantization_config", None)
+    if stored is None:
+        raise RequestError(f"{path} has no quantization_config: it is not compressed, so leave out config=.")
+    formats.from_config(stored)
+    if stored.get("quant_method") != METHOD:
+        found.quantization_config = {"quant_method": METHOD, "stored": stored}
+    return found
 
 
 class FeatherweightQuantizer(HfQuantizer):
@@ -110,6 +140,8 @@ class FeatherweightQuantizer(HfQuantizer):
             head = CompressedLinear.from_tensors(self.layout, table.rule, tensors, dtype=table.dtype)
             head._non_persistent_buffers_set.update(self.layout.suffixes(table.rule))  # they are saved once
             model.set_submodule(path, head)
+        merge(model)
+        prepare(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """transformers' own table and, since experts are not fused here, what their matrices are called."""

@@ -70,11 +70,15 @@ class Stored(nn.Module):
             moved = self.get_buffer(suffix)
             if moved.dtype != stored.dtype:
                 setattr(self, suffix, stored.to(moved.device))
-        self._run = None
+        self._forget()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made of the stored tensors."""
         self._run = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,9 +87,10 @@ class Stored(nn.Module):
 
 class CompressedLinear(Stored):
     """y = x V^T + bias, V held as the tensors of a format; what the kernel needs beside them is made at the first call
-    (or by `prepare`)."""
+    (or by `prepare`). `merged.merge` may have it multiply together with its neighbours."""
 
     _run: Run | None
+    _merged: Any = None  # the `merged.Merged` it belongs to
 
     def __init__(
         self,
@@ -138,6 +143,8 @@ class CompressedLinear(Stored):
 
     def prepare(self) -> CompressedLinear:
         """Let the kernel rearrange the weights now rather than in the first call; returns the layer."""
+        if self._merged is not None and self._merged.prepare():
+            return self
         # Tensors made in inference mode could not be trained through later.
         with torch.inference_mode(False), torch.no_grad():
             self._run = self.kernel.prepare(self.format, self.rule, self._stored(), self.dtype)
@@ -145,6 +152,9 @@ class CompressedLinear(Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         """y_TR for x_TC of the layer's dtype."""
+        if self._merged is not None and self._merged.prepare():
+            part: Tensor = self._merged.part(self, x)
+            return part
         run = self._run or self.prepare()._run
         assert run is not None
         return run(x, self.bias)
@@ -152,6 +162,14 @@ class CompressedLinear(Stored):
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{size}, {super().extra_repr()}, kernel={self.wanted}"
+
+    def _forget(self) -> None:
+        super()._forget()
+        if self._merged is not None:
+            self._merged.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_merged": None}  # a copy multiplies alone
 
 
 class CompressedEmbedding(Stored):

@@ -1,45 +1,105 @@
-"""The one timing rule for kernels.
+"""The one rule all kernels are timed by, and what the machine can do at most.
 
-A CUDA graph of launches over copies of the weights that together exceed the L2 cache four times (at least two),
-replayed with the L2 written over in between; the median of the replays, divided by the launches. Random data.
+On a GPU: a CUDA graph of launches over copies of the weights that together exceed the L2 cache four times (two at
+least), replayed; the median of the replays, divided by the launches. On a CPU: the same calls one after another, the
+median of the rounds. Random data, since zeros draw less power. Peaks are measured on the machine, in the same run.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median
 
 import torch
+from torch import Tensor
 
-CACHE_BYTES = 200e6
-"""Four times the L2 of an H100."""
+Call = Callable[[], object]
+ROUNDS_S = 0.04  # of replays or rounds that are measured
+LEAST_ROUNDS = 5
+CPU_CACHE_BYTES = 32e6  # that calls rotate through where nothing says how large the cache is
+MOST_COPIES = 256
 
 
-def median_us(calls: Sequence[Callable[[], object]]) -> float:
-    """Microseconds of one launch of a graph of `calls`."""
-    from triton.testing import do_bench
-
+def median_us(calls: Sequence[Call], device: torch.device) -> float:
+    """Microseconds of one of `calls`, which differ in the copy of the weights they read."""
     for call in calls:
         call()
-    torch.cuda.synchronize()
+    if device.type == "cuda":
+        return _replayed(calls, device) / len(calls)
+    return _rounds_us(calls) / len(calls)
+
+
+def copies(nbytes: float, device: torch.device) -> int:
+    """Of a weight of so many bytes, so that no call finds its own in the cache; no more than `MOST_COPIES`."""
+    return min(MOST_COPIES, max(2, int(4 * cache_bytes(device) // nbytes) + 1))
+
+
+def cache_bytes(device: torch.device) -> float:
+    """Of the cache in front of the memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).L2_cache_size)
+    return CPU_CACHE_BYTES
+
+
+def read_gbps(device: torch.device) -> float:
+    """What a plain sum reaches: 2 GiB on a GPU, 256 MiB on a CPU."""
+    nbytes = 2**31 if device.type == "cuda" else 2**28
+    x = torch.empty(nbytes, dtype=torch.uint8, device=device).random_(0, 255).view(torch.float32)
+    return nbytes / median_us([x.sum], device) / 1e3
+
+
+def peak_tflops(device: torch.device) -> float:
+    """What a product of random square matrices in bfloat16 reaches: 8192 wide on a GPU, 1024 on a CPU."""
+    width = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
+    return 2 * width**3 / median_us([lambda: a @ b], device) / 1e6
+
+
+def machine(device: torch.device) -> str:
+    """The device by name, and the torch that uses it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def excess_error(got_TR: Tensor, exact_TR: Tensor) -> float:
+    """The relative Frobenius distance from the float64 product, beyond that of rounding it to the result's dtype."""
+    rounding = (exact_TR.to(got_TR.dtype).double() - exact_TR).norm()
+    error = (got_TR.double() - exact_TR).norm()
+    return float((error**2 - rounding**2).clamp_min(0).sqrt() / exact_TR.norm())
+
+
+def _replayed(calls: Sequence[Call], device: torch.device) -> float:
+    """Microseconds of a replay of a graph of the calls."""
+    torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
     graph.replay()
-    torch.cuda.synchronize()
-    median: float = do_bench(graph.replay, warmup=10, rep=40, return_mode="median")
-    return median * 1e3 / len(calls)
+    first = _events_us(graph.replay, 1, device)[0]
+    return median(_events_us(graph.replay, max(LEAST_ROUNDS, int(ROUNDS_S * 1e6 / first)), device))
 
 
-def copies(bytes: float) -> int:
-    """Of a weight, so that no launch finds its own in the L2."""
-    return max(2, int(CACHE_BYTES // bytes) + 1)
+def _events_us(replay: Call, rounds: int, device: torch.device) -> list[float]:
+    """Microseconds of each of so many replays."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        replay()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [1e3 * before.elapsed_time(after) for before, after in pairwise(marks)]
 
 
-def read_gbps() -> float:
-    """What a plain sum over 2 GiB reads."""
-    from triton.testing import do_bench
-
-    x = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_(0, 255)
-    median: float = do_bench(lambda: x.view(torch.float32).sum(), warmup=25, rep=100, return_mode="median")
-    return 2**31 / median / 1e6
+def _rounds_us(calls: Sequence[Call]) -> float:
+    """Microseconds of all calls, the median of several rounds."""
+    found: list[float] = []
+    while len(found) < LEAST_ROUNDS or sum(found) < ROUNDS_S * 1e6:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        found.append(1e6 * (time.perf_counter() - start))
+    return median(found)

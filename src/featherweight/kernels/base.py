@@ -12,10 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from featherweight.errors import RequestError
 from featherweight.formats.base import Format, Rule
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 """(x_TC, bias_R or None) -> y_TR, with the weights in whatever shape the kernel likes them held inside."""
+
+
+def require_input(x_TC: Tensor, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise RequestError unless x fits a layer that was prepared for this width, dtype and device."""
+    if x_TC.shape[-1] != columns or x_TC.dtype != dtype:
+        found = f"{x_TC.dtype} with {x_TC.shape[-1]} columns"
+        raise RequestError(f"the input is {found}, and the layer is {dtype} with {columns}: cast it, or the layer.")
+    if x_TC.device != device:
+        raise RequestError(f"the input is on {x_TC.device}, and the layer on {device}: move one to the other.")
 
 
 @dataclass(frozen=True)

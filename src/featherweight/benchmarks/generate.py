@@ -1,0 +1,160 @@
+"""`featherweight bench generate`: tokens a second of a random model of real shapes, compressed and not.
+
+Both run in the same code. The weights are drawn on the device, block by block: nothing is downloaded, and a dense copy
+of a compressed matrix never exists. Tokens follow one another without the host looking at them, as an engine has them.
+
+Shapes: R outputs, C inputs, G groups.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.benchmarks.shapes import named
+from featherweight.benchmarks.timing import machine
+from featherweight.codec import words_for
+from featherweight.core.rules import Grid
+from featherweight.errors import RequestError
+from featherweight.evaluate.decode import Decoder
+from featherweight.evaluate.size import read_bytes
+from featherweight.formats import by_name
+from featherweight.linear import CompressedLinear
+from featherweight.merged import merge, prepare
+from featherweight.models.load import fill_buffers, meta_tensors, place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = "compressed-tensors"
+HEAD = "lm_head"
+ROUND = 16  # tokens that are timed together
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        shapes: of a model by name (`shapes.NAMED`), with `blocks` of its blocks (None: all).
+        grid: of the compressed matrices of the blocks; head_bits those of the head, 16 leaves it.
+        kernel: that multiplies by them.
+        context: tokens before the first that is timed; tokens that are.
+        compile: whether torch.compile fuses what is between the matrices.
+    """
+
+    shapes: str
+    grid: Grid
+    device: torch.device
+    kernel: str = "auto"
+    blocks: int | None = None
+    head_bits: int = 16
+    context: int = 1024
+    tokens: int = 64
+    compile: bool = False
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Both models, one after the other: {"machine", "rows": [dense, compressed], "speedup", ...}."""
+    if plan.tokens < ROUND or plan.context < 1:
+        raise RequestError(
+            f"{plan.tokens} tokens after {plan.context} were asked for, and {ROUND} or more after 1 or more are timed."
+        )
+    rows = [_measured(plan, compressed) for compressed in (False, True)]
+    return {
+        "machine": machine(plan.device),
+        "shapes": plan.shapes,
+        "blocks": plan.blocks or named(plan.shapes).layers,
+        "context": plan.context,
+        "compiled": plan.compile,
+        "rows": rows,
+        "speedup": rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"],
+    }
+
+
+def build(plan: Plan, compressed: bool) -> PreTrainedModel:
+    """A random model, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    shapes = named(plan.shapes)
+    if shapes.experts:
+        raise RequestError(f"{plan.shapes} has {shapes.experts} experts, and models of 0 are timed: choose another.")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(shapes.config(plan.blocks), dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    for module in model.modules():
+        fill_buffers(model, module, plan.device)
+    if compressed:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and (path != HEAD or plan.head_bits < 16):
+                model.set_submodule(path, _random_layer(module, plan, path))
+        merge(model)
+        prepare(model)
+    for name, parameter in list(meta_tensors(model)):
+        drawn = torch.randn(parameter.shape, device=plan.device, dtype=parameter.dtype)
+        spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.0
+        place(model, name, drawn * spread + (parameter.dim() == 1), plan.device)
+    result: PreTrainedModel = model.eval().requires_grad_(False)
+    return result
+
+
+def _random_layer(module: nn.Linear, plan: Plan, path: str) -> CompressedLinear:
+    """A compressed layer whose weights have a spread of about 1 / sqrt(C)."""
+    rows, columns, device = module.out_features, module.in_features, plan.device
+    grid = plan.grid if path != HEAD else Grid(plan.head_bits, plan.grid.group_size, plan.grid.symmetric)
+    bits, groups = grid.stored_bits, columns // grid.width(columns, path)
+
+    def words(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
+
+    scale = 3.5 / (1 << bits) / columns**0.5  # codes are even: their spread is 2^bits / sqrt(12)
+    tensors = {
+        "weight_packed": words(rows, words_for(columns, bits)),
+        "weight_scale": torch.full((rows, groups), scale, dtype=torch.bfloat16, device=device),
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+    if not grid.symmetric:
+        tensors["weight_zero_point"] = words(words_for(rows, bits), groups)
+    return CompressedLinear.from_tensors(by_name(FORMAT), grid, tensors, kernel=plan.kernel)
+
+
+def _measured(plan: Plan, compressed: bool) -> dict[str, Any]:
+    """One model's row."""
+    began = time.perf_counter()
+    model = build(plan, compressed)
+    kernels = sorted({module.kernel.name for module in model.modules() if isinstance(module, CompressedLinear)})
+    ids_T = torch.randint(model.config.vocab_size, (plan.context,), device=plan.device)
+    decoder = Decoder(model, plan.context + plan.tokens + ROUND, plan.compile)
+    token = decoder.begin(ids_T).argmax()
+    token, _ = _decode(decoder, token, ROUND, plan.device)
+    ready = time.perf_counter() - began
+    rounds = []
+    for _ in range(plan.tokens // ROUND):
+        token, spent = _decode(decoder, token, ROUND, plan.device)
+        rounds.append(spent / ROUND)
+    per_token, nbytes = median(rounds), read_bytes(model)
+    return {
+        "weights": f"{plan.grid.bits} bits" if compressed else "bfloat16",
+        "kernels": kernels,
+        "tokens_per_s": 1 / per_token,
+        "ms_per_token": 1e3 * per_token,
+        "read_bytes": nbytes,
+        "read_gbps": nbytes / per_token / 1e9,
+        "graph": decoder.graph is not None,
+        "until_ready_s": ready,
+    }
+
+
+def _decode(decoder: Decoder, token: Tensor, count: int, device: torch.device) -> tuple[Tensor, float]:
+    """So many tokens more: the last of them, and the seconds."""
+    start = time.perf_counter()
+    for _ in range(count):
+        token = decoder.next(token).argmax()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return token, time.perf_counter() - start

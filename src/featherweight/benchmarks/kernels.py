@@ -1,0 +1,174 @@
+"""`featherweight bench kernels`: products with random codes at real shapes, beside dense ones and peers'.
+
+Shapes: R outputs, C inputs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from featherweight.benchmarks import peers
+from featherweight.benchmarks.shapes import named
+from featherweight.benchmarks.timing import copies, excess_error, machine, median_us, peak_tflops, read_gbps
+from featherweight.core.rules import Grid
+from featherweight.core.solution import Solution
+from featherweight.errors import RequestError
+from featherweight.formats import by_name
+from featherweight.kernels import KERNELS, reasons
+
+FORMAT = "compressed-tensors"
+NOT_TIMED = ("reference", "dense")
+ERROR_ROWS = 4096  # of the weights that are made float64 at a time
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: every kernel that takes a layer of this grid, or those of `kernels`."""
+
+    grid: Grid
+    tokens: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    kernels: tuple[str, ...] = ()
+
+
+def layers(shapes: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) by name, of models or as 4096x12288; RequestError for a name that is neither."""
+    found: dict[str, tuple[int, int]] = {}
+    for name in shapes:
+        columns, cross, rows = name.partition("x")
+        if cross and columns.isdigit() and rows.isdigit() and int(columns) and int(rows):
+            found[name] = (int(columns), int(rows))
+        else:
+            found |= {f"{name} {layer}": size for layer, size in named(name).linears().items()}
+    return found
+
+
+def run(shapes: Sequence[str], plan: Plan, tell: Tell) -> dict[str, Any]:
+    """Measures every layer; `tell` hears of each row. Returns {"machine", "read_gbps", "peak_tflops", "rows", ...}."""
+    wanted = layers(shapes)
+    unknown = [name for name in plan.kernels if name not in KERNELS]
+    if unknown:
+        raise RequestError(f"there is no kernel {unknown[0]}: choose from {', '.join(KERNELS)}.")
+    torch.manual_seed(0)
+    read, peak = read_gbps(plan.device), peak_tflops(plan.device)
+    rows = []
+    for name, (columns, outputs) in wanted.items():
+        for row in _layer(columns, outputs, plan):
+            row = {"layer": name, "inputs": columns, "outputs": outputs, **row}
+            if "us" in row:
+                row |= {"of_read": row["gbps"] / read, "of_peak": row["tflops"] / peak}
+            rows.append(row)
+            tell(row)
+    grid = plan.grid
+    return {
+        "machine": machine(plan.device),
+        "read_gbps": read,
+        "peak_tflops": peak,
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "symmetric": grid.symmetric,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "rows": rows,
+    }
+
+
+def _layer(columns: int, outputs: int, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Dense, ours and the peers', for each number of tokens."""
+    inputs = {tokens: torch.randn(tokens, columns, device=plan.device).to(plan.dtype) for tokens in plan.tokens}
+    dense = _dense(columns, outputs, plan, inputs)
+    for tokens, us in dense.items():
+        yield _row("dense", tokens, us, us, columns, outputs, 2 * columns * outputs)
+    weights = draw(outputs, columns, plan.grid, plan.dtype, plan.device)
+    nbytes = stored_bytes(columns, outputs, plan.grid, plan.dtype)
+    for name, products in _ours(weights, nbytes, plan):
+        for tokens, x in inputs.items():
+            us = median_us([lambda c=c, x=x: c(x) for c in products], plan.device)  # type: ignore[misc]
+            found = _row(name, tokens, us, dense[tokens], columns, outputs, nbytes)
+            yield found | {"error": excess_error(products[0](x), _exact(x, weights))}
+    yield from _peers(columns, outputs, nbytes, plan, inputs, dense)
+
+
+def _dense(columns: int, outputs: int, plan: Plan, inputs: dict[int, Tensor]) -> dict[int, float]:
+    """Microseconds of the library's product with weights of the activations' dtype."""
+    count = copies(2 * columns * outputs, plan.device)
+    dense = [torch.randn(outputs, columns, device=plan.device).to(plan.dtype) for _ in range(count)]
+    calls = {t: [lambda w=w, x=x: functional.linear(x, w) for w in dense] for t, x in inputs.items()}  # type: ignore[misc]
+    return {tokens: median_us(each, plan.device) for tokens, each in calls.items()}
+
+
+def _ours(weights: Solution, nbytes: float, plan: Plan) -> Iterator[tuple[str, list[Callable[[Tensor], Tensor]]]]:
+    """Each kernel over rotated copies of the weights."""
+    format, (outputs, columns) = by_name(FORMAT), weights.codes_RC.shape
+    refusals = reasons(format, plan.grid, outputs, columns, plan.dtype, plan.device)
+    taken = [name for name, why in refusals.items() if why is None]
+    for name in plan.kernels or [each for each in taken if each not in NOT_TIMED]:
+        if name not in taken:
+            raise RequestError(
+                f"the kernel {name} does not take this layer: {refusals[name]}; choose {', '.join(taken)}."
+            )
+        tensors = format.pack(weights)
+        runs = [
+            KERNELS[name].prepare(format, plan.grid, tensors, plan.dtype) for _ in range(copies(nbytes, plan.device))
+        ]
+        yield name, [lambda x, run=run: run(x, None) for run in runs]  # type: ignore[misc]
+
+
+def _peers(
+    columns: int, outputs: int, nbytes: float, plan: Plan, inputs: dict[int, Tensor], dense: dict[int, float]
+) -> Iterator[dict[str, Any]]:
+    for name, peer in peers.importable(plan.device, plan.grid.bits, plan.dtype):
+        try:
+            group = plan.grid.group_size or columns
+            products = peer(outputs, columns, group, plan.dtype, copies(nbytes, plan.device))
+            for tokens, x in inputs.items():
+                us = median_us([lambda c=c, x=x: c(x) for c in products], plan.device)  # type: ignore[misc]
+                yield _row(name, tokens, us, dense[tokens], columns, outputs, nbytes)
+        except Exception as error:  # a stranger's code: its failure is a result, not ours
+            yield {"kernel": name, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def _row(
+    kernel: str, tokens: int, us: float, dense_us: float, columns: int, outputs: int, nbytes: float
+) -> dict[str, Any]:
+    moved = nbytes + 2 * tokens * (columns + outputs)
+    return {
+        "kernel": kernel,
+        "tokens": tokens,
+        "us": us,
+        "times_dense": dense_us / us,
+        "gbps": moved / us / 1e3,
+        "tflops": 2 * tokens * columns * outputs / us / 1e6,
+    }
+
+
+def draw(outputs: int, columns: int, grid: Grid, dtype: torch.dtype, device: torch.device) -> Solution:
+    """Random codes, scales and zeros."""
+    shape = (outputs, columns // grid.width(columns))
+    codes_RC = torch.randint(grid.bottom, grid.top + 1, (outputs, columns), dtype=torch.uint8, device=device)
+    scales_RG = (torch.rand(shape, device=device) * 0.01 + 0.001).to(dtype)
+    zeros_RG = torch.full(shape, grid.middle, dtype=torch.uint8, device=device)
+    if not grid.symmetric:
+        zeros_RG = torch.randint(1, grid.top + 1, shape, dtype=torch.uint8, device=device)
+    return Solution(codes_RC, scales_RG, zeros_RG, grid, torch.zeros(outputs, device=device))
+
+
+def stored_bytes(columns: int, outputs: int, grid: Grid, dtype: torch.dtype) -> float:
+    """Of a matrix in a file: what has to be read."""
+    groups = columns // grid.width(columns)
+    zeros = 0 if grid.symmetric else grid.stored_bits
+    return outputs * (columns * grid.stored_bits + groups * (8 * dtype.itemsize + zeros)) / 8
+
+
+def _exact(x_TC: Tensor, weights: Solution) -> Tensor:
+    """The product in float64."""
+    count = len(weights.codes_RC)
+    tiles = (weights.rows(at, min(at + ERROR_ROWS, count)) for at in range(0, count, ERROR_ROWS))
+    return torch.cat([x_TC.double() @ tile.values(torch.float64).T for tile in tiles], dim=1)

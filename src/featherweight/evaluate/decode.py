@@ -1,0 +1,112 @@
+"""One sequence, token by token, with keys and values in memory of fixed size; on a GPU a token is one CUDA graph.
+
+Of the small launches between the matrices, a graph takes away what it costs to start them, which is several times the
+GPU's work for one token. `compile` also fuses them, for the minute or so that torch.compile takes.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from featherweight.errors import FallbackWarning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WARM_UP = 2
+
+
+def unsuited(model: PreTrainedModel) -> str | None:
+    """Why a token of this model cannot be one CUDA graph, in a few words; None when it can."""
+    from transformers import StaticCache
+
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return f"transformers says that a {type(model).__name__} is no single graph"
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    # A sliding window moves by decisions in Python, which a graph would take once and for all; so would positions that
+    # are no tensors.
+    if any(layer.is_sliding or not isinstance(_position(layer), Tensor) for layer in layers):
+        return f"the keys of a {type(model).__name__} are not all kept in place"
+    return None
+
+
+class Decoder:
+    """A model in the middle of a text.
+
+    Args:
+        model: a causal language model of transformers, for which `unsuited` is None.
+        length: the most tokens, the prompt's among them.
+        compile: fuse what is between the matrices, too.
+    """
+
+    def __init__(self, model: PreTrainedModel, length: int, compile: bool = False) -> None:
+        from transformers import StaticCache
+
+        self.model: Any = model
+        self.step: Any = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.token: Tensor | None = None  # 1 x 1: what a graph reads
+        self.logits_V: Tensor | None = None  # and writes
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def begin(self, ids_T: Tensor) -> Tensor:
+        """The logits after a prompt (int64), V. On a GPU the next token's graph is made too."""
+        logits_V = self._forward(self.model, ids_T.unsqueeze(0)).clone()
+        self.token = ids_T[-1:].clone().unsqueeze(0)
+        if ids_T.is_cuda:
+            self._capture()
+        return logits_V
+
+    @torch.no_grad()
+    def next(self, token: Tensor) -> Tensor:
+        """The logits after one more token (int64, one element), V; a graph writes them to the same place each time."""
+        assert self.token is not None, "begin first"
+        self.token.copy_(token.view(1, 1))
+        if self.graph is None:
+            return self._forward(self.step, self.token)
+        self.graph.replay()
+        assert self.logits_V is not None
+        return self.logits_V
+
+    def _forward(self, model: Any, ids: Tensor) -> Tensor:
+        found: Tensor = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        return found
+
+    def _capture(self) -> None:
+        """Run the step until nothing is made for the first time any more, then once more into a graph."""
+        assert self.token is not None
+        positions = [_position(layer) for layer in self.cache.layers]
+        before = [position.clone() for position in positions]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._forward(self.step, self.token)
+                for position, start in zip(positions, before, strict=True):
+                    position.copy_(start)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.logits_V = self._forward(self.step, self.token)
+        except RuntimeError as error:
+            warnings.warn(
+                f"tokens are launched kernel by kernel, since no CUDA graph could be made ({str(error)[:200]}).",
+                FallbackWarning,
+                stacklevel=3,
+            )
+            return
+        self.graph = graph
+
+
+def _position(layer: Any) -> Any:
+    """How many tokens a layer of the cache holds: a tensor that the layer counts up in place."""
+    return getattr(layer, "cumulative_length", None)
