@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from featherweight import console, laws_cli, recipes
+from featherweight import bench_cli, console, laws_cli, recipes
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.recipe import FLOAT_BITS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(laws_cli.app, name="laws")
+app.add_typer(bench_cli.app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub name, feather-tiny or feather-tiny-moe.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -17,6 +17,7 @@ from featherweight.errors import FallbackWarning
 
 ROWS = 16  # of a program: a warp holds a slab of them in registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
+GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 64  # groups whose columns a program multiplies at once, and its rows
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
 
@@ -127,6 +128,31 @@ def search(
             )
 
     return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
+
+
+def gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor | None:
+    """`refine`'s K H K^T of every row, R x G x G, its lower triangle written; None where torch has to do it.
+
+    `shift_RGN` are codes less their zeros: whole numbers of at most 8 bits.
+    """
+    groups, width = shift_RGN.shape[-2:]
+    if not usable(shift_RGN) or width not in GRAM_WIDTHS:
+        return None
+    rows, layers = shift_RGN.shape[-3], shift_RGN.shape[0] if shift_RGN.dim() == 4 else 1
+    halves = shift_RGN.is_cuda  # the interpreter knows no bfloat16
+    shift = shift_RGN.to(torch.bfloat16 if halves else torch.float32).contiguous()
+    hessian_CC = hessian_CC.contiguous()
+    found_RGG = shift_RGN.new_empty((*shift_RGN.shape[:-1], groups))
+
+    def launch() -> None:
+        from featherweight.core import triton_gram
+
+        programs = (-(-rows // GRAM_ROWS), groups, layers)
+        sizes = (rows, groups * width, groups)
+        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": halves, "num_warps": 4}
+        triton_gram.gram[programs](shift, hessian_CC, found_RGG, *sizes, **constants)
+
+    return found_RGG if _tried(launch) else None
 
 
 def _launch(

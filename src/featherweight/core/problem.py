@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from featherweight.core.products import times
 from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
@@ -36,7 +37,7 @@ class Factor:
     def solve(self, rows_RC: Tensor) -> Tensor:
         """rows inv(H damped), for rows in the layer's own column order."""
         order_RC = self.order_C.unsqueeze(-2).expand_as(rows_RC)
-        permuted_RC = rows_RC.gather(-1, order_RC) @ self.upper_CC.mT @ self.upper_CC
+        permuted_RC = times(times(rows_RC.gather(-1, order_RC), self.upper_CC.mT), self.upper_CC)
         return torch.empty_like(permuted_RC).scatter_(-1, order_RC, permuted_RC)
 
 
@@ -120,7 +121,7 @@ def loss_R(problem: LayerProblem, values_RC: Tensor, damping: float | None = Non
     """tr(D H D^T) row by row, D = weight - values; `damping` None takes H as measured, else damped by that much."""
     hessian_CC = problem.hessian_CC if damping is None else problem.damped(damping)
     delta_RC = problem.weight_RC - values_RC.to(problem.weight_RC.dtype)
-    return ((delta_RC @ hessian_CC) * delta_RC).sum(-1)
+    return (times(delta_RC, hessian_CC) * delta_RC).sum(-1)
 
 
 def column_order(damped_CC: Tensor, order: Order) -> Tensor:

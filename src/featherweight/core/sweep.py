@@ -14,12 +14,13 @@ from torch import Tensor
 
 from featherweight.core import fused, scales
 from featherweight.core.problem import Factor, LayerProblem, Order
+from featherweight.core.products import subtract_
 from featherweight.core.rules import Grid
 from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 
-SLAB = 128
+SLAB, LAZY = 128, 8  # columns of a slab; slabs whose errors go into the columns after all of them by one product
 ScalesFrom = Literal["original", "updated"]
 
 
@@ -125,14 +126,22 @@ class _Pass:
         columns = self.weight_ECR.shape[1]
         if refit:
             self.scale_ERG, self.zero_ERG = self.scale_ERG.clone(), self.zero_ERG.clone()
-        for start in range(0, columns, slab):
-            stop = min(start + slab, columns)
-            if refit:
-                self._refit(start, stop)
-            errors_ENR = self._slab(slice(start, stop))
-            if stop < columns:
-                rest = self.upper_ECC[:, start:stop, stop:].transpose(1, 2)
-                self.weight_ECR[:, stop:].baddbmm_(rest, errors_ENR, alpha=-1)
+        span = slab if refit else LAZY * slab  # a group that is fitted has to be up to date to its end
+        for begin in range(0, columns, span):
+            end = min(begin + span, columns)
+            errors_ECR = self.weight_ECR.new_empty(len(self.weight_ECR), end - begin, self.weight_ECR.shape[-1])
+            for start in range(begin, end, slab):
+                stop = min(start + slab, end)
+                if refit:
+                    self._refit(start, stop)
+                errors_ENR = errors_ECR[:, start - begin : stop - begin]
+                errors_ENR.copy_(self._slab(slice(start, stop)))
+                if stop < end:
+                    rest = self.upper_ECC[:, start:stop, stop:end].transpose(1, 2)
+                    self.weight_ECR[:, stop:end].baddbmm_(rest, errors_ENR, alpha=-1)
+            if end < columns:
+                rest = self.upper_ECC[:, begin:end, end:].transpose(1, 2)
+                subtract_(self.weight_ECR[:, end:], rest, errors_ECR)
 
     def _slab(self, at: slice) -> Tensor:
         """Rounds the columns `at` and returns their scaled errors E, with W - V = E U."""

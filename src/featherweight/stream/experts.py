@@ -147,10 +147,11 @@ def _solve_chunk(
     matrices = {matrix.path: matrix for matrix in view.matrices}
     solutions: dict[str, AnySolution] = {}
     for leaves in steps:
-        sums = [
-            _sums(mixture, now, served, original, leaves[0], view.inputs.device)
-            for served, original in zip(chunk, originals, strict=True)
-        ]
+        with view.phases("hessian"):
+            sums = [
+                _sums(mixture, now, served, original, leaves[0], view.inputs.device)
+                for served, original in zip(chunk, originals, strict=True)
+            ]
         for alike, numbers in _alike(mixture, chunk, leaves, rules, recipe).items():
             which = [[matrices[mixture.matrix_path(chunk[n].expert, leaf)] for leaf in alike.leaves] for n in numbers]
             weight_ERC = torch.stack([torch.cat([view.weight(matrix) for matrix in each]) for each in which])
@@ -164,7 +165,8 @@ def _solve_chunk(
                 f"{' + '.join(matrix.name for matrix in which[0])} of {len(which)} experts",
             )
             chosen = replace(choices, method="rtn") if alike.rounded else choices
-            solved = solve_stack(problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen)
+            with view.phases("solve"):
+                solved = solve_stack(problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen)
             for n, each, (one, solution) in zip(numbers, which, solved, strict=True):
                 told = {"tokens": chunk[n].routed, **({"starved": 1} if chunk[n].starved else {})}
                 for path, part in split(one, solution, each).items():

@@ -50,7 +50,7 @@ def gather(view: BlockView, path: str, states: HiddenStates, name: str) -> Gathe
     handle = experts.register_forward_pre_hook(hear, with_kwargs=True)
     try:
         for at, hidden_STD in states.batches(view.batch):
-            with suppress(Enough):
+            with view.phases("forward"), suppress(Enough):
                 view.run(hidden_STD)
             routed = heard.pop()
             if kept is None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from featherweight.core.problem import LayerProblem
+from featherweight.core.products import times
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
@@ -22,7 +23,7 @@ from featherweight.stream.onelayer import solve_layer
 def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
     """The solver's own loss against that of the values its codes stand for; a difference is a bug of ours."""
     delta_RC = problem.weight_RC - solution.values()
-    actual = float(((delta_RC @ problem.damped(solution.damping)) * delta_RC).sum())
+    actual = float((times(delta_RC, problem.damped(solution.damping)) * delta_RC).sum())
     if not abs(actual - solution.certificate) <= 1e-3 * abs(actual) + 1e-12:
         raise FeatherweightError(
             f"{problem.name}: the solver claims a loss of {solution.certificate:.6g} and its codes have {actual:.6g}: "
@@ -37,7 +38,7 @@ def split(problem: LayerProblem, solution: AnySolution, matrices: Iterable[Matri
     for matrix in matrices:
         part = solution.rows(start, start + matrix.rows)
         rows_RC = problem.weight_RC[start : start + matrix.rows]
-        energy = float(((rows_RC @ problem.hessian_CC) * rows_RC).sum())
+        energy = float((times(rows_RC, problem.hessian_CC) * rows_RC).sum())
         metrics = {**part.metrics, "relative_loss": part.certificate / energy if energy else 0.0}
         solutions[matrix.path] = replace(part, metrics=metrics)
         start += matrix.rows
