@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,7 +24,7 @@ def bench_compress(
     recipe: Annotated[str, typer.Option(help="A recipe by name.")] = "default",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     memory: Annotated[
-        str, typer.Option(help='"auto", or "low": what can be kept elsewhere is not on the GPU.')
+        Literal["auto", "low"], typer.Option(help='"auto", or "low": what can be kept elsewhere is not on the GPU.')
     ] = "auto",
     scratch: Annotated[Path | None, typer.Option(help="Where the checkpoint is put meanwhile.")] = None,
     peer: Annotated[bool, typer.Option(help="Run llm-compressor too, where it is installed.")] = True,

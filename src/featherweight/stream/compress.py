@@ -277,7 +277,11 @@ class _Job:
 
     def _write(self, folder: OutputFolder, writer: Writer, packed: Packed) -> None:
         """Has the shard of a block written, or of what lies in none."""
-        tensors = {path: {k: t.cpu() for k, t in each.items()} for path, each in packed.tensors.items()}
+        # page-locked and not waited for: the writer does, when the stretch that ends here is done
+        tensors = {
+            path: {suffix: tensor.to("cpu", non_blocking=True) for suffix, tensor in each.items()}
+            for path, each in packed.tensors.items()
+        }
         on_cpu = replace(packed, tensors=tensors, stored={})
         writer.put(partial(self.shards.write, folder, on_cpu, self.phases.stretch()))
 

@@ -32,7 +32,7 @@ from featherweight.recipe import Recipe
 from featherweight.stream.feed import Enough
 from featherweight.stream.groups import BlockView
 from featherweight.stream.routing import Gathered, Served, Tokens, gather, served_by
-from featherweight.stream.solving import solve_stack, split
+from featherweight.stream.solving import energy_R, solve_stack, split
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the sums of experts that are solved together
 PIECE_TOKENS = 1 << 14  # of one expert, run at a time
@@ -166,10 +166,13 @@ def _solve_chunk(
             )
             chosen = replace(choices, method="rtn") if alike.rounded else choices
             with view.phases("solve"):
-                solved = solve_stack(problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen)
-            for n, each, (one, solution) in zip(numbers, which, solved, strict=True):
+                problem, solved = solve_stack(
+                    problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen
+                )
+                energy_ER = energy_R(problem)
+            for n, each, energies_R, solution in zip(numbers, which, energy_ER, solved, strict=True):
                 told = {"tokens": chunk[n].routed, **({"starved": 1} if chunk[n].starved else {})}
-                for path, part in split(one, solution, each).items():
+                for path, part in split(energies_R, solution, each).items():
                     solutions[path] = replace(part, metrics={**part.metrics, **told})
                     view.put(matrices[path], part.values())
     return solutions

@@ -20,7 +20,7 @@ from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.experts import mixtures_of, solve_mixtures, without_experts
 from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, collect, input_groups
-from featherweight.stream.solving import check_certificate, split
+from featherweight.stream.solving import check_certificate, energy_R, split
 
 
 def layerwise(
@@ -124,7 +124,7 @@ def _solve_alike(
             problem = replace(problem, weight_RC=undo_drift(problem, factor, group, gap, recipe.pull))
         solution = solve(problem, rule, choices, factor)
         check_certificate(problem, solution)
-        return split(problem, solution, group.matrices)
+        return split(energy_R(problem), solution, group.matrices)
 
 
 def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor, pull: float) -> Tensor:

@@ -55,6 +55,12 @@ class Stretch:
     def __init__(self, marks: list[tuple[float | torch.cuda.Event, str]]) -> None:
         self.marks = marks
 
+    def wait(self) -> None:
+        """Returns when the device has done the stretch."""
+        end = self.marks[-1][0]
+        if isinstance(end, torch.cuda.Event):
+            end.synchronize()
+
     def seconds(self) -> dict[str, float]:
         """By phase; waits until the device has done the stretch."""
         found: dict[str, float] = {}

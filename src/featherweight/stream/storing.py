@@ -62,6 +62,7 @@ class Shards:
 
     def write(self, folder: OutputFolder, packed: Packed, stretch: Stretch) -> None:
         """Writes a shard and its lines of the journal, having read it back and compared byte by byte."""
+        stretch.wait()
         began = time.perf_counter()
         tensors = block_tensors(self.tree.checkpoint, packed.block, packed.tensors, self.format.plain)
         with folder.staged(packed.block.index + 1, tensors) as part:
