@@ -129,6 +129,14 @@ def test_nothing_of_triton_is_imported_on_a_cpu() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_scales_in_float32_are_laid_out_for_the_kernels(launched: list[str]) -> None:
+    given, grid = problem(18, 64), Grid(4, 32, scale_dtype=torch.float32)
+    fast = sweep(given, grid)
+    assert len(launched) == 2  # scales, sweep
+    fused._failed.append("on purpose")
+    same(fast, sweep(given, grid))
+
+
 @pytest.mark.parametrize("lead", [(), (2,)], ids=["layer", "layers"])
 def test_grams_of_codes(lead: tuple[int, ...], launched: list[str]) -> None:
     """Rows that are no multiple of a program's; the upper triangle is nobody's."""

@@ -29,24 +29,28 @@ def sweep_slab(
     zero_EGR: Tensor,
     group_EC: Tensor,
     keep_ECR: Tensor | None,
+    error_ENR: Tensor,
     code_ECR: Tensor,
     loss_ER: Tensor,
     at: slice,
     levels: tuple[int, int],
-) -> Tensor | None:
-    """Rounds `sweep`'s columns `at`: writes their codes (uint8), adds to the losses and returns the scaled errors,
-    E x N x R; None, and nothing written, where the loop has to do it.
+) -> bool:
+    """Rounds `sweep`'s columns `at`: writes their codes (uint8) and their scaled errors and adds to the losses.
+
+    False, and nothing written, where the loop has to do it.
 
     `levels` are the lowest and the highest code; `keep_ECR` is 1 where a weight may differ from zero.
     """
     if not usable(weight_ECR):
-        return None
-    layers, columns, rows = weight_ECR.shape
-    error_ENR = weight_ECR.new_empty(layers, at.stop - at.start, rows)
-    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, error_ENR, code_ECR, loss_ER)
+        return False
+    _, columns, rows = weight_ECR.shape
+    found_ENR = error_ENR.contiguous()  # a copy where several layers' slabs lie among others
+    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, found_ENR, code_ECR, loss_ER)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
     done = _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
-    return error_ENR if done else None
+    if done and found_ENR is not error_ENR:
+        error_ENR.copy_(found_ENR)
+    return done
 
 
 def descend_slab(

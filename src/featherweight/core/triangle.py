@@ -11,6 +11,7 @@ from torch import Tensor
 from featherweight.core.products import exactly
 
 WHOLE = 256  # columns of a block on the diagonal
+LARGE = 2560  # columns of halves from which on products on a GPU's tensor cores are faster, all launches counted
 
 
 def inverse_lower(lower_CC: Tensor) -> Tensor:
@@ -43,5 +44,20 @@ def _join(lower_CC: Tensor, inverse_CC: Tensor, start: int, stop: int) -> None:
     first, last = slice(start, middle), slice(middle, stop)
     _join(lower_CC, inverse_CC, start, middle)
     _join(lower_CC, inverse_CC, middle, stop)
-    right_CC = exactly(lower_CC[..., last, first], inverse_CC[..., first, first])
-    inverse_CC[..., last, first] = exactly(inverse_CC[..., last, last], right_CC).neg_()
+    if stop - middle < LARGE:
+        right_CC = lower_CC[..., last, first] @ inverse_CC[..., first, first]
+        inverse_CC[..., last, first] = -(inverse_CC[..., last, last] @ right_CC)
+        return
+    # each of the inverses is half zeros, a quarter of them in one piece that is left out
+    half = start + (middle - start) // 2
+    right_CC = torch.cat(
+        [
+            exactly(lower_CC[..., last, first], inverse_CC[..., first, start:half]),
+            exactly(lower_CC[..., last, half:middle], inverse_CC[..., half:middle, half:middle]),
+        ],
+        -1,
+    )
+    half = middle + (stop - middle) // 2
+    upper, lower = slice(middle, half), slice(half, stop)
+    inverse_CC[..., upper, first] = exactly(inverse_CC[..., upper, upper], right_CC[..., : half - middle, :]).neg_()
+    inverse_CC[..., lower, first] = exactly(inverse_CC[..., lower, last], right_CC).neg_()

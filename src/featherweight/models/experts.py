@@ -159,7 +159,7 @@ class Experts(nn.Module):
             if routed.share_TK is not None:
                 output_ND = output_ND * routed.share_TK[token_N, choice_N].unsqueeze(-1)
             row_N = token_N + index * len(routed.inputs_TD) if self.layout.by_rows else token_N
-            outputs.index_add_(0, row_N, output_ND.to(outputs.dtype))
+            outputs[row_N] += output_ND.to(outputs.dtype)  # each row once: `index_add_` would add word by word on a GPU
         return outputs
 
 

@@ -160,7 +160,8 @@ class _Job:
         self.low = memory == "low"
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
-        self.batch = max(1, (LOW_TOKENS if self.low else BATCH_TOKENS[device.type]) // (recipe.tokens or TOKENS))
+        together = min(BATCH_TOKENS[device.type], LOW_TOKENS) if self.low else BATCH_TOKENS[device.type]
+        self.batch = max(1, together // (recipe.tokens or TOKENS))
 
     def plan(self) -> None:
         """With a budget, a rule for each matrix in place of the one for all."""
@@ -254,7 +255,7 @@ class _Job:
                 else:
                     if states.dense is not None:
                         states.advance(states.dense, index, module)
-                    found = self.shards.read(folder, block, self.device) if states.hidden is not None else {}
+                    found = self.shards.read(folder, block) if states.hidden is not None else {}
                 if states.hidden is not None and index + 1 < total:
                     with self.phases("forward"):
                         self.shards.put(module, block, found)
@@ -292,7 +293,7 @@ class _Job:
         writer.wait()
         self.world.wait()
         rest = Block(OUTSIDE, "", tuple(self.tokens.values()), self.tree.rest)
-        found = self.shards.read(folder, rest, torch.device("cpu"))
+        found = self.shards.read(folder, rest)
         return {m.weight: found[m.path].values() for m in self.tokens.values()}
 
     def _weights(self, folder: OutputFolder, ids_ST: Tensor | None) -> Weights | None:

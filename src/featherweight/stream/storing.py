@@ -54,6 +54,8 @@ class Shards:
         for matrix in block.matrices:
             solution = solutions[matrix.path]
             packed = self._turned(self.format.pack(solution, matrix.name, self.tree.dtype), matrix)
+            if any(tensor.device.type == "cpu" for tensor in packed.values()):  # a format that codes there
+                packed = {suffix: tensor.cpu() for suffix, tensor in packed.items()}
             found = self._unpacked(packed, matrix)
             require_same(matrix, solution, found)
             tensors[matrix.path], stored[matrix.path] = packed, found
@@ -80,18 +82,18 @@ class Shards:
             assert isinstance(weight, Tensor)
             weight.copy_(values_RC.T if matrix.transposed else values_RC)
 
-    def read(self, folder: OutputFolder, block: Block, device: torch.device) -> dict[str, AnySolution]:
+    def read(self, folder: OutputFolder, block: Block) -> dict[str, AnySolution]:
         """What a finished shard says of its matrices, by `Matrix.path`."""
         with safe_open(folder.shard(block.index + 1), framework="pt") as file:
-            return {matrix.path: self._read(file, matrix, device) for matrix in block.matrices}
+            return {matrix.path: self._read(file, matrix) for matrix in block.matrices}
 
-    def _read(self, file: Any, matrix: Matrix, device: torch.device) -> AnySolution:
+    def _read(self, file: Any, matrix: Matrix) -> AnySolution:
         if self.format.plain:
             tensors = {"weight": plain_weight(file, matrix)}
         else:
             suffixes = self.format.suffixes(self.rule_of(matrix))
             tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in suffixes}
-        return self._unpacked({suffix: tensor.to(device) for suffix, tensor in tensors.items()}, matrix)
+        return self._unpacked(tensors, matrix)
 
     def _unpacked(self, tensors: dict[str, Tensor], matrix: Matrix) -> AnySolution:
         return self.format.unpack(self._turned(tensors, matrix), self.rule_of(matrix), matrix.name)
