@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from featherweight.core import triton_scales, triton_slabs
+from featherweight.core import triton_gram, triton_scales, triton_slabs
 from featherweight.train import triton_grid, triton_packed
 
 FLOATS = {"low", "high", "levels", "least", "most", "top", "lowest_zero", "bottom", "least_scale"}
@@ -24,8 +24,10 @@ CONSTANTS = {
     "LATENT": 2,
     "ASYMMETRIC": True,
     "BITS": 3,
+    "SPAN": 128,
+    "HALVES": True,
 }
-POINTERS = {"group_ptr": "*i64", "code_ptr": "*u8", "word_ptr": "*i32"}
+POINTERS = {"group_ptr": "*i64", "code_ptr": "*u8", "word_ptr": "*i32", "shift_ptr": "*bf16"}
 TRAINED = {"keep_ptr": "*u8", "value_ptr": "*bf16", "gradient_ptr": "*bf16"}
 SEARCHES_AND_GRIDS = ("search", "grid_values", "grid_step")  # whose bounds are floats
 
@@ -46,12 +48,13 @@ KERNELS = (
     (triton_slabs.descend_slab, 1),
     (triton_scales.symmetric_search, 4),
     (triton_scales.asymmetric_search, 4),
+    (triton_gram.gram, 4),
     (triton_grid.grid_values, 4),
     (triton_grid.grid_step, 4),
     (triton_packed.packed_values, 4),
     (triton_packed.group_sums, 4),
 )
-OF_TRAINING = {kernel.__name__ for kernel, _ in KERNELS[4:]}
+OF_TRAINING = {kernel.__name__ for kernel, _ in KERNELS[5:]}
 
 for kernel, warps in KERNELS:
     signature = {name: kind(name, kernel.__name__) for name in kernel.arg_names}

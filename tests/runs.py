@@ -63,7 +63,9 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
+    """The journal's lines of matrices."""
+    lines = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
+    return [line for line in lines if "name" in line]
 
 
 @dataclass(frozen=True)

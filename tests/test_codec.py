@@ -60,3 +60,13 @@ def test_refuses_codes_that_would_spill_into_their_neighbours() -> None:
 def test_refuses_a_width_that_cannot_be_the_count() -> None:
     with pytest.raises(AssertionError):
         unpack_dense(torch.zeros(2, 3, dtype=torch.int32), 4, 32)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_all_at_once_is_one_after_the_other(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(0, 1 << bits, (3, 5, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    words = pack_dense(codes, bits)
+    monkeypatch.setattr("featherweight.codec.bits._at_once", lambda *_: True)
+    assert torch.equal(pack_dense(codes, bits), words)
+    found = unpack_dense(words, bits, 96)
+    assert found.dtype == torch.uint8 and torch.equal(found, codes)

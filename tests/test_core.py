@@ -20,6 +20,7 @@ from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import round_to_nearest, sweep
+from featherweight.core.triangle import inverse_lower
 from oracles import activation_order, damped, eliminate, layer_loss, levels, random_layer
 
 DATA = Path(__file__).parent / "data"
@@ -260,3 +261,15 @@ def test_same_input_same_bytes_and_input_untouched(solver, rows) -> None:  # typ
     first, second = solver(problem, grid(3, 32, False)), solver(problem, grid(3, 32, False))
     assert_same(first, second, rtol=0)
     assert torch.equal(problem.weight_RC, weight_RC) and torch.equal(problem.hessian_CC, hessian_CC)
+
+
+@pytest.mark.parametrize(("columns", "layers"), [(7, None), (33, 2), (150, None)])
+def test_triangles_are_inverted_in_pieces(columns: int, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that do not divide the columns, small halves and large ones."""
+    monkeypatch.setattr("featherweight.core.triangle.WHOLE", 8)
+    monkeypatch.setattr("featherweight.core.triangle.LARGE", 30)
+    lead = () if layers is None else (layers,)
+    draw = torch.randn(*lead, columns, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lower_CC = draw.tril(-1) / columns**0.5 + torch.diag_embed(draw.diagonal(dim1=-2, dim2=-1).abs() + 1)
+    garbage_CC = lower_CC + draw.triu(1)  # what lies above the diagonal is nobody's
+    torch.testing.assert_close(inverse_lower(garbage_CC), torch.linalg.inv(lower_CC))

@@ -16,6 +16,7 @@ import torch
 
 import featherweight.core
 from featherweight.core import fused, scales
+from featherweight.core import refine as refine_room
 from featherweight.core.problem import LayerProblem
 from featherweight.core.refine import descend, refine
 from featherweight.core.rules import Grid
@@ -68,10 +69,10 @@ GRIDS = [Grid(4, 32), Grid(3, 32, symmetric=False), Grid(2, None, symmetric=Fals
 def test_the_kernels_are_the_loops(grid: Grid, launched: list[str]) -> None:
     given = problem(18, 32)  # rows are no multiple of a program's
     fast = refine(given, sweep(given, grid), 1)
-    assert len(launched) == 3
+    assert len(launched) == 5  # scales, sweep, gram, descent, gram
     fused._failed.append("on purpose")
     same(fast, refine(given, sweep(given, grid), 1))
-    assert len(launched) == 3
+    assert len(launched) == 5
 
 
 def test_slabs_and_layers(launched: list[str]) -> None:
@@ -142,6 +143,30 @@ def test_nothing_of_triton_is_imported_on_a_cpu() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_scales_in_float32_are_laid_out_for_the_kernels(launched: list[str]) -> None:
+    given, grid = problem(18, 64), Grid(4, 32, scale_dtype=torch.float32)
+    fast = sweep(given, grid)
+    assert len(launched) == 2  # scales, sweep
+    fused._failed.append("on purpose")
+    same(fast, sweep(given, grid))
+
+
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["layer", "layers"])
+def test_grams_of_codes(lead: tuple[int, ...], launched: list[str]) -> None:
+    """Rows that are no multiple of a program's; the upper triangle is nobody's."""
+    generator = torch.Generator().manual_seed(0)
+    shift_RGN = torch.randint(-255, 256, (*lead, 70, 3, 16), generator=generator).float().to(DEVICE)
+    x_TC = torch.randn(*lead, 100, 48, generator=generator).to(DEVICE)
+    hessian_CC = x_TC.mT @ x_TC
+    found = fused.gram(shift_RGN, hessian_CC)
+    assert found is not None and launched == ["kernel"]
+    wanted = refine_room._gram(shift_RGN, hessian_CC)
+    assert torch.allclose(found.tril(), wanted.tril(), rtol=1e-4, atol=1e-4 * float(wanted.tril().abs().max()))
+    assert (
+        fused.gram(shift_RGN.flatten(-2).unflatten(-1, (2, 24)), hessian_CC) is None
+    )  # of a width that no program has
+
+
 SEARCHES = [
     Grid(4, 32), Grid(3, 16, symmetric=False, scale_dtype=torch.bfloat16), Grid(1.58, 32), Grid(2, 48, symmetric=False),
     Grid(4, 32, mirror=False, scale_dtype=torch.float32),
@@ -182,5 +207,5 @@ def test_the_kernels_compile_without_a_gpu(arch: int, tmp_path: Path) -> None:
     code = (Path(__file__).parent / "compile_triton.py").read_text()
     ran = subprocess.run([sys.executable, "-c", code, str(arch)], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.split()[:4] == ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search"]
-    assert ran.stdout.split()[4:] == ["grid_values", "grid_step", "packed_values", "group_sums"]
+    assert ran.stdout.split()[:5] == ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search", "gram"]
+    assert ran.stdout.split()[5:] == ["grid_values", "grid_step", "packed_values", "group_sums"]

@@ -135,7 +135,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = LayerProblem(*(torch.stack(t) for t in zip(random_layer(6, 64, 1), random_layer(6, 64, 2), strict=True)))
     whole = refine(problem, sweep(problem, grid()))
     monkeypatch.setattr("featherweight.core.scales.CHUNK_ELEMENTS", {"cpu": 128})
-    monkeypatch.setattr("featherweight.core.refine.CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr("featherweight.core.refine.CHUNK_ELEMENTS", {"cpu": 256})
     parts = refine(problem, sweep(problem, grid()))
     assert torch.equal(whole.codes_RC, parts.codes_RC) and torch.equal(whole.scales_RG, parts.scales_RG)
 

@@ -75,7 +75,7 @@ class Solved:
     gap_ECC: Tensor | None
     rule: Any
     choices: Choices
-    found: list[Any]
+    found: list[tuple[LayerProblem, Any]]
 
 
 @contextmanager
@@ -83,9 +83,14 @@ def noting() -> Iterator[list[Solved]]:
     """Every stack of experts' matrices that is solved, in order."""
     stacks: list[Solved] = []
 
-    def solve(problem: LayerProblem, gap_ECC: Tensor | None, rule: Any, choices: Choices) -> list[Any]:
+    def solve(problem: LayerProblem, gap_ECC: Tensor | None, rule: Any, choices: Choices) -> Any:
         found = solve_stack(problem, gap_ECC, rule, choices)
-        stacks.append(Solved(problem, gap_ECC, rule, choices, found))
+        moved, solutions = found
+        layers = [
+            replace(moved, weight_RC=weight_RC, hessian_CC=hessian_CC)
+            for weight_RC, hessian_CC in zip(moved.weight_RC, moved.hessian_CC, strict=True)
+        ]
+        stacks.append(Solved(problem, gap_ECC, rule, choices, list(zip(layers, solutions, strict=True))))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
@@ -477,11 +482,12 @@ def stack_of(experts: int = 6, rows: int = 24, columns: int = 96, tokens: int = 
 def test_a_stack_is_solved_as_its_layers_are(rule: Any) -> None:
     problem, choices = stack_of(), Choices()
     gap_ECC = 0.01 * torch.randn(problem.hessian_CC.shape, generator=torch.Generator().manual_seed(1))
-    for number, (one, solution) in enumerate(solve_stack(problem, gap_ECC, rule, choices)):
+    moved, found = solve_stack(problem, gap_ECC, rule, choices)
+    for number, solution in enumerate(found):
         alone = replace(problem, weight_RC=problem.weight_RC[number], hessian_CC=problem.hessian_CC[number])
         factor = alone.factor(choices.order)
         alone = replace(alone, weight_RC=alone.weight_RC + factor.solve(alone.weight_RC @ gap_ECC[number]))
-        torch.testing.assert_close(one.weight_RC, alone.weight_RC, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moved.weight_RC[number], alone.weight_RC, rtol=1e-4, atol=1e-5)
         expected = solve(alone, rule, choices, factor)
         assert solution.certificate == pytest.approx(expected.certificate, rel=0.01)
         different = (solution.values() - expected.values()).abs() > 1e-3
@@ -494,11 +500,12 @@ def test_one_bad_layer_of_a_stack_is_the_only_one_damped_more() -> None:
     hessian_ECC[2] -= 3.0 * hessian_ECC[2].diagonal().mean() * torch.eye(96)  # nothing a sum of squares could be
     bad = replace(problem, hessian_CC=hessian_ECC)
     with pytest.warns(FallbackWarning, match="needs more than damping"):
-        solutions = [solution for _, solution in solve_stack(bad, None, Grid(4, 32), Choices(refine=0))]
+        moved, solutions = solve_stack(bad, None, Grid(4, 32), Choices(refine=0))
+    assert torch.equal(moved.weight_RC, problem.weight_RC)
     assert [solution.damping > 0.01 for solution in solutions] == [number == 2 for number in range(6)]
-    expected = solve_stack(problem, None, Grid(4, 32), Choices(refine=0))
+    _, expected = solve_stack(problem, None, Grid(4, 32), Choices(refine=0))
     for number in (0, 1, 3, 4, 5):
-        assert torch.equal(solutions[number].codes_RC, expected[number][1].codes_RC)
+        assert torch.equal(solutions[number].codes_RC, expected[number].codes_RC)
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])

@@ -52,8 +52,9 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[Handed]:
     solve = solver.solve_group
 
     def noting(view: Any, group: Group, sums: GroupSums, *rest: Any) -> dict[str, Solution]:
-        gap = None if sums.gap is None else sums.gap.mean().clone()
         hessian_CC = sums.hessian.mean().clone()
+        weight_RC = torch.cat([view.weight(matrix) for matrix in group.matrices])
+        gap = sums.gap_mean(weight_RC, hessian_CC)
         solutions = solve(view, group, sums, *rest)
         found.append(Handed(group, tuple(m.name for m in group.matrices), hessian_CC, gap, solutions))
         return solutions

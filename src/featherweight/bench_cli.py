@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +17,33 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="With zero points.")]
 ON_GPU = (("llama-2-7b", "llama-2-70b", "llama-3-8b", "qwen3-8b"), "1,8,16,32,64,256,1024,4096")
 ON_CPU = (("2048x2048",), "1,8,64")
+
+
+@app.command()
+def compress(
+    shapes: Annotated[str, typer.Option(help="Whose shapes: llama-2-7b, llama-3-70b, qwen3-30b-a3b, ...")],
+    blocks: Annotated[
+        int, typer.Option(min=1, help="Blocks that are really compressed; the rest is extrapolated.")
+    ] = 3,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
+    recipe: Annotated[str, typer.Option(help="A recipe by name.")] = "default",
+    device: Device = "auto",
+    memory: Annotated[
+        Literal["auto", "low"], typer.Option(help='"auto", or "low": what can be kept elsewhere is not on the GPU.')
+    ] = "auto",
+    scratch: Annotated[Path | None, typer.Option(help="Where the checkpoint is put meanwhile.")] = None,
+    peer: Annotated[bool, typer.Option(help="Run llm-compressor too, where it is installed.")] = True,
+) -> None:
+    """How long `compress` takes on a model of these shapes: by phase, in all, and against the machine's peaks."""
+    from featherweight import recipes
+    from featherweight.benchmarks import compress as bench
+    from featherweight.benchmarks.shapes import named
+
+    chosen = recipes.by_name(recipe).but(samples=samples, tokens=tokens)
+    report = bench.measure(named(shapes), chosen, blocks, device, memory, scratch, peer)
+    console.table(("seconds", shapes), bench.rows(report))
+    console.last_line(asdict(report))
 
 
 @app.command()
@@ -76,8 +105,8 @@ def generate(
     console.last_line(found)
 
 
-@app.command("qat")
-def bench_qat(
+@app.command()
+def qat(
     shapes: Annotated[str, typer.Option(help="Whose shapes: llama-2-7b, llama-3-8b, qwen3-8b, ...")],
     bits: Annotated[int, typer.Option(help="Of a code.")] = 2,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = 64,
@@ -88,11 +117,11 @@ def bench_qat(
     device: Device = "auto",
 ) -> None:
     """What a step of Block-AP and of E2E-QP costs on a model of these shapes, and both in all."""
-    from featherweight.benchmarks import qat
+    from featherweight.benchmarks import qat as bench
     from featherweight.benchmarks.shapes import named
 
-    report = qat.measure(named(shapes), bits, group_size, sequences, tokens, tuned_tokens, tune, device)
-    console.table((shapes, "Block-AP", "E2E-QP"), list(qat.rows(report)))
+    report = bench.measure(named(shapes), bits, group_size, sequences, tokens, tuned_tokens, tune, device)
+    console.table((shapes, "Block-AP", "E2E-QP"), list(bench.rows(report)))
     console.last_line(report)
 
 

@@ -1,20 +1,23 @@
 """Small integers in 32-bit words, and booleans in bytes: little-endian bit streams without gaps.
 
 Element i of a row occupies the bits i*bits .. i*bits + bits - 1 of the row, bit 0 being the lowest of word 0, so a
-code may straddle two words. 32 codes fill exactly `bits` words, which makes the work below a fixed schedule of 32
-shifts. The widths that divide 32 never straddle and this is then the usual packing; compressed-tensors (since 0.18) and
-GPTQ use the same stream for the others too.
+code may straddle two words. The fewest codes that fill whole words (8 codes of 4 bits one word, 32 codes of 3 bits
+three) make the work below a fixed schedule of as many shifts. The widths that divide 32 never straddle and this is then
+the usual packing; compressed-tensors (since 0.18) and GPTQ use the same stream for the others too.
 
-Shapes: ... any leading axes, N codes of a row, W words of a row, B blocks of 32 codes.
+Shapes: ... any leading axes, N codes of a row, W words of a row, B blocks of codes that fill whole words.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 WORD_BITS = 32
 BYTE_BITS = 8
+AT_ONCE = 1 << 26  # codes that a GPU packs by one operation on all: fewer launches, but four bytes for each code
 # What may be packed: (dtype, bits).
 DTYPES = {(torch.uint8, bits) for bits in range(1, 9)} | {(torch.int32, bits) for bits in range(1, 17)}
 
@@ -32,18 +35,22 @@ def pack_dense(codes_N: Tensor, bits: int) -> Tensor:
     assert (codes_N.dtype, bits) in DTYPES, (codes_N.dtype, bits)
     # A code too wide would spill into its neighbour: one pass over the codes is a small price for never doing that.
     assert codes_N.numel() == 0 or int(codes_N.max()) < 1 << bits, f"a code does not fit in {bits} bits"
-    count = codes_N.shape[-1]
-    blocks = -(-count // WORD_BITS)
-    padded = torch.nn.functional.pad(codes_N, (0, blocks * WORD_BITS - count))
-    codes_B32 = padded.reshape(*padded.shape[:-1], blocks, WORD_BITS)
-    words_Bb = torch.zeros(*codes_B32.shape[:-1], bits, dtype=torch.int32, device=codes_N.device)
-    for i in range(WORD_BITS):
+    count, (codes, words) = codes_N.shape[-1], _block(bits)
+    if words == 1 and count % codes == 0 and _at_once(codes_N, codes_N.numel()):
+        shifts = bits * torch.arange(codes, dtype=torch.int32, device=codes_N.device)
+        packed: Tensor = (codes_N.unflatten(-1, (-1, codes)).to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
+        return packed
+    blocks = -(-count // codes)
+    padded = torch.nn.functional.pad(codes_N, (0, blocks * codes - count))
+    codes_Bc = padded.reshape(*padded.shape[:-1], blocks, codes)
+    words_Bw = torch.zeros(*codes_Bc.shape[:-1], words, dtype=torch.int32, device=codes_N.device)
+    for i in range(codes):
         word, shift = divmod(i * bits, WORD_BITS)
-        code = codes_B32[..., i].to(torch.int32)
-        words_Bb[..., word] |= code << shift
+        code = codes_Bc[..., i].to(torch.int32)
+        words_Bw[..., word] |= code << shift
         if shift + bits > WORD_BITS:
-            words_Bb[..., word + 1] |= code >> (WORD_BITS - shift)
-    return words_Bb.flatten(-2)[..., : words_for(count, bits)].contiguous()
+            words_Bw[..., word + 1] |= code >> (WORD_BITS - shift)
+    return words_Bw.flatten(-2)[..., : words_for(count, bits)].contiguous()
 
 
 def unpack_dense(words_W: Tensor, bits: int, count: int) -> Tensor:
@@ -54,21 +61,37 @@ def unpack_dense(words_W: Tensor, bits: int, count: int) -> Tensor:
     """
     assert 1 <= bits <= 16 and words_W.dtype == torch.int32, (bits, words_W.dtype)
     assert words_W.shape[-1] == words_for(count, bits), (words_W.shape, bits, count)
-    blocks = -(-count // WORD_BITS)
-    padded = torch.nn.functional.pad(words_W, (0, blocks * bits - words_W.shape[-1]))
-    words_Bb = padded.reshape(*padded.shape[:-1], blocks, bits)
+    codes, words = _block(bits)
+    if words == 1 and count % codes == 0 and _at_once(words_W, codes * words_W.numel()):
+        shifts = bits * torch.arange(codes, dtype=torch.int32, device=words_W.device)
+        apart = (words_W.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        return apart.flatten(-2).to(torch.uint8 if bits <= BYTE_BITS else torch.int32)
+    blocks = -(-count // codes)
+    padded = torch.nn.functional.pad(words_W, (0, blocks * words - words_W.shape[-1]))
+    words_Bw = padded.reshape(*padded.shape[:-1], blocks, words)
     dtype = torch.uint8 if bits <= BYTE_BITS else torch.int32
-    codes_B32 = torch.empty(*words_Bb.shape[:-1], WORD_BITS, dtype=dtype, device=words_W.device)
+    codes_Bc = torch.empty(*words_Bw.shape[:-1], codes, dtype=dtype, device=words_W.device)
     mask = (1 << bits) - 1
-    for i in range(WORD_BITS):
+    for i in range(codes):
         word, shift = divmod(i * bits, WORD_BITS)
-        code = words_Bb[..., word] >> shift
+        code = words_Bw[..., word] >> shift
         if shift + bits > WORD_BITS:
             # The shift above copies the sign into the high bits; they make room for the part in the next word.
             low = WORD_BITS - shift
-            code = (code & ((1 << low) - 1)) | (words_Bb[..., word + 1] << low)
-        codes_B32[..., i] = code & mask
-    return codes_B32.flatten(-2)[..., :count].contiguous()
+            code = (code & ((1 << low) - 1)) | (words_Bw[..., word + 1] << low)
+        codes_Bc[..., i] = code & mask
+    return codes_Bc.flatten(-2)[..., :count].contiguous()
+
+
+def _at_once(tensor: Tensor, codes: int) -> bool:
+    """Whether launches cost more here than memory."""
+    return tensor.is_cuda and codes <= AT_ONCE
+
+
+def _block(bits: int) -> tuple[int, int]:
+    """The fewest codes of so many bits that fill whole words, and how many words."""
+    shared = math.gcd(bits, WORD_BITS)
+    return WORD_BITS // shared, bits // shared
 
 
 def pack_flags(flags_N: Tensor) -> Tensor:

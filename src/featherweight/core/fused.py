@@ -17,6 +17,7 @@ from featherweight.errors import FallbackWarning
 
 ROWS = 16  # of a program: a warp holds a slab of them in registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
+GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 64  # groups whose columns a program multiplies at once, and its rows
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
 
@@ -28,24 +29,28 @@ def sweep_slab(
     zero_EGR: Tensor,
     group_EC: Tensor,
     keep_ECR: Tensor | None,
+    error_ENR: Tensor,
     code_ECR: Tensor,
     loss_ER: Tensor,
     at: slice,
     levels: tuple[int, int],
-) -> Tensor | None:
-    """Rounds `sweep`'s columns `at`: writes their codes (uint8), adds to the losses and returns the scaled errors,
-    E x N x R; None, and nothing written, where the loop has to do it.
+) -> bool:
+    """Rounds `sweep`'s columns `at`: writes their codes (uint8) and their scaled errors and adds to the losses.
+
+    False, and nothing written, where the loop has to do it.
 
     `levels` are the lowest and the highest code; `keep_ECR` is 1 where a weight may differ from zero.
     """
     if not usable(weight_ECR):
-        return None
-    layers, columns, rows = weight_ECR.shape
-    error_ENR = weight_ECR.new_empty(layers, at.stop - at.start, rows)
-    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, error_ENR, code_ECR, loss_ER)
+        return False
+    _, columns, rows = weight_ECR.shape
+    found_ENR = error_ENR.contiguous()  # a copy where several layers' slabs lie among others
+    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, found_ENR, code_ECR, loss_ER)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
     done = _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
-    return error_ENR if done else None
+    if done and found_ENR is not error_ENR:
+        error_ENR.copy_(found_ENR)
+    return done
 
 
 def descend_slab(
@@ -129,6 +134,31 @@ def search(
             )
 
     return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
+
+
+def gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor | None:
+    """`refine`'s K H K^T of every row, R x G x G, its lower triangle written; None where torch has to do it.
+
+    `shift_RGN` are codes less their zeros: whole numbers of at most 8 bits.
+    """
+    groups, width = shift_RGN.shape[-2:]
+    if not usable(shift_RGN) or width not in GRAM_WIDTHS:
+        return None
+    rows, layers = shift_RGN.shape[-3], shift_RGN.shape[0] if shift_RGN.dim() == 4 else 1
+    halves = shift_RGN.is_cuda  # the interpreter knows no bfloat16
+    shift = shift_RGN.to(torch.bfloat16 if halves else torch.float32).contiguous()
+    hessian_CC = hessian_CC.contiguous()
+    found_RGG = shift_RGN.new_empty((*shift_RGN.shape[:-1], groups))
+
+    def launch() -> None:
+        from featherweight.core import triton_gram
+
+        programs = (-(-rows // GRAM_ROWS), groups, layers)
+        sizes = (rows, groups * width, groups)
+        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": halves, "num_warps": 4}
+        triton_gram.gram[programs](shift, hessian_CC, found_RGG, *sizes, **constants)
+
+    return found_RGG if _tried(launch) else None
 
 
 def _launch(

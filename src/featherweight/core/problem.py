@@ -12,11 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from featherweight.core.products import times
+from featherweight.core.triangle import inverse_lower
 from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
 DAMPING_TRIES = 5
-WHOLE = 512  # columns of a triangle that is inverted at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Factor:
     def solve(self, rows_RC: Tensor) -> Tensor:
         """rows inv(H damped), for rows in the layer's own column order."""
         order_RC = self.order_C.unsqueeze(-2).expand_as(rows_RC)
-        permuted_RC = rows_RC.gather(-1, order_RC) @ self.upper_CC.mT @ self.upper_CC
+        permuted_RC = times(times(rows_RC.gather(-1, order_RC), self.upper_CC.mT), self.upper_CC)
         return torch.empty_like(permuted_RC).scatter_(-1, order_RC, permuted_RC)
 
 
@@ -93,14 +94,15 @@ class LayerProblem:
     def factor(self, order: Order = "activation") -> Factor:
         """The upper Cholesky factor of the inverse, by one reversed Cholesky and one triangular inverse.
 
-        With J the reversal of the order and J H J = L L^T, U = inv(J L J). If L does not exist in float32 it is tried
-        in float64; if not there either, the damping is raised tenfold, with a FallbackWarning, until it does.
+        With J the reversal of the order and J H J = L L^T, U = inv(J L J) = J inv(L) J. If L does not exist in float32
+        it is tried in float64; if not there either, the damping is raised tenfold, with a FallbackWarning, until it
+        does.
         """
         for step in range(DAMPING_TRIES):
             damping = max(self.damping, 1e-4) * 10.0**step if step else self.damping
             damped_CC = self.damped(damping)
             order_C = column_order(damped_CC, order)
-            damped_CC = permuted(damped_CC, order_C)
+            damped_CC = permuted(damped_CC, order_C.flip(-1))
             upper_CC = _inverse_factor(damped_CC)
             if upper_CC is not None:
                 if step:
@@ -120,7 +122,7 @@ def loss_R(problem: LayerProblem, values_RC: Tensor, damping: float | None = Non
     """tr(D H D^T) row by row, D = weight - values; `damping` None takes H as measured, else damped by that much."""
     hessian_CC = problem.hessian_CC if damping is None else problem.damped(damping)
     delta_RC = problem.weight_RC - values_RC.to(problem.weight_RC.dtype)
-    return ((delta_RC @ hessian_CC) * delta_RC).sum(-1)
+    return (times(delta_RC, hessian_CC) * delta_RC).sum(-1)
 
 
 def column_order(damped_CC: Tensor, order: Order) -> Tensor:
@@ -140,6 +142,8 @@ def column_order(damped_CC: Tensor, order: Order) -> Tensor:
 
 def permuted(matrix_CC: Tensor, order_C: Tensor) -> Tensor:
     """Rows and columns of a symmetric matrix taken in the given order."""
+    if matrix_CC.dim() == 2:
+        return matrix_CC.index_select(0, order_C).index_select(1, order_C)
     rows = torch.take_along_dim(matrix_CC, order_C.unsqueeze(-1), -2)
     return torch.take_along_dim(rows, order_C.unsqueeze(-2), -1)
 
@@ -161,32 +165,12 @@ def _pivot_order(damped_CC: Tensor) -> Tensor:
     return torch.cat(picks[::-1], -1)
 
 
-def _inverse_factor(damped_CC: Tensor) -> Tensor | None:
-    """U with inv(H) = U^T U, or None where H is not positive definite even in float64."""
-    for dtype in (damped_CC.dtype, torch.float64):
-        lower_CC, info = torch.linalg.cholesky_ex(damped_CC.to(dtype).flip(-2, -1))
+def _inverse_factor(reversed_CC: Tensor) -> Tensor | None:
+    """U with inv(H) = U^T U, of J H J; None where H is not positive definite even in float64."""
+    for dtype in (reversed_CC.dtype, torch.float64):
+        lower_CC, info = torch.linalg.cholesky_ex(reversed_CC.to(dtype))
         if bool((info == 0).all()):
-            result_CC = _triangular_inverse(lower_CC.flip(-2, -1)).to(damped_CC.dtype)
+            result_CC = inverse_lower(lower_CC).to(reversed_CC.dtype).flip(-2, -1)
             if bool(torch.isfinite(result_CC).all()):
                 return result_CC
     return None
-
-
-def _triangular_inverse(upper_CC: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, by halves: nearly all of the work is in large products.
-
-    inv [[A, B], [0, D]] = [[inv A, -inv A B inv D], [0, inv D]].
-    """
-    columns = upper_CC.shape[-1]
-    if columns <= WHOLE:
-        identity_CC = torch.eye(columns, dtype=upper_CC.dtype, device=upper_CC.device)
-        whole_CC: Tensor = torch.linalg.solve_triangular(upper_CC, identity_CC.expand_as(upper_CC), upper=True)
-        return whole_CC
-    half = -(-columns // 2 // WHOLE) * WHOLE
-    inverse_CC = torch.zeros_like(upper_CC, memory_format=torch.contiguous_format)
-    first, last = slice(0, half), slice(half, columns)
-    inverse_CC[..., first, first] = _triangular_inverse(upper_CC[..., first, first])
-    inverse_CC[..., last, last] = _triangular_inverse(upper_CC[..., last, last])
-    left_CC = inverse_CC[..., first, first] @ upper_CC[..., first, last]
-    inverse_CC[..., first, last] = -(left_CC @ inverse_CC[..., last, last])
-    return inverse_CC

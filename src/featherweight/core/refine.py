@@ -17,11 +17,12 @@ from torch import Tensor
 
 from featherweight.core import fused, scales
 from featherweight.core.problem import LayerProblem
+from featherweight.core.products import Pulls, times
 from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution
 
 SLAB = 128
-CHUNK_ELEMENTS = 1 << 24  # of the temporaries in `refit_scales`
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # of the temporaries in `refit_scales`
 
 
 def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Solution:
@@ -40,7 +41,7 @@ def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Soluti
 def row_loss(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tensor:
     """tr(D H D^T) of every row for the H given."""
     delta_RC = weight_RC - solution.values(weight_RC.dtype)
-    return ((delta_RC @ hessian_CC) * delta_RC).sum(-1)
+    return (times(delta_RC, hessian_CC) * delta_RC).sum(-1)
 
 
 def keep_better(
@@ -70,7 +71,8 @@ def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> S
     A row keeps its scales where the new ones, once rounded, are no better.
     """
     rows = weight_RC.shape[-2]
-    chunk = max(1, CHUNK_ELEMENTS // (solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]))
+    each = solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
+    chunk = max(1, CHUNK_ELEMENTS[weight_RC.device.type] // each)
     parts = [_least_squares(weight_RC, hessian_CC, solution, at, min(at + chunk, rows)) for at in range(0, rows, chunk)]
     new_RG = scales.store(torch.cat(parts, -2), solution.grid.scale_dtype)
     old_RG = solution.scales_RG
@@ -85,19 +87,27 @@ def _least_squares(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, st
     groups = part.scales_RG.shape[-1]
     shift_RGN = part.codes_RC.unflatten(-1, (groups, -1)).to(weight_RC.dtype)
     shift_RGN = shift_RGN - part.zeros_RG.unsqueeze(-1).to(weight_RC.dtype)
-    pull_RGN = (weight_RC[..., start:stop, :] @ hessian_CC).unflatten(-1, (groups, -1))
+    pull_RGN = times(weight_RC[..., start:stop, :], hessian_CC).unflatten(-1, (groups, -1))
     right_RG = (pull_RGN * shift_RGN).sum(-1)
-    hessian_GNC = hessian_CC.unflatten(-2, (groups, -1))
-    width = hessian_GNC.shape[-2]
-    left_RGG = right_RG.new_empty((*right_RG.shape, groups))
-    for g in range(groups):  # the lower triangle: solvers of symmetric systems read no more
-        upto_RC = shift_RGN[..., g, :] @ hessian_GNC[..., g, :, : (g + 1) * width]
-        left_RGG[..., g, : g + 1] = (upto_RC.unflatten(-1, (g + 1, -1)) * shift_RGN[..., : g + 1, :]).sum(-1)
+    left_RGG = fused.gram(shift_RGN, hessian_CC)
+    if left_RGG is None:
+        left_RGG = _gram(shift_RGN, hessian_CC)
     diagonal_RG = left_RGG.diagonal(dim1=-2, dim2=-1)
     diagonal_RG += 1e-6 * diagonal_RG.mean(-1, keepdim=True) + torch.finfo(weight_RC.dtype).tiny
     lower_RGG = torch.linalg.cholesky_ex(left_RGG)[0]
     scale_RG: Tensor = torch.cholesky_solve(right_RG.unsqueeze(-1), lower_RGG).squeeze(-1)
     return scale_RG
+
+
+def _gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor:
+    """K H K^T of every row, R x G x G: the lower triangle, since solvers of symmetric systems read no more."""
+    groups, width = shift_RGN.shape[-2:]
+    hessian_GNC = hessian_CC.unflatten(-2, (groups, -1))
+    left_RGG = shift_RGN.new_empty((*shift_RGN.shape[:-1], groups))
+    for g in range(groups):
+        upto_RC = shift_RGN[..., g, :] @ hessian_GNC[..., g, :, : (g + 1) * width]
+        left_RGG[..., g, : g + 1] = (upto_RC.unflatten(-1, (g + 1, -1)) * shift_RGN[..., : g + 1, :]).sum(-1)
+    return left_RGG
 
 
 def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: Tensor | None = None) -> Solution:
@@ -122,9 +132,10 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: 
     free_ECR, hessian_CC = None, hessian_CC.contiguous()
     if solution.keep_RC is not None:
         free_ECR = solution.keep_RC.transpose(1, 2).to(weight_RC.dtype, memory_format=torch.contiguous_format)
+    pulls = Pulls(hessian_CC, delta_ECR)
     for start in range(0, weight_ECR.shape[1], SLAB):
         at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
-        pull_ENR = hessian_CC[:, at] @ delta_ECR
+        pull_ENR = pulls.of(at)
         levels = (solution.grid.bottom, solution.grid.top)
         state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR)
         if fused.descend_slab(pull_ENR, *state, at, levels, price_E):

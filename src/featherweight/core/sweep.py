@@ -14,12 +14,15 @@ from torch import Tensor
 
 from featherweight.core import fused, scales
 from featherweight.core.problem import Factor, LayerProblem, Order
+from featherweight.core.products import split_pays, subtract_
 from featherweight.core.rules import Grid
 from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 
 SLAB = 128
+LAZY = 8  # slabs whose errors go into the columns after all of them by one product on a GPU's tensor cores,
+LAZY_WORK = 2e11  # from this many weights x columns on: below, the launches cost more than the products
 ScalesFrom = Literal["original", "updated"]
 
 
@@ -125,32 +128,41 @@ class _Pass:
         columns = self.weight_ECR.shape[1]
         if refit:
             self.scale_ERG, self.zero_ERG = self.scale_ERG.clone(), self.zero_ERG.clone()
-        for start in range(0, columns, slab):
-            stop = min(start + slab, columns)
-            if refit:
-                self._refit(start, stop)
-            errors_ENR = self._slab(slice(start, stop))
-            if stop < columns:
-                rest = self.upper_ECC[:, start:stop, stop:].transpose(1, 2)
-                self.weight_ECR[:, stop:].baddbmm_(rest, errors_ENR, alpha=-1)
+        work = self.weight_ECR.numel() * columns
+        # a group that is fitted has to be up to date to its end
+        span = slab if refit or not split_pays(self.upper_ECC) or work < LAZY_WORK else LAZY * slab
+        for begin in range(0, columns, span):
+            end = min(begin + span, columns)
+            errors_ECR = self.weight_ECR.new_empty(len(self.weight_ECR), end - begin, self.weight_ECR.shape[-1])
+            for start in range(begin, end, slab):
+                stop = min(start + slab, end)
+                if refit:
+                    self._refit(start, stop)
+                errors_ENR = errors_ECR[:, start - begin : stop - begin]
+                self._slab(slice(start, stop), errors_ENR)
+                if stop < end:
+                    rest = self.upper_ECC[:, start:stop, stop:end].transpose(1, 2)
+                    self.weight_ECR[:, stop:end].baddbmm_(rest, errors_ENR, alpha=-1)
+            if end < columns:
+                rest = self.upper_ECC[:, begin:end, end:].transpose(1, 2)
+                subtract_(self.weight_ECR[:, end:], rest, errors_ECR)
 
-    def _slab(self, at: slice) -> Tensor:
-        """Rounds the columns `at` and returns their scaled errors E, with W - V = E U."""
+    def _slab(self, at: slice, errors_ENR: Tensor) -> None:
+        """Rounds the columns `at` and writes down their scaled errors E, with W - V = E U."""
         levels = (self.grid.bottom, self.grid.top)
         tensors = (self.weight_ECR, self.upper_ECC, self.scale_EGR, self.zero_EGR, self.group_EC, self.keep_ECR)
-        errors_ENR = fused.sweep_slab(*tensors, self.codes_ECR, self.loss_ER, at, levels)
-        if errors_ENR is not None:
-            return errors_ENR
+        if fused.sweep_slab(*tensors, errors_ENR, self.codes_ECR, self.loss_ER, at, levels):
+            return
         each_E1 = torch.arange(len(self.weight_ECR), device=self.weight_ECR.device).unsqueeze(1)
         group_EN = self.group_EC[:, at]
         keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, at]
         scale_ENR, zero_ENR = self.scale_EGR[each_E1, group_EN], self.zero_EGR[each_E1, group_EN]
         with one_thread(self.weight_ECR.device):
-            errors_ENR, self.codes_ECR[:, at] = _sweep_slab(
+            found_ENR, self.codes_ECR[:, at] = _sweep_slab(
                 self.weight_ECR[:, at], self.upper_ECC[:, at, at], scale_ENR, zero_ENR, keep_ENR, levels
             )
-            self.loss_ER += errors_ENR.square().sum(1)
-        return errors_ENR
+            errors_ENR.copy_(found_ENR)
+            self.loss_ER += found_ENR.square().sum(1)
 
     def _refit(self, start: int, stop: int) -> None:
         """Fits the groups that begin in this slab on the weights as they are now (natural order)."""
@@ -165,7 +177,7 @@ class _Pass:
     def _transpose_scales(self) -> None:
         """Scales and zeros in the arithmetic's dtype, with the rows of a group in one piece."""
         self.scale_EGR, self.zero_EGR = (
-            tensor.transpose(1, 2).to(self.weight_ECR.dtype, memory_format=torch.contiguous_format)
+            tensor.transpose(1, 2).to(self.weight_ECR.dtype).contiguous()  # `to` alone leaves what has the dtype
             for tensor in (self.scale_ERG, self.zero_ERG)
         )
 

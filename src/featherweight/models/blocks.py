@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from featherweight.errors import RequestError
 from featherweight.models.load import fill_buffers, meta_tensors, place, put
+from featherweight.models.names import Source
 from featherweight.models.tree import ModelTree, skeleton
 
 # Shapes whose arguments are kept: the usual batch, the smaller one at the end, and a short probe. Masks are big.
@@ -98,19 +99,35 @@ class BlockRunner:
         self._remember(ids_ST.shape, recording.calls)
         return recording.hidden_STD
 
-    def load(self, index: int) -> nn.Module:
-        """Block `index` with its weights from disk on the device, in eval mode; lets go of the embedding."""
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of block `index` from disk, by their names there; page-locked for a GPU. Safe on any thread."""
+        tensors = self.tree.checkpoint.read(dict.fromkeys(source.name for source in self._wanted(index).values()))
+        if self.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+    def load(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Block `index` on the device, in eval mode, with its weights from disk (or what `read` gave before); lets go
+        of the embedding."""
         self.release()
         block = copy.deepcopy(self.blocks[index])
-        module = self.tree.blocks[index].module
         for child in block.modules():
             fill_buffers(self.model, child, self.device)
-        wanted = {name: self.tree.disk[f"{module}.{name}"] for name, _ in meta_tensors(block)}
-        tensors = self.tree.checkpoint.read(dict.fromkeys(source.name for source in wanted.values()))
-        for name, source in wanted.items():
+        tensors = self.read(index) if tensors is None else tensors
+        for name, source in self._wanted(index).items():
             place(block, name, source.of(tensors[source.name]), self.device)
         self._loaded[index] = block.eval()
         return block
+
+    def _wanted(self, index: int) -> dict[str, Source]:
+        """Where each parameter and buffer of a block comes from; buffers that no file holds are not among them."""
+        module, block = self.tree.blocks[index].module, self.blocks[index]
+        made = {
+            f"{path}.{name}".removeprefix(".")
+            for path, child in block.named_modules()
+            for name in child._non_persistent_buffers_set
+        }
+        return {name: self.tree.disk[f"{module}.{name}"] for name, _ in meta_tensors(block) if name not in made}
 
     def run(self, index: int, block: nn.Module, hidden_STD: Tensor) -> Tensor:
         """The output of one block for one batch, S x T x D; `block` may have had modules replaced.

@@ -111,6 +111,15 @@ class Routed:
         """The tokens that go to an expert, and which of their K choices it is."""
         return torch.where(self.expert_TK == expert)  # type: ignore[return-value]
 
+    def dealt(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """`of` each of the experts 0 .. count - 1, at the price of one sort and one word from the device."""
+        flat_N = self.expert_TK.flatten()
+        order_N = flat_N.argsort(stable=True)
+        sizes = flat_N.clamp(max=count).bincount(minlength=count + 1)[:count].tolist()
+        token_N = order_N // self.expert_TK.shape[-1]
+        parts = (each[: sum(sizes)].split(sizes) for each in (token_N, order_N % self.expert_TK.shape[-1]))
+        return list(zip(*parts, strict=True))
+
     def inputs(self, token_N: Tensor, choice_N: Tensor) -> Tensor:
         """What the expert is given for these tokens, N x D."""
         inputs_ND = self.inputs_TD[token_N]
@@ -143,15 +152,14 @@ class Experts(nn.Module):
         hidden, *routing = (*args, *kwargs.values())
         routed = self.routed(hidden, *routing)
         outputs = torch.zeros_like(hidden)
-        for index in routed.expert_TK.unique().tolist():
-            if index >= len(self):
+        for index, (token_N, choice_N) in enumerate(routed.dealt(len(self))):
+            if not len(token_N):
                 continue
-            token_N, choice_N = routed.of(index)
             output_ND = self.expert(index)(routed.inputs(token_N, choice_N))
             if routed.share_TK is not None:
                 output_ND = output_ND * routed.share_TK[token_N, choice_N].unsqueeze(-1)
             row_N = token_N + index * len(routed.inputs_TD) if self.layout.by_rows else token_N
-            outputs.index_add_(0, row_N, output_ND.to(outputs.dtype))
+            outputs[row_N] += output_ND.to(outputs.dtype)  # each row once: `index_add_` would add word by word on a GPU
         return outputs
 
 

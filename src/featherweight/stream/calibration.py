@@ -25,6 +25,7 @@ Tell = Callable[[float, float, str], None]  # done, total (in blocks), what is g
 RUN, MOST_SHARED = 16, 0.1  # tokens in a row that are the same text, and the share of them held out and trained on
 TOKENS = 2048  # in a window, unless the recipe says or the model takes fewer
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward pass; to be tuned
+LOW_TOKENS = 8192  # the same where memory is short
 
 
 def window_length(recipe: Recipe, tree: ModelTree) -> int:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import platform
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from featherweight import data
-from featherweight.core.rules import Rule, grid_of, pattern_of
+from featherweight.core.rules import Rule, grid_of
 from featherweight.core.solution import AnySolution
 from featherweight.errors import RequestError
 from featherweight.formats import Format
@@ -31,25 +31,29 @@ from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.allocation import allocated_rules, check_reach
-from featherweight.stream.calibration import BATCH_TOKENS, TOKENS, Tell, calibration_ids, window_length
+from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.parallel import World, check_divisible, joined
-from featherweight.stream.shard import block_tensors, plain_weight, require_all, require_same
+from featherweight.stream.phases import Phases
+from featherweight.stream.shard import require_all
 from featherweight.stream.states import States
+from featherweight.stream.storing import OUTSIDE, Packed, Shards
 from featherweight.stream.tokens import round_tokens
 from featherweight.stream.trained import dealt, trained
+from featherweight.stream.writer import Ahead, Writer
 
-OUTSIDE = -1  # in the journal, the block of what lies in none
+Memory = Literal["auto", "low"]
 
 
 @dataclass(frozen=True)
 class Result:
     """What `compress` made: the output folder, matrices compressed, their bits per weight from bytes on disk, the bytes
-    of all shards, the seconds this run took, and the most memory it held (of the GPU, or of the process on a CPU)."""
+    of all shards, the seconds this run took, the most memory it held (of the GPU, or of the process on a CPU), and the
+    seconds of all blocks by phase ("write" goes on beside the others on a GPU)."""
 
     out: str
     matrices: int
@@ -57,10 +61,17 @@ class Result:
     bytes: int
     seconds: float
     peak_memory_bytes: int
+    phase_seconds: dict[str, float]
 
 
 def compress(
-    model: str | Path, out: str | Path, recipe: Recipe, device: str = "auto", tell: Tell | None = None
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    device: str = "auto",
+    tell: Tell | None = None,
+    ids_ST: Tensor | None = None,
+    memory: Memory = "auto",
 ) -> Result:
     """Compresses `model` into the folder `out`; started again on a half-done folder, it goes on where it stopped.
 
@@ -68,26 +79,40 @@ def compress(
     fit, too little text, a folder begun with another recipe, model or data, a full disk.
 
     Of several processes (`stream.parallel`), all call it with the same arguments; one writes and tells.
+
+    `ids_ST` are token ids to calibrate on in place of the recipe's text. With `memory` "low", hidden states stay off
+    the GPU and fewer tokens go through a block at a time: slower, with sums in another order.
     """
     with joined() as world:
-        return _compress(model, Path(out), recipe, device, tell, world)
+        return _compress(model, Path(out), recipe, device, tell, ids_ST, memory, world)
 
 
-def _compress(model: str | Path, out: Path, recipe: Recipe, device: str, tell: Tell | None, world: World) -> Result:
+def _compress(
+    model: str | Path,
+    out: Path,
+    recipe: Recipe,
+    device: str,
+    tell: Tell | None,
+    ids_ST: Tensor | None,
+    memory: Memory,
+    world: World,
+) -> Result:
     started = time.perf_counter()
     torch_device = world.device(device)
     checkpoint = Checkpoint.open(resolve(model))
     tree = trees.build(checkpoint)
     recipe = recipe.but(tokens=window_length(recipe, tree))
     check_divisible(world, tree, recipe)
-    job = _Job(tree, recipe, torch_device, out, tell if tell and world.leads else lambda done, total, what: None, world)
+    tell = tell if tell and world.leads else lambda done, total, what: None
+    job = _Job(tree, recipe, torch_device, out, tell, world, memory)
     if recipe.budget is None:
         job.check()
     else:
         check_reach(tree, recipe, job.format)
     folder = OutputFolder(out, len(tree.blocks))
     with folder.locked() if world.leads else nullcontext():
-        ids_ST = world.first_tensor(lambda: calibration_ids(checkpoint.path, recipe))
+        given = ids_ST
+        ids_ST = world.first_tensor(lambda: calibration_ids(checkpoint.path, recipe) if given is None else given)
         job.check_ids(ids_ST)
         if world.leads:
             folder.begin(job.manifest(ids_ST))
@@ -98,17 +123,26 @@ def _compress(model: str | Path, out: Path, recipe: Recipe, device: str, tell: T
             if world.leads:
                 job.finish(folder)
         world.wait()
-        folder.rows = folder.rows if world.leads else folder.finished_rows()
+        folder.lines = folder.lines if world.leads else folder.finished_lines()
     bits = 8 * sum(row["bytes"] for row in folder.rows) / sum(row["shape"][0] * row["shape"][1] for row in folder.rows)
     seconds = time.perf_counter() - started
-    return Result(str(out), len(folder.rows), bits, folder.size_bytes(), seconds, peak_memory_bytes(torch_device))
+    phase_seconds = {name: round(took, 3) for name, took in folder.seconds.items()}
+    peak = peak_memory_bytes(torch_device)
+    return Result(str(out), len(folder.rows), bits, folder.size_bytes(), seconds, peak, phase_seconds)
 
 
 class _Job:
     """One run of `compress`: what does not change from block to block."""
 
     def __init__(
-        self, tree: ModelTree, recipe: Recipe, device: torch.device, out: Path, tell: Tell, world: World
+        self,
+        tree: ModelTree,
+        recipe: Recipe,
+        device: torch.device,
+        out: Path,
+        tell: Tell,
+        world: World,
+        memory: Memory,
     ) -> None:
         self.tree, self.recipe, self.device, self.out, self.tell, self.world = tree, recipe, device, out, tell, world
         self.format: Format = format_by_name(recipe.format_name)
@@ -119,8 +153,15 @@ class _Job:
         tokens_grid = recipe.embedding_rule(stored_dtype)
         self.tokens: dict[str, Matrix] = {} if tokens_grid is None else {m.name: m for m in token_matrices(tree)}
         self.token_rules = {} if tokens_grid is None else dict.fromkeys(self.tokens, tokens_grid)
+        self.shards = Shards(tree, recipe, self.format, self.rule_of)
+        self.phases = Phases(device)
+        self.beside = device.type == "cuda"  # on a CPU, reading and writing beside the solver takes cores from it
         self.dtype = compute_dtype(tree.dtype, device)
-        self.batch = max(1, BATCH_TOKENS[device.type] // (recipe.tokens or TOKENS))
+        self.low = memory == "low"
+        # A plain format rounds what the pass has gone through, and training goes through the block again.
+        self.endings = not (self.low or recipe.trains or self.format.plain)
+        together = min(BATCH_TOKENS[device.type], LOW_TOKENS) if self.low else BATCH_TOKENS[device.type]
+        self.batch = max(1, together // (recipe.tokens or TOKENS))
 
     def plan(self) -> None:
         """With a budget, a rule for each matrix in place of the one for all."""
@@ -180,64 +221,81 @@ class _Job:
         """Writes every shard that is not there yet."""
         self.tell(0, len(self.tree.blocks), "reading")
         finished = self.world.first([folder.finished(number) for number in range(len(self.tree.blocks) + 1)])
-        if not finished[0]:
-            self._write_rest(folder)
-        runner = BlockRunner(self.tree, self.device, self.dtype)
-        stored = {} if ids_ST is None else self._stored_tokens(folder)
+        with Writer(self.beside) as writer:
+            if not finished[0]:
+                self._solve_rest(folder, writer)
+            runner = BlockRunner(self.tree, self.device, self.dtype)
+            with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead:
+                self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
+
+    def _run_blocks(
+        self,
+        folder: OutputFolder,
+        ids_ST: Tensor | None,
+        finished: list[bool],
+        runner: BlockRunner,
+        ahead: Ahead[dict[str, Tensor]],
+        writer: Writer,
+    ) -> None:
+        """Solves every block that is not finished, and takes the hidden states through all of them."""
+        total = len(self.tree.blocks)
+        stored = {} if ids_ST is None else self._stored_tokens(folder, writer)
         ids_ST = ids_ST if ids_ST is None else dealt(ids_ST, self.recipe, self.world)
-        states = States(runner, ids_ST, self.out, self.batch, self.recipe.target == "original", stored, self.world)
+        original = self.recipe.target == "original"
+        states = States(runner, ids_ST, self.out, self.batch, original, stored, self.world, self.low, self.endings)
         stored.clear()
         weights = self._weights(folder, ids_ST)
         try:
             for index, block in enumerate(self.tree.blocks):
-                if ids_ST is None and finished[index + 1]:
+                if ids_ST is None and finished[index]:
                     continue
-                module = runner.load(index)
-                if not finished[index + 1]:
-                    self._solve(folder, index, block, states.view(index, module, block, weights))
-                elif states.dense is not None:
-                    states.advance(states.dense, index, module)
-                if states.hidden is not None and index + 1 < len(self.tree.blocks):
-                    self._put_stored(folder, index, block, module)
-                    states.advance(states.hidden, index, module)
+                with self.phases("load"):
+                    module = runner.load(index, ahead.take(index))
+                if not finished[index]:
+                    found = self._solve(folder, writer, index, block, states.view(index, module, block, weights))
+                else:
+                    if states.dense is not None:
+                        states.advance(states.dense, index, module)
+                    found = self.shards.read(folder, block) if states.hidden is not None else {}
+                if states.hidden is not None and index + 1 < total:
+                    with self.phases("forward"):
+                        self.shards.put(module, block, found)
+                        states.finish(index, module)
                 runner.unload(index)
-                self.tell(index + 1, len(self.tree.blocks), f"block {index + 1}")
+                self.tell(index + 1, total, f"block {index + 1}")
         finally:
             states.close()
 
-    def _write_rest(self, folder: OutputFolder) -> None:
+    def _solve_rest(self, folder: OutputFolder, writer: Writer) -> None:
         """Writes what lies outside the blocks, embedding and head rounded if the recipe says so."""
         began, matrices = time.perf_counter(), tuple(self.tokens.values())
         solutions: dict[str, AnySolution] = {}
         for matrix in matrices if self.world.leads else ():
             grid = self.token_rules[matrix.name]
             solutions[matrix.path] = round_tokens(self.tree, matrix, grid, self.format.lowest_zero(grid), self.device)
-        rest = Block(OUTSIDE, "", matrices, self.tree.rest)
-        self._write(folder, rest, solutions, time.perf_counter() - began)
-
-    def _write(self, folder: OutputFolder, block: Block, solutions: dict[str, AnySolution], seconds: float) -> None:
-        """Writes the shard of a block (or of what lies in none); the other processes wait for it."""
         if self.world.leads:
-            self._write_shard(folder, block, solutions, seconds)
-        self.world.wait()
+            rest = Block(OUTSIDE, "", matrices, self.tree.rest)
+            self._write(folder, writer, self.shards.pack(rest, solutions, time.perf_counter() - began))
 
-    def _write_shard(
-        self, folder: OutputFolder, block: Block, solutions: dict[str, AnySolution], seconds: float
-    ) -> None:
-        """Writes a shard, having read it back and compared."""
-        packed = {m.path: self._packed(solutions[m.path], m) for m in block.matrices}
-        tensors = block_tensors(self.tree.checkpoint, block, packed, self.format.plain)
-        with folder.staged(block.index + 1, tensors) as part, safe_open(part, framework="pt") as file:
-            for matrix in block.matrices:
-                require_same(matrix, solutions[matrix.path], self._read_back(file, matrix))
-                folder.rows.append(self._row(block.index, matrix, solutions[matrix.path], packed[matrix.path], seconds))
+    def _write(self, folder: OutputFolder, writer: Writer, packed: Packed) -> None:
+        """Has the shard of a block written, or of what lies in none."""
+        # page-locked and not waited for: the writer does, when the stretch that ends here is done
+        tensors = {
+            path: {suffix: tensor.to("cpu", non_blocking=True) for suffix, tensor in each.items()}
+            for path, each in packed.tensors.items()
+        }
+        on_cpu = replace(packed, tensors=tensors, stored={})
+        writer.put(partial(self.shards.write, folder, on_cpu, self.phases.stretch()))
 
-    def _stored_tokens(self, folder: OutputFolder) -> dict[str, Tensor]:
+    def _stored_tokens(self, folder: OutputFolder, writer: Writer) -> dict[str, Tensor]:
         """What the first shard holds of embedding and head, by their names on the original's disk."""
         if not self.tokens:
             return {}
-        with safe_open(folder.shard(0), framework="pt") as file:
-            return {m.weight: self._read_back(file, m).values() for m in self.tokens.values()}
+        writer.wait()
+        self.world.wait()
+        rest = Block(OUTSIDE, "", tuple(self.tokens.values()), self.tree.rest)
+        found = self.shards.read(folder, rest)
+        return {m.weight: found[m.path].values() for m in self.tokens.values()}
 
     def _weights(self, folder: OutputFolder, ids_ST: Tensor | None) -> Weights | None:
         """What each token counts for each matrix, where the recipe asks for it and anything is left to solve."""
@@ -249,68 +307,25 @@ class _Job:
             self.tree, ids_ST, self.device, self.dtype, self.recipe.seed, lambda share: self.tell(0, total, "gradients")
         )
 
-    def _solve(self, folder: OutputFolder, index: int, block: Block, view: BlockView) -> None:
-        """Solves a block and writes its shard."""
+    def _solve(
+        self, folder: OutputFolder, writer: Writer, index: int, block: Block, view: BlockView
+    ) -> dict[str, AnySolution]:
+        """Solves a block and has its shard written; returns what that will hold."""
         began, total = time.perf_counter(), len(self.tree.blocks)
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solve_block = trained if self.recipe.trains else layerwise
         solutions = solve_block(
-            view,
+            replace(view, phases=self.phases),
             rules,
             self.recipe,
             self.choices,
             lambda share: self.tell(index + 0.9 * share, total, f"block {index + 1}"),
         )
-        self._write(folder, block, solutions, time.perf_counter() - began)
-
-    def _row(
-        self, index: int, matrix: Matrix, solution: AnySolution, packed: dict[str, Tensor], seconds: float
-    ) -> dict[str, Any]:
-        """The journal's line of one matrix."""
-        grid, pattern = grid_of(self.rule_of(matrix)), pattern_of(self.rule_of(matrix))
-        return {
-            "block": index,
-            "name": matrix.name,
-            "shape": [matrix.rows, matrix.columns],
-            "bits": FLOAT_BITS if grid is None else grid.bits,
-            "group_size": grid and grid.group_size,
-            "symmetric": grid and grid.symmetric,
-            "sparsity": pattern and str(pattern),
-            "bytes": sum(tensor.nbytes for tensor in packed.values()),
-            "loss": None if self.recipe.method == "rtn" or index == OUTSIDE else solution.certificate,
-            **solution.metrics,
-            **self.format.metrics(solution),
-            "damping": solution.damping,
-            "block_seconds": round(seconds, 3),
-        }
-
-    def _packed(self, solution: AnySolution, matrix: Matrix) -> dict[str, Tensor]:
-        """The tensors of a matrix as they lie in the file."""
-        return self._turned(self.format.pack(solution, matrix.name, self.tree.dtype), matrix)
-
-    def _turned(self, tensors: dict[str, Tensor], matrix: Matrix) -> dict[str, Tensor]:
-        """A plain `weight` the other way round where the module holds it so; every other tensor as it is."""
-        if not (self.format.plain and matrix.transposed):
-            return tensors
-        return {suffix: tensor.T.contiguous() for suffix, tensor in tensors.items()}
-
-    def _read_back(self, file: Any, matrix: Matrix) -> AnySolution:
-        """A matrix's solution from the bytes of its open shard."""
-        rule = self.rule_of(matrix)
-        if self.format.plain:
-            tensors = {"weight": plain_weight(file, matrix)}
-        else:
-            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in self.format.suffixes(rule)}
-        return self.format.unpack(self._turned(tensors, matrix), rule, matrix.name)
-
-    def _put_stored(self, folder: OutputFolder, index: int, block: Block, module: nn.Module) -> None:
-        """Gives the block the weights its shard holds."""
-        with safe_open(folder.shard(index + 1), framework="pt") as file:
-            for matrix in block.matrices:
-                values_RC = self._read_back(file, matrix).values()
-                weight = module.get_submodule(matrix.path).weight
-                assert isinstance(weight, Tensor)
-                weight.copy_(values_RC.T if matrix.transposed else values_RC)
+        with self.phases("pack"):
+            packed = self.shards.pack(block, solutions, time.perf_counter() - began)
+            if self.world.leads:
+                self._write(folder, writer, packed)
+        return packed.stored
 
     def finish(self, folder: OutputFolder) -> None:
         """The small files that make the folder a checkpoint, once every matrix is accounted for."""

@@ -32,7 +32,7 @@ from featherweight.recipe import Recipe
 from featherweight.stream.feed import Enough
 from featherweight.stream.groups import BlockView
 from featherweight.stream.routing import Gathered, Served, Tokens, gather, served_by
-from featherweight.stream.solving import solve_stack, split
+from featherweight.stream.solving import energy_R, solve_stack, split
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the sums of experts that are solved together
 PIECE_TOKENS = 1 << 14  # of one expert, run at a time
@@ -147,10 +147,11 @@ def _solve_chunk(
     matrices = {matrix.path: matrix for matrix in view.matrices}
     solutions: dict[str, AnySolution] = {}
     for leaves in steps:
-        sums = [
-            _sums(mixture, now, served, original, leaves[0], view.inputs.device)
-            for served, original in zip(chunk, originals, strict=True)
-        ]
+        with view.phases("hessian"):
+            sums = [
+                _sums(mixture, now, served, original, leaves[0], view.inputs.device)
+                for served, original in zip(chunk, originals, strict=True)
+            ]
         for alike, numbers in _alike(mixture, chunk, leaves, rules, recipe).items():
             which = [[matrices[mixture.matrix_path(chunk[n].expert, leaf)] for leaf in alike.leaves] for n in numbers]
             weight_ERC = torch.stack([torch.cat([view.weight(matrix) for matrix in each]) for each in which])
@@ -164,10 +165,14 @@ def _solve_chunk(
                 f"{' + '.join(matrix.name for matrix in which[0])} of {len(which)} experts",
             )
             chosen = replace(choices, method="rtn") if alike.rounded else choices
-            solved = solve_stack(problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen)
-            for n, each, (one, solution) in zip(numbers, which, solved, strict=True):
+            with view.phases("solve"):
+                problem, solved = solve_stack(
+                    problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen
+                )
+                energy_ER = energy_R(problem)
+            for n, each, energies_R, solution in zip(numbers, which, energy_ER, solved, strict=True):
                 told = {"tokens": chunk[n].routed, **({"starved": 1} if chunk[n].starved else {})}
-                for path, part in split(one, solution, each).items():
+                for path, part in split(energies_R, solution, each).items():
                     solutions[path] = replace(part, metrics={**part.metrics, **told})
                     view.put(matrices[path], part.values())
     return solutions

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from featherweight.errors import FallbackWarning, RequestError
+from featherweight.stream.phases import added
 
 MANIFEST, JOURNAL, LOCK = "featherweight.json", "journal.jsonl", ".featherweight.lock"
 INDEX = "model.safetensors.index.json"
@@ -31,7 +32,20 @@ class OutputFolder:
 
     def __init__(self, path: Path, blocks: int) -> None:
         self.path, self.blocks = path, blocks
-        self.rows: list[dict[str, Any]] = []
+        self.lines: list[dict[str, Any]] = []
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The journal's lines of matrices."""
+        return [line for line in self.lines if "name" in line]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the finished blocks took in all, by phase."""
+        found: dict[str, float] = {}
+        for line in self.lines:
+            found = added(found, line.get("phase_seconds", {}))
+        return found
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -62,8 +76,8 @@ class OutputFolder:
                 left.unlink()
         if path.exists():
             _compare(path, json.loads(path.read_text()), manifest)
-            self.rows = self.finished_rows()
-            self.write_text(JOURNAL, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.lines = self.finished_lines()
+            self.write_text(JOURNAL, "".join(json.dumps(line) + "\n" for line in self.lines))
             return
         strange = sorted(p.name for p in self.path.iterdir() if p.name != LOCK)
         if strange:
@@ -94,13 +108,13 @@ class OutputFolder:
             save_file(tensors, part, metadata={"format": "pt"})
             shutil.copymode(self.path / MANIFEST, part)  # it comes for the owner alone
             _sync(part)
-        lines_before = len(self.rows)
+        lines_before = len(self.lines)
         try:
             yield part
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        new = "".join(json.dumps(row) + "\n" for row in self.rows[lines_before:])
+        new = "".join(json.dumps(line) + "\n" for line in self.lines[lines_before:])
         with self._saving(part, len(new)):
             with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
                 journal.write(new)
@@ -142,7 +156,7 @@ class OutputFolder:
         """Bytes of all shards."""
         return sum(self.shard(index).stat().st_size for index in range(self.blocks + 1))
 
-    def finished_rows(self) -> list[dict[str, Any]]:
+    def finished_lines(self) -> list[dict[str, Any]]:
         """The journal's lines of finished blocks: a killed run may leave lines, or half a line, of the one after."""
         path = self.path / JOURNAL
         kept = {}
@@ -152,7 +166,7 @@ class OutputFolder:
             except json.JSONDecodeError:
                 continue
             if self.finished(row["block"] + 1):
-                kept[row["name"]] = row
+                kept[row["block"], row.get("name")] = row
         return list(kept.values())
 
     @contextmanager
@@ -179,7 +193,7 @@ def journal_losses(folder: Path) -> dict[str, float | None]:
     """Loss by matrix name from a folder's journal; empty where there is none."""
     path = folder / JOURNAL
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    return {row["name"]: row["loss"] for row in rows}
+    return {row["name"]: row["loss"] for row in rows if "name" in row}
 
 
 def _sync(path: Path) -> None:

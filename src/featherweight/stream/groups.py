@@ -19,8 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from featherweight.errors import FeatherweightError
 from featherweight.models.experts import find_experts
 from featherweight.models.tree import Matrix
+from featherweight.stream.ending import Ending
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.parallel import ALONE, World
+from featherweight.stream.phases import Phases
 
 PROBE_TOKENS = 64  # enough to see which way tensors go in a block
 
@@ -40,6 +42,8 @@ class BlockView:
         originals: the weights that `put` has replaced.
         weights: how much each token counts for a matrix, by its path: S x T, in any unit; all alike without.
         world: the processes among which the sequences are split.
+        phases: what is told where the time goes.
+        ending: keeps the end of the last pass over `inputs`, which it then writes over; None where they stay.
     """
 
     module: nn.Module
@@ -51,6 +55,8 @@ class BlockView:
     originals: dict[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] | None = None
     world: World = ALONE
+    phases: Phases = field(default_factory=lambda: Phases(torch.device("cpu")))
+    ending: Ending | None = None
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""

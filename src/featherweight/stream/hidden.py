@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,22 +23,28 @@ class HiddenStates:
     """An S x T x D tensor on the device, in memory or in a memory-mapped scratch file; read and written by batches."""
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, scratch: Path, sharers: int = 1
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: Path,
+        sharers: int = 1,
+        low: bool = False,
     ) -> None:
         """Takes the nearest place with room; `scratch` is the file to map if neither device nor memory has it.
 
-        `sharers` processes are each about to keep as much in the memory of this machine.
+        `sharers` processes are each about to keep as much in the memory of this machine. `low` on memory, a GPU is not
+        such a place.
         """
         size_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
-        self.device, self.scratch, self.beside, self.sharers = device, None, scratch, sharers
-        if device.type == "cuda" and size_bytes < SHARE * torch.cuda.mem_get_info(device)[0]:
-            self.place = "device"
+        self.device, self.scratch, self.beside, self.sharers, self.low = device, None, scratch, sharers, low
+        self.place = room(size_bytes, device, sharers, low)
+        if self.place == "device":
             self.states_STD = torch.empty(shape, dtype=dtype, device=device)
-        elif sharers * size_bytes < min(SHARE * free_memory_bytes(), MOST_MEMORY_BYTES):
-            self.place = "memory"
+        elif self.place == "memory":
             self.states_STD = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         else:
-            self.place, self.scratch = "disk", scratch
+            self.scratch = scratch
             elements = shape[0] * shape[1] * shape[2]
             try:
                 _reserve(scratch, size_bytes)
@@ -53,7 +60,8 @@ class HiddenStates:
         """Room for as many tokens of another width, with a scratch file of its own should it need one."""
         sequences, tokens, _ = self.states_STD.shape
         scratch = self.beside.with_name(f"{name}.{self.beside.name}")
-        return HiddenStates((sequences, tokens, width), self.states_STD.dtype, self.device, scratch, self.sharers)
+        shape, dtype = (sequences, tokens, width), self.states_STD.dtype
+        return HiddenStates(shape, dtype, self.device, scratch, self.sharers, self.low)
 
     def batches(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of `size` sequences with their states on the device."""
@@ -72,6 +80,15 @@ class HiddenStates:
         self.states_STD = torch.empty(0)
         if self.scratch is not None:
             self.scratch.unlink(missing_ok=True)
+
+
+def room(
+    size_bytes: int, device: torch.device, sharers: int = 1, low: bool = False
+) -> Literal["device", "memory", "disk"]:
+    """The nearest place with room for so many bytes, by `HiddenStates`' arguments."""
+    if device.type == "cuda" and not low and size_bytes < SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "memory" if sharers * size_bytes < min(SHARE * free_memory_bytes(), MOST_MEMORY_BYTES) else "disk"
 
 
 def _reserve(path: Path, size_bytes: int) -> None:

@@ -6,6 +6,7 @@ Shapes: S sequences, T tokens, D width, R outputs, C inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from featherweight.core.hessian import CrossSum, HessianSum
+from featherweight.core.products import times
 from featherweight.recipe import Recipe
+from featherweight.stream.ending import without_outputs
 from featherweight.stream.groups import BlockView, Group, hooks, input_groups, on_input
 from featherweight.stream.guide import normalised
 from featherweight.stream.parallel import World
@@ -32,6 +35,7 @@ class GroupSums:
         self.hessian = HessianSum(columns, device)
         self.gap = CrossSum(group.matrices[0].rows if group.writes else columns, columns, device) if drift else None
         self.sinks = GroupSums(group, drift, False, device) if sinks else None
+        self.without = False  # whether the gap is that of the stream without the group's own outputs
 
     def add(self, inputs_STC: Tensor, gap: Tensor | None) -> None:
         """One batch of inputs and, for the same tokens, how far they or the residual stream are from the original's."""
@@ -54,6 +58,12 @@ class GroupSums:
         if self.sinks is not None:
             self.sinks.add_up(world)
 
+    def gap_mean(self, weight_RC: Tensor, hessian_CC: Tensor) -> Tensor | None:
+        """How far the original is, as a mean; the group's outputs are W X, so what they leave of it is known from H."""
+        if self.gap is None:
+            return None
+        return self.gap.mean() - times(weight_RC, hessian_CC) if self.without else self.gap.mean()
+
     def weigh_sinks(self, share: float) -> None:
         """Repeats the windows' first tokens until they hold this share of H's trace, if they do not hold it yet."""
         if self.sinks is None:
@@ -73,12 +83,14 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
 
     The original block runs beside the compressed one in the stages that have a gap to measure inside it. In the last
     of those, its outputs take the place of the original model's hidden states: what a last matrix that writes aims at.
+    Where that is a stage of its own, the matrix is left out of the pass, whose end is kept in `view.ending`.
     """
     assert view.inputs is not None
     device, dense, groups = view.inputs.device, view.dense, stages[number]
     sums = {g.path: GroupSums(g, dense is not None, g.first and recipe.sink_share > 0, device) for g in groups}
     beside = [n for n, stage in enumerate(stages) if any(group.writes != "end" for group in stage)] or [0]
-    at_end = any(group.writes == "end" for group in groups)
+    end = groups[0] if len(groups) == 1 and groups[0].writes == "end" and dense is not None else None
+    keeps = end is not None and view.ending is not None and view.ending.takes(end.matrices[0].columns)
     roots = {} if view.weights is None else {g.path: _roots(view.weights, g, recipe.guide) for g in groups}
     sequences = view.inputs.states_STD.shape[0]
     for at, hidden_STD in view.inputs.batches(view.batch):
@@ -86,12 +98,13 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
         original: dict[str, _Heard] = {}
         if dense_STD is not None and number in beside:
             with view.undone():
-                original, target_STD = _hear(view, groups, dense_STD, whole=at_end or number == beside[-1])
-        now, output_STD = _hear(view, groups, hidden_STD, whole=dense is not None and at_end)
+                original, target_STD = _hear(view, groups, dense_STD, whole=end is not None or number == beside[-1])
+        now, stream_STD = _hear(view, groups, hidden_STD, whole=end is not None, end=end)
         for group in groups:
             inputs, gap = now[group.path].inputs, None
-            if group.writes == "end" and target_STD is not None and output_STD is not None:
-                gap = target_STD - output_STD
+            if end is not None and group is end and target_STD is not None and stream_STD is not None:
+                bias = view.module.get_submodule(end.path)._parameters.get("bias")
+                gap = target_STD - stream_STD if bias is None else target_STD - (stream_STD + bias)
             elif group.writes == "middle" and dense_STD is not None:
                 gap = (dense_STD - hidden_STD) + (original[group.path].written - now[group.path].written)
             elif dense_STD is not None:
@@ -99,13 +112,18 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
             if view.weights is not None:
                 root = roots[group.path][at].to(inputs).reshape(*inputs.shape[:-1], 1)
                 inputs, gap = inputs * root, None if gap is None else gap * root
-            sums[group.path].add(inputs, gap)
+            with view.phases("hessian"):
+                sums[group.path].add(inputs, gap)
+        if keeps and end is not None and stream_STD is not None:
+            assert view.ending is not None
+            view.ending.keep(end.path, at, now[end.path].inputs, stream_STD)
         if dense is not None and target_STD is not None and number == beside[-1]:
             dense.states_STD[at] = target_STD  # only now: what was heard may be a view of the states
         tick(at.stop / sequences)
     for group in groups:
         sums[group.path].add_up(view.world)
         sums[group.path].weigh_sinks(recipe.sink_share)
+        sums[group.path].without = group is end
     return [sums[group.path] for group in groups]
 
 
@@ -127,9 +145,12 @@ class _Enough(Exception):
 
 
 def _hear(
-    view: BlockView, groups: list[Group], hidden_STD: Tensor, whole: bool
+    view: BlockView, groups: list[Group], hidden_STD: Tensor, whole: bool, end: Group | None = None
 ) -> tuple[dict[str, _Heard], Tensor | None]:
-    """Runs a batch through the block and keeps what these groups see; not `whole`, it stops there without an output."""
+    """Runs a batch through the block and keeps what these groups see; not `whole`, it stops there without an output.
+
+    With `end`, the output is the residual stream without what that group's matrix adds to it.
+    """
     found: dict[str, _Heard] = {}
     nothing = hidden_STD.new_empty(0)
 
@@ -146,7 +167,8 @@ def _hear(
     def listen(group: Group) -> RemovableHandle:
         return on_output(group) if group.writes == "middle" else on_input(view, group.path, partial(note, group.path))
 
-    with hooks(listen(group) for group in groups):
+    last = nullcontext() if end is None else without_outputs(view.module.get_submodule(end.path))
+    with view.phases("forward"), last, hooks(listen(group) for group in groups):
         try:
             return found, view.run(hidden_STD)
         except _Enough:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core.problem import Factor, LayerProblem
+from featherweight.core.products import times
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices, solve
@@ -19,7 +20,7 @@ from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.experts import mixtures_of, solve_mixtures, without_experts
 from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, collect, input_groups
-from featherweight.stream.solving import check_certificate, split
+from featherweight.stream.solving import check_certificate, energy_R, split
 
 
 def layerwise(
@@ -115,12 +116,15 @@ def _solve_alike(
     weight_RC = torch.cat([view.weight(matrix) for matrix in group.matrices])
     name = " + ".join(matrix.name for matrix in group.matrices)
     problem = LayerProblem(weight_RC, sums.hessian.mean(), sums.hessian.tokens, recipe.relative_damping, name)
-    factor = problem.factor(recipe.order)
-    if sums.gap is not None:
-        problem = replace(problem, weight_RC=undo_drift(problem, factor, group, sums.gap.mean(), recipe.pull))
-    solution = solve(problem, rule, choices, factor)
-    check_certificate(problem, solution)
-    return split(problem, solution, group.matrices)
+    with view.phases("factor"):
+        factor = problem.factor(recipe.order)
+    with view.phases("solve"):
+        gap = sums.gap_mean(weight_RC, problem.hessian_CC)
+        if gap is not None:
+            problem = replace(problem, weight_RC=undo_drift(problem, factor, group, gap, recipe.pull))
+        solution = solve(problem, rule, choices, factor)
+        check_certificate(problem, solution)
+        return split(energy_R(problem), solution, group.matrices)
 
 
 def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor, pull: float) -> Tensor:
@@ -130,7 +134,7 @@ def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor,
     answer is W + W (sum (x* - x) x^T) inv(H). Those that write to the residual stream are to bring it to where the
     original model has it, g away: W + (sum g x^T) inv(H). `gap` is the sum (as a mean), C x C or R x C.
     """
-    toward_RC = gap if group.writes else problem.weight_RC @ gap
+    toward_RC = gap if group.writes else times(problem.weight_RC, gap)
     return problem.weight_RC + pull * factor.solve(toward_RC)
 
 

@@ -50,7 +50,7 @@ def gather(view: BlockView, path: str, states: HiddenStates, name: str) -> Gathe
     handle = experts.register_forward_pre_hook(hear, with_kwargs=True)
     try:
         for at, hidden_STD in states.batches(view.batch):
-            with suppress(Enough):
+            with view.phases("forward"), suppress(Enough):
                 view.run(hidden_STD)
             routed = heard.pop()
             if kept is None:
@@ -100,8 +100,7 @@ def served_by(name: str, experts: Experts, now: Routed, recipe: Recipe, columns:
     most = max(1, MOST * int((now.expert_TK < count).sum()) // count)
     everything = (torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
     served = []
-    for expert in range(count):
-        routed = now.of(expert)
+    for expert, routed in enumerate(now.dealt(count)):
         number, help = len(routed[0]), None
         if recipe.route_all:
             own = everything

@@ -90,13 +90,14 @@ def require_all(
 
 
 def require_same(matrix: Matrix, solution: AnySolution, stored: AnySolution) -> None:
-    """The stored bytes must say what the solver found, code by code and scale by scale."""
+    """What is stored must say what the solver found, code by code and scale by scale."""
     if isinstance(solution, Solution) and not isinstance(stored, Solution):  # a plain format keeps their values
         dtype = stored.values_RC.dtype
         solution = replace(stored, values_RC=solution.values().to(dtype))
     fields = ("codes_RC", "scales_RG", "zeros_RG") if isinstance(solution, Solution) else ("values_RC",)
     for field in fields:
-        if not torch.equal(getattr(solution, field).cpu(), getattr(stored, field)):
+        found = getattr(stored, field)
+        if not torch.equal(getattr(solution, field).to(found.device), found):
             raise FeatherweightError(
-                f"{matrix.name}: its {field} read back from the shard differ from the solution's: please report this."
+                f"{matrix.name}: its {field} as they are stored differ from the solution's: please report this."
             )

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from featherweight.core.problem import LayerProblem
+from featherweight.core.products import times
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
@@ -20,24 +22,35 @@ from featherweight.stream.onelayer import solve_layer
 
 
 def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
-    """The solver's own loss against that of the values its codes stand for; a difference is a bug of ours."""
+    """The solver's own loss, layer by layer, against that of the values its codes stand for; a difference is a bug of
+    ours."""
     delta_RC = problem.weight_RC - solution.values()
-    actual = float(((delta_RC @ problem.damped(solution.damping)) * delta_RC).sum())
-    if not abs(actual - solution.certificate) <= 1e-3 * abs(actual) + 1e-12:
-        raise FeatherweightError(
-            f"{problem.name}: the solver claims a loss of {solution.certificate:.6g} and its codes have {actual:.6g}: "
-            "please report this."
-        )
+    actual_R = (times(delta_RC, problem.damped(solution.damping)) * delta_RC).sum(-1)
+    sums = torch.stack([actual_R.sum(-1).double(), solution.loss_R.double().sum(-1)]).view(2, -1).tolist()
+    for actual, claimed in zip(*sums, strict=True):
+        if not abs(actual - claimed) <= 1e-3 * abs(actual) + 1e-12:
+            raise FeatherweightError(
+                f"{problem.name}: the solver claims a loss of {claimed:.6g} and its codes have {actual:.6g}: "
+                "please report this."
+            )
 
 
-def split(problem: LayerProblem, solution: AnySolution, matrices: Iterable[Matrix]) -> dict[str, AnySolution]:
-    """The solutions, by `Matrix.path`, of the matrices whose rows made up one problem, with their relative loss."""
+def energy_R(problem: LayerProblem) -> Tensor:
+    """What losses are relative to, w H w^T of every row; on the CPU."""
+    return (times(problem.weight_RC, problem.hessian_CC) * problem.weight_RC).sum(-1).cpu()
+
+
+def split(energy_R: Tensor, solution: AnySolution, matrices: Iterable[Matrix]) -> dict[str, AnySolution]:
+    """The solutions, by `Matrix.path`, of the matrices whose rows made up one problem, with their relative loss.
+
+    Losses go to the CPU, where the sums that are told of cost nothing.
+    """
+    solution = replace(solution, loss_R=solution.loss_R.cpu())
     solutions: dict[str, AnySolution] = {}
     start = 0
     for matrix in matrices:
         part = solution.rows(start, start + matrix.rows)
-        rows_RC = problem.weight_RC[start : start + matrix.rows]
-        energy = float(((rows_RC @ problem.hessian_CC) * rows_RC).sum())
+        energy = float(energy_R[start : start + matrix.rows].sum())
         metrics = {**part.metrics, "relative_loss": part.certificate / energy if energy else 0.0}
         solutions[matrix.path] = replace(part, metrics=metrics)
         start += matrix.rows
@@ -46,8 +59,8 @@ def split(problem: LayerProblem, solution: AnySolution, matrices: Iterable[Matri
 
 def solve_stack(
     problem: LayerProblem, gap_ECC: Tensor | None, rule: Rule, choices: Choices
-) -> list[tuple[LayerProblem, AnySolution]]:
-    """Each layer of a stack of equal shape, solved together as they would be one by one, with the problem it solves.
+) -> tuple[LayerProblem, list[AnySolution]]:
+    """A stack of layers of equal shape, solved together as they would be one by one; and the problem that was solved.
 
     `gap_ECC` is the part of the drift that is to be undone, as a mean: W becomes W + W gap inv(H) first.
     """
@@ -56,15 +69,16 @@ def solve_stack(
     if factor.damping != problem.damping and count > 1:  # some layer needs more of it; the others need not have it too
         apart = [slice(n, n + 1) for n in range(count)]
         gaps = [None if gap_ECC is None else gap_ECC[at] for at in apart]
-        return [solve_stack(_of(problem, at), gap, rule, choices)[0] for at, gap in zip(apart, gaps, strict=True)]
+        found = [solve_stack(_of(problem, at), gap, rule, choices) for at, gap in zip(apart, gaps, strict=True)]
+        moved_ERC = torch.cat([one.weight_RC for one, _ in found])
+        return replace(problem, weight_RC=moved_ERC), [solution for _, each in found for solution in each]
     if gap_ECC is not None:
         problem = replace(problem, weight_RC=problem.weight_RC + factor.solve(problem.weight_RC @ gap_ECC))
     stack = solve_layer(problem, rule, choices, factor)
-    found = [(_of(problem, n), stack.layer(n)) for n in range(count)]
-    for one, solution in found:
-        check_certificate(one, solution)
-    return found
+    check_certificate(problem, stack)
+    stack = replace(stack, loss_R=stack.loss_R.cpu())
+    return problem, [stack.layer(n) for n in range(count)]
 
 
-def _of(problem: LayerProblem, at: int | slice) -> LayerProblem:
+def _of(problem: LayerProblem, at: slice) -> LayerProblem:
     return replace(problem, weight_RC=problem.weight_RC[at], hessian_CC=problem.hessian_CC[at])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.tree import Block
+from featherweight.stream.ending import Ending
 from featherweight.stream.guide import Weights
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView
@@ -35,25 +36,30 @@ class States:
         original: bool,
         stored: Mapping[str, Tensor] | None = None,
         world: World = ALONE,
+        low: bool = False,
+        endings: bool = False,
     ) -> None:
         """Embeds the windows.
 
         `out` is the folder for scratch files, `batch` the sequences of one forward pass; `stored` has values by name on
         disk that the compressed model has in place of the original's. Of several processes, each keeps its own windows.
+        `low` on memory, nothing is kept on a GPU. `endings` may be kept, where the blocks' weights are solved last.
         """
         self.runner, self.batch, self.world = runner, batch, world
         self.hidden: HiddenStates | None = None
         self.dense: HiddenStates | None = None
+        self.ending: Ending | None = None
         if ids_ST is None:
             return
         ids = ids_ST[world.split(len(ids_ST))]
         end = f"{world.rank}.scratch" if world.size > 1 else "scratch"
         shape = (ids.shape[0], ids.shape[1], runner.embed(ids[:1]).shape[-1])
-        self.hidden = HiddenStates(shape, runner.dtype, runner.device, out / f"hidden.{end}", world.size)
+        self.hidden = HiddenStates(shape, runner.dtype, runner.device, out / f"hidden.{end}", world.size, low)
         self.hidden.fill(batch, lambda at: runner.embed(ids[at]))
         if original:
-            self.dense = HiddenStates(shape, runner.dtype, runner.device, out / f"dense.{end}", world.size)
+            self.dense = HiddenStates(shape, runner.dtype, runner.device, out / f"dense.{end}", world.size, low)
             self.dense.states_STD.copy_(self.hidden.states_STD)
+        self.ending = Ending(self.hidden) if endings else None
         runner.release()
         if stored:
             with runner.instead(stored):
@@ -70,7 +76,14 @@ class States:
             self.batch,
             weights=weights and {m.path: weights[m.name] for m in block.matrices if m.name in weights},
             world=self.world,
+            ending=self.ending,
         )
+
+    def finish(self, index: int, module: nn.Module) -> None:
+        """Replaces the hidden states by the block's outputs, by what is kept of its last pass if anything is."""
+        assert self.hidden is not None
+        if self.ending is None or not self.ending.finish(module, self.batch):
+            self.advance(self.hidden, index, module)
 
     def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:
         """Replaces the states by the block's outputs, batch by batch."""
@@ -78,6 +91,6 @@ class States:
             states.states_STD[at] = self.runner.run(index, module, hidden_STD)
 
     def close(self) -> None:
-        for states in (self.hidden, self.dense):
+        for states in (self.hidden, self.dense, self.ending):
             if states is not None:
                 states.close()

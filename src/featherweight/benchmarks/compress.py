@@ -1,0 +1,213 @@
+"""How long `compress` takes on a model of real shapes with random weights: the whole pipeline, nothing downloaded.
+
+The floor it is held against is what no implementation of this recipe's method can leave out, at this machine's measured
+peaks: two forward passes (the original's and the compressed model's), one Hessian for every distinct input, both in
+bf16 (or, on a CPU, float32), and one factor and one sweep of every matrix in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featherweight.benchmarks.shapes import Shapes
+from featherweight.recipe import Recipe
+from featherweight.stream.compress import Memory, Result, compress
+from featherweight.stream.device import peak_memory_bytes, pick_device
+from featherweight.stream.folder import JOURNAL
+
+PEAK_SIZE = {"cuda": 8192, "cpu": 1024}  # of the square products that the peaks are measured with
+PEAK_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run took and what it is measured against; seconds and bytes.
+
+    Attributes:
+        seconds: of the run as it was; block_s: of one block but the first, whose phases are in phase_s ("write" goes on
+            beside the others on a GPU and is not in block_s).
+        whole_s: of a model with all its blocks, everything outside them as measured.
+        floor_s: of one block, at the measured peaks (TFLOP/s); share_of_floor: floor_s / block_s.
+        peak_gpu_bytes: None on a CPU.
+        peer_s: llm-compressor's on the same files, None where it cannot be imported or was not asked for.
+    """
+
+    blocks: int
+    layers: int
+    samples: int
+    tokens: int
+    seconds: float
+    block_s: float
+    phase_s: dict[str, float]
+    whole_s: float
+    floor_s: float
+    share_of_floor: float
+    peaks_tflops: dict[str, float]
+    peak_gpu_bytes: int | None
+    peak_host_bytes: int
+    peer_s: float | None
+    device: str
+    torch: str
+
+
+def measure(
+    shapes: Shapes,
+    recipe: Recipe,
+    blocks: int,
+    device: str = "auto",
+    memory: Memory = "auto",
+    scratch: Path | None = None,
+    peer: bool = True,
+) -> Report:
+    """Writes a checkpoint of `blocks` random blocks into a folder under `scratch`, compresses it on random tokens, and
+    removes both. With `peer`, llm-compressor does the same afterwards where it is installed.
+    """
+    on = pick_device(device)
+    assert recipe.tokens is not None
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="featherweight-bench-") as folder:
+        model, out = Path(folder) / "model", Path(folder) / "out"
+        write_model(shapes, blocks, model, on)
+        draw = torch.Generator().manual_seed(0)
+        ids_ST = torch.randint(shapes.vocabulary, (recipe.samples, recipe.tokens), generator=draw)
+        peaks = {dtype: _peak_tflops(on, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+        if on.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        result = compress(model, out, recipe, device, ids_ST=ids_ST, memory=memory)
+        lines = _block_lines(out)
+        peer_s = _peer_seconds(model, recipe) if peer and importlib.util.find_spec("llmcompressor") else None
+    return _report(shapes, recipe, blocks, on, result, lines, peaks, peer_s)
+
+
+def write_model(shapes: Shapes, blocks: int, folder: Path, device: torch.device) -> None:
+    """A checkpoint of random weights with so many blocks, in bf16, as the family lays it out."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shapes.config(blocks), dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="2GB")
+
+
+def _block_lines(out: Path) -> list[dict[str, float]]:
+    """Seconds by phase of every block, from the journal."""
+    lines = [json.loads(line) for line in (out / JOURNAL).read_text(encoding="utf-8").splitlines()]
+    return [line["phase_seconds"] for line in lines if "phase_seconds" in line and line["block"] >= 0]
+
+
+def _report(
+    shapes: Shapes,
+    recipe: Recipe,
+    blocks: int,
+    device: torch.device,
+    result: Result,
+    lines: list[dict[str, float]],
+    peaks: dict[str, float],
+    peer_s: float | None,
+) -> Report:
+    usual = lines[1:] or lines  # the first has compiling and everything in front of it
+    names = {name: None for line in usual for name in line}
+    phase_s = {name: sum(line.get(name, 0.0) for line in usual) / len(usual) for name in names}
+    on_gpu = device.type == "cuda"
+    block_s = sum(took for name, took in phase_s.items() if not (on_gpu and name == "write"))
+    floor_s = floor_seconds(shapes, recipe, peaks["bfloat16" if on_gpu else "float32"], peaks["float32"])
+    return Report(
+        blocks=blocks,
+        layers=shapes.layers,
+        samples=recipe.samples,
+        tokens=recipe.tokens or 0,
+        seconds=round(result.seconds, 2),
+        block_s=round(block_s, 3),
+        phase_s={name: round(took, 4) for name, took in phase_s.items()},
+        whole_s=round(result.seconds + (shapes.layers - blocks) * block_s, 1),
+        floor_s=round(floor_s, 3),
+        share_of_floor=round(floor_s / block_s, 3),
+        peaks_tflops={name: round(found, 1) for name, found in peaks.items()},
+        peak_gpu_bytes=result.peak_memory_bytes if on_gpu else None,
+        peak_host_bytes=peak_memory_bytes(torch.device("cpu")),
+        peer_s=None if peer_s is None else round(peer_s, 2),
+        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        torch=torch.__version__,
+    )
+
+
+def floor_seconds(shapes: Shapes, recipe: Recipe, product_tflops: float, solve_tflops: float) -> float:
+    """Of one block (see this file's top); the peaks are of the passes and Hessians, and of the solver."""
+    assert recipe.tokens is not None
+    tokens, experts = recipe.samples * recipe.tokens, max(shapes.experts, 1)
+    serves = {"gate_up": shapes.experts_per_token or 1, "down": shapes.experts_per_token or 1}
+    copies = {"gate_up": experts, "down": experts}
+    products = 2 * tokens * recipe.tokens * shapes.heads * shapes.head_dim * 2  # causal scores and values, two passes
+    solving = 0.0
+    for name, (columns, rows) in shapes.linears().items():
+        products += 2 * 2 * tokens * serves.get(name, 1) * columns * rows
+        products += 2 * tokens * serves.get(name, 1) * columns**2
+        solving += copies.get(name, 1) * (2 * columns**3 / 3 + rows * columns**2)
+    return (products / product_tflops + solving / solve_tflops) / 1e12
+
+
+def _peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Of square products of random numbers, the best of a few."""
+    size = PEAK_SIZE[device.type]
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(one, other)
+    best = min(_seconds(device, lambda: torch.mm(one, other)) for _ in range(PEAK_REPEATS))
+    return 2 * size**3 / best / 1e12
+
+
+def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _peer_seconds(model: Path, recipe: Recipe) -> float:
+    """llm-compressor's GPTQ, W4A16 in groups of 128, on as many random tokens; reading and writing included."""
+    from datasets import Dataset  # type: ignore[import-not-found]
+    from llmcompressor import oneshot  # type: ignore[import-not-found]
+    from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    began = time.perf_counter()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    words = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    shape = (recipe.samples, recipe.tokens or 0)
+    ids = torch.randint(loaded.config.vocab_size, shape).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * shape[1]] * shape[0]})
+    chosen = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+    oneshot(
+        model=loaded, dataset=data, recipe=chosen, processor=tokenizer, max_seq_length=shape[1],
+        num_calibration_samples=shape[0], output_dir=str(model.parent / "peer"),
+    )  # fmt: skip
+    return time.perf_counter() - began
+
+
+def rows(report: Report) -> list[tuple[str, Any]]:
+    """The report as lines of a table."""
+    phases: Mapping[str, float] = report.phase_s
+    found: list[tuple[str, Any]] = [(f"a block: {name}", took) for name, took in phases.items()]
+    gib = 2.0**30
+    found += [
+        ("a block", report.block_s),
+        ("its floor at the measured peaks", report.floor_s),
+        (f"as run, {report.blocks} blocks", report.seconds),
+        (f"all {report.layers} blocks", report.whole_s),
+        ("llm-compressor, as run", report.peer_s),
+        ("peak memory, GPU (GiB)", None if report.peak_gpu_bytes is None else report.peak_gpu_bytes / gib),
+        ("peak memory, host (GiB)", report.peak_host_bytes / gib),
+    ]
+    return found

@@ -1,0 +1,144 @@
+"""Solutions become shards, and what the shards hold becomes the weights that the next block sees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from featherweight.core.rules import Rule, grid_of, pattern_of
+from featherweight.core.solution import AnySolution
+from featherweight.errors import FeatherweightError
+from featherweight.formats import Format
+from featherweight.models.tree import Block, Matrix, ModelTree
+from featherweight.recipe import FLOAT_BITS, Recipe
+from featherweight.stream.folder import OutputFolder
+from featherweight.stream.phases import Stretch, added
+from featherweight.stream.shard import block_tensors, plain_weight, require_same
+
+OUTSIDE = -1  # in the journal, the block of what lies in none
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A block's matrices as its shard will hold them.
+
+    Attributes:
+        tensors: of every matrix, by `Matrix.path` and suffix, on the device they were packed on.
+        stored: what these tensors say, by path: the solutions once more, from the bytes.
+        lines: the journal's, one a matrix.
+    """
+
+    block: Block
+    tensors: dict[str, dict[str, Tensor]]
+    stored: dict[str, AnySolution]
+    lines: list[dict[str, Any]]
+
+
+class Shards:
+    """How the matrices of one run lie in its shards."""
+
+    def __init__(self, tree: ModelTree, recipe: Recipe, format: Format, rule_of: Callable[[Matrix], Rule]) -> None:
+        self.tree, self.recipe, self.format, self.rule_of = tree, recipe, format, rule_of
+
+    def pack(self, block: Block, solutions: Mapping[str, AnySolution], seconds: float) -> Packed:
+        """The solutions of a block as tensors of the format; FeatherweightError where they do not say the same."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        stored: dict[str, AnySolution] = {}
+        lines: list[dict[str, Any]] = []
+        for matrix in block.matrices:
+            solution = solutions[matrix.path]
+            packed = self._turned(self.format.pack(solution, matrix.name, self.tree.dtype), matrix)
+            if any(tensor.device.type == "cpu" for tensor in packed.values()):  # a format that codes there
+                packed = {suffix: tensor.cpu() for suffix, tensor in packed.items()}
+            found = self._unpacked(packed, matrix)
+            require_same(matrix, solution, found)
+            tensors[matrix.path], stored[matrix.path] = packed, found
+            lines.append(self._line(block.index, matrix, solution, packed, seconds))
+        return Packed(block, tensors, stored, lines)
+
+    def write(self, folder: OutputFolder, packed: Packed, stretch: Stretch) -> None:
+        """Writes a shard and its lines of the journal, having read it back and compared byte by byte."""
+        stretch.wait()
+        began = time.perf_counter()
+        tensors = block_tensors(self.tree.checkpoint, packed.block, packed.tensors, self.format.plain)
+        with folder.staged(packed.block.index + 1, tensors) as part:
+            with safe_open(part, framework="pt") as file:
+                _require_written(packed.block, tensors, file, part.name)
+            seconds = added(stretch.seconds(), {"write": time.perf_counter() - began})
+            rounded = {name: round(took, 4) for name, took in seconds.items()}
+            folder.lines += [*packed.lines, {"block": packed.block.index, "phase_seconds": rounded}]
+
+    def put(self, module: nn.Module, block: Block, stored: Mapping[str, AnySolution]) -> None:
+        """Gives a block the weights that its shard holds."""
+        for matrix in block.matrices:
+            values_RC = stored[matrix.path].values()
+            weight = module.get_submodule(matrix.path).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(values_RC.T if matrix.transposed else values_RC)
+
+    def read(self, folder: OutputFolder, block: Block) -> dict[str, AnySolution]:
+        """What a finished shard says of its matrices, by `Matrix.path`."""
+        with safe_open(folder.shard(block.index + 1), framework="pt") as file:
+            return {matrix.path: self._read(file, matrix) for matrix in block.matrices}
+
+    def _read(self, file: Any, matrix: Matrix) -> AnySolution:
+        if self.format.plain:
+            tensors = {"weight": plain_weight(file, matrix)}
+        else:
+            suffixes = self.format.suffixes(self.rule_of(matrix))
+            tensors = {suffix: file.get_tensor(f"{matrix.name}.{suffix}") for suffix in suffixes}
+        return self._unpacked(tensors, matrix)
+
+    def _unpacked(self, tensors: dict[str, Tensor], matrix: Matrix) -> AnySolution:
+        return self.format.unpack(self._turned(tensors, matrix), self.rule_of(matrix), matrix.name)
+
+    def _turned(self, tensors: dict[str, Tensor], matrix: Matrix) -> dict[str, Tensor]:
+        """A plain `weight` the other way round where the module holds it so; every other tensor as it is."""
+        if not (self.format.plain and matrix.transposed):
+            return tensors
+        return {suffix: tensor.T.contiguous() for suffix, tensor in tensors.items()}
+
+    def _line(
+        self, index: int, matrix: Matrix, solution: AnySolution, packed: dict[str, Tensor], seconds: float
+    ) -> dict[str, Any]:
+        """The journal's line of one matrix."""
+        grid, pattern = grid_of(self.rule_of(matrix)), pattern_of(self.rule_of(matrix))
+        return {
+            "block": index,
+            "name": matrix.name,
+            "shape": [matrix.rows, matrix.columns],
+            "bits": FLOAT_BITS if grid is None else grid.bits,
+            "group_size": grid and grid.group_size,
+            "symmetric": grid and grid.symmetric,
+            "sparsity": pattern and str(pattern),
+            "bytes": sum(tensor.nbytes for tensor in packed.values()),
+            "loss": None if self.recipe.method == "rtn" or index == OUTSIDE else solution.certificate,
+            **solution.metrics,
+            **self.format.metrics(solution),
+            "damping": solution.damping,
+            "block_seconds": round(seconds, 3),
+        }
+
+
+def _require_written(block: Block, tensors: Mapping[str, Tensor], file: Any, shard: str) -> None:
+    """Every tensor of the matrices is in the shard as it was handed over, bit for bit."""
+    ours = {matrix.name for matrix in block.matrices} | {matrix.weight for matrix in block.matrices}
+    for name, tensor in tensors.items():
+        if name not in ours and name.rpartition(".")[0] not in ours:
+            continue
+        found = file.get_tensor(name)
+        same = found.dtype == tensor.dtype and found.shape == tensor.shape
+        if not (same and torch.equal(_bytes(found), _bytes(tensor))):
+            raise FeatherweightError(
+                f"{name} read back from {shard} differs from what was written: please report this."
+            )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
