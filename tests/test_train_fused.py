@@ -112,7 +112,7 @@ def zeros_for(layer: Trainable) -> list[tuple[Tensor, Tensor]]:
     return [(torch.zeros_like(p.data), torch.zeros_like(p.data)) for p in (*layer.weights, *layer.steps)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["steps", pytest.param("absolute", marks=pytest.mark.slow), "rounding"])
 def test_steps_are_those_of_torch(kind: str) -> None:
     """In bfloat16, in a module's layout, with a mask: the kernel, ours by autograd, and torch.optim.AdamW."""
     grid = GRIDS["2 asymmetric"]

@@ -176,16 +176,21 @@ def tune(
 ) -> None:
     """Train the scales of OUT on text, its codes as they are."""
     from featherweight import api
+    from featherweight.stream.parallel import joined
     from featherweight.stream.tune import Tuning
 
     settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed)
-    try:
-        with console.progress() as tell:
-            report = api.tune(out, text, to, against, settings, device, tell)
-    except KeyboardInterrupt:
-        console.say("stopped; repeat the command to go on.")
-        raise typer.Exit(1) from None
-    console.last_line(report)
+    with joined() as world:
+        if not world.leads:  # process 0 tells
+            api.tune(out, text, to, against, settings, device)
+            return
+        try:
+            with console.progress() as tell:
+                report = api.tune(out, text, to, against, settings, device, tell)
+        except KeyboardInterrupt:
+            console.say("stopped; repeat the command to go on.")
+            raise typer.Exit(1) from None
+        console.last_line(report)
 
 
 @app.command("eval")
