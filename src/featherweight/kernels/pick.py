@@ -10,11 +10,11 @@ from featherweight.kernels.base import Case, Kernel
 from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
 from featherweight.kernels.sub1 import Sub1Tiles
-from featherweight.kernels.w4a16 import W4A16
+from featherweight.kernels.wna16 import WNA16
 
-ALL: tuple[Kernel, ...] = (Sub1Tiles(), CpuInt4(), W4A16(), Reference(), Dense())
+ALL: tuple[Kernel, ...] = (Sub1Tiles(), CpuInt4(), WNA16(), Reference(), Dense())
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}
-AUTO = ("sub1-tiles", "cpu-int4", "w4a16", "reference")
+AUTO = ("sub1-tiles", "cpu-int4", "wna16", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor
 cpu-int4 for sub1, whose codes it would hold in two to six times their bytes."""
 

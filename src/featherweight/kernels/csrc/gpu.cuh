@@ -37,6 +37,13 @@ __device__ __forceinline__ u16 float_to_activation(float f) {
     return h;
 }
 
+// The bits of `a` where the mask's are set, else those of `b`; spelt out, since the compiler makes two operations of it.
+__device__ __forceinline__ u32 select_bits(u32 mask, u32 a, u32 b) {
+    u32 v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(v) : "r"(a), "r"(b), "r"(mask));
+    return v;
+}
+
 __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if BF16
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"

@@ -1,10 +1,11 @@
 // Streams of blocks from device memory into shared memory, one a warp, and sums from CTA to CTA of a cluster.
-// The including file says BLOCK, the bytes of a block, and RING, the stages of a ring on GPUs without bulk copies.
+// The including file says BLOCK, the bytes of a block, CHUNK, how many lie together, and RING, the stages of a ring on GPUs
+// without bulk copies.
 
-// Where block k of tile t lies. Pairs of blocks of all tiles lie side by side, as the CTAs that read them work.
+// Where block k of tile t lies. Chunks of all tiles lie side by side, as the CTAs that read them work.
 __device__ __forceinline__ u64 block_index(int k, int t, int blocks, int tiles) {
-    const int pair = k & ~1, width = min(2, blocks - pair);
-    return (u32)(tiles * pair + t * width + (k - pair));
+    const int first = k & ~(CHUNK - 1), width = min(CHUNK, blocks - first);
+    return (u32)(tiles * first + t * width + (k - first));
 }
 
 // One warp's ring of chunks, each a few blocks of a tile: `start` fetches, `wait` makes one readable by the warp.

@@ -1,6 +1,6 @@
 """Kernels of this package against cuBLAS and whatever peer is importable, on one NVIDIA GPU.
 
-usage: python bench/w4a16.py [--tokens 1 8 16 32] [--dtype float16] [--group 128] [--zeros] [--shapes 4096x4096 ...]
+usage: python bench/wna16.py [--bits 4] [--group 128] [--zeros] [--tokens 1 8 16 32] [--shapes 4096x4096 ...]
 
 One timing rule for all: a CUDA graph of launches over copies of the weights that together exceed the L2 cache four
 times (at least two), replayed; the median of the replays, divided by the launches. Random data. The error is the
@@ -22,7 +22,7 @@ from triton.testing import do_bench
 
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
-from featherweight.kernels import w4a16
+from featherweight.kernels import wna16
 
 SHAPES = ("4096x4096", "4096x12288", "4096x22016", "11008x4096", "8192x8192", "8192x10240", "28672x8192", "8192x57344")
 CACHE_BYTES = 200e6  # four times the 50 MB of an H100
@@ -53,13 +53,13 @@ def read_gbps() -> float:
     return 2**31 / do_bench(lambda: x.view(torch.float32).sum(), warmup=25, rep=100, return_mode="median") / 1e6
 
 
-def solution(rows: int, columns: int, group: int, zeros: bool, dtype: torch.dtype) -> Solution:
+def solution(rows: int, columns: int, group: int, zeros: bool, dtype: torch.dtype, bits: int = 4) -> Solution:
     """Random codes and scales."""
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device="cuda")
+    grid = Grid(bits, group, not zeros, scale_dtype=dtype)
+    codes = torch.randint(0, grid.top + 1, (rows, columns), dtype=torch.uint8, device="cuda")
     scales = (torch.rand(rows, columns // group, device="cuda") * 0.01 + 0.001).to(dtype)
-    drawn = torch.randint(0, 16, scales.shape, dtype=torch.uint8, device="cuda")
-    grid = Grid(4, group, not zeros, scale_dtype=dtype)
-    return Solution(codes, scales, drawn if zeros else torch.full_like(drawn, 8), grid, torch.zeros(rows))
+    drawn = torch.randint(0, grid.top + 1, scales.shape, dtype=torch.uint8, device="cuda")
+    return Solution(codes, scales, drawn if zeros else torch.full_like(drawn, grid.middle), grid, torch.zeros(rows))
 
 
 def excess_error(got: Tensor, x: Tensor, weights: Solution) -> float:
@@ -78,19 +78,19 @@ def excess_error(got: Tensor, x: Tensor, weights: Solution) -> float:
 
 def ours(weights: Solution, dtype: torch.dtype, early: bool = True) -> tuple[list[Call], float]:
     """The kernel over rotated copies, and the bytes of one."""
-    blocks, layout = w4a16.repack(weights)
-    w4a16.register()
-    w4a16.kernels(blocks.device, dtype, layout).early = early
+    blocks, layout = wna16.repack(weights)
+    wna16.register()
+    wna16.kernels(blocks.device, dtype, layout).early = early
     sets = [blocks, *(blocks.clone() for _ in range(copies(blocks.numel()) - 1))]
-    static = (len(weights.codes_RC), layout.group, layout.scales, layout.zeros)
+    static = (len(weights.codes_RC), layout.bits, layout.group, layout.scales, layout.zeros)
     torch.cuda.synchronize()
-    return [lambda x, b=b: torch.ops.featherweight.w4a16(x, b, None, *static) for b in sets], float(blocks.numel())
+    return [lambda x, b=b: torch.ops.featherweight.wna16(x, b, None, *static) for b in sets], float(blocks.numel())
 
 
-def peers(rows: int, columns: int, group: int, dtype: torch.dtype) -> Iterator[tuple[str, list[Call]]]:
-    """Every other 4-bit kernel that this machine has; speed only, over random bits."""
-    count = copies(rows * columns / 2)
-    if dtype == torch.bfloat16:
+def peers(rows: int, columns: int, bits: int, group: int, dtype: torch.dtype) -> Iterator[tuple[str, list[Call]]]:
+    """Every other kernel for this width that this machine has; speed only, over random bits."""
+    count = copies(rows * columns * bits / 8)
+    if dtype == torch.bfloat16 and bits == 4:
         draw = lambda: torch.randint(0, 255, (rows, columns // 2), device="cuda", dtype=torch.uint8)  # noqa: E731
         packed = [torch.ops.aten._convert_weight_to_int4pack(draw(), 8) for _ in range(count)]
         scales = torch.rand(columns // group, rows, 2, device="cuda", dtype=dtype)
@@ -101,9 +101,8 @@ def peers(rows: int, columns: int, group: int, dtype: torch.dtype) -> Iterator[t
         return
     layers = []
     for _ in range(count):
-        layer = HummingLayer(
-            shape_n=rows, shape_k=columns, weight_config={"dtype": "int4", "group_size": group}, torch_dtype=dtype
-        ).cuda()
+        config = {"dtype": f"int{bits}", "group_size": group}
+        layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=dtype).cuda()
         layer.load_from_unquantized(torch.randn(rows, columns, device="cuda", dtype=dtype))
         layer.transform()
         layers.append(layer)
@@ -117,9 +116,9 @@ def measure(shape: str, tokens: list[int], args: argparse.Namespace, read: float
     inputs = {t: torch.randn(t, columns, device="cuda", dtype=dtype) for t in tokens}
     cublas = {t: median_us([lambda w=w, x=x: functional.linear(x, w) for w in dense]) for t, x in inputs.items()}
     del dense
-    weights = solution(rows, columns, args.group, args.zeros, dtype)
+    weights = solution(rows, columns, args.group, args.zeros, dtype, args.bits)
     calls, bytes = ours(weights, dtype, early=not args.serial)
-    others = dict(peers(rows, columns, args.group, dtype)) if args.peers else {}
+    others = dict(peers(rows, columns, args.bits, args.group, dtype)) if args.peers else {}
     for t, x in inputs.items():
         us = median_us([lambda c=c, x=x: c(x) for c in calls])
         gbps = (bytes + 2 * t * (rows + columns)) / us / 1e3
@@ -131,6 +130,7 @@ def measure(shape: str, tokens: list[int], args: argparse.Namespace, read: float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, choices=[2, 3, 4, 8], default=4)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--group", type=int, choices=[32, 64, 128], default=128)
@@ -143,7 +143,7 @@ def main() -> None:
     read = read_gbps()
     print(
         f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, read {read:.0f} GB/s, {args.dtype}, "
-        f"group {args.group}"
+        f"{args.bits} bits, group {args.group}{', zeros' if args.zeros else ''}"
     )
     rows = []
     for shape in args.shapes:
@@ -151,7 +151,17 @@ def main() -> None:
             rows.append(row)
             print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
         torch.cuda.empty_cache()
-    print(json.dumps({"device": torch.cuda.get_device_name(0), "read_gbps": read, "dtype": args.dtype, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "device": torch.cuda.get_device_name(0),
+                "read_gbps": read,
+                "dtype": args.dtype,
+                "bits": args.bits,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""4-bit weights by 16-bit activations on NVIDIA GPUs (Ampere and later), streamed in the kernel's own order.
+"""Weights of 2, 3, 4 or 8 bits by 16-bit activations on NVIDIA GPUs (Ampere and later), in the kernel's own order.
 
-Up to `TOKENS` tokens a launch go through `csrc/w4a16.cu`, which reads each weight once; many tokens through a dense
-product with weights made floats for the length of the call. Codes of fewer than four bits are widened to four.
+Up to `TOKENS` tokens a launch go through `csrc/wna16.cu`, which reads each weight once; many tokens through a dense
+product with weights made floats for the length of the call. Codes of five to seven bits are widened to eight.
 
-The operator `featherweight::w4a16` is what torch.compile and CUDA graphs see. On a CPU it computes the same product
+The operator `featherweight::wna16` is what torch.compile and CUDA graphs see. On a CPU it computes the same product
 from the same bytes, slowly: for tests.
 
-Shapes: R outputs, C inputs, G groups, T tokens (any leading axes); blocks as `w4a16_layout` has them.
+Shapes: R outputs, C inputs, G groups, T tokens (any leading axes); blocks as `wna16_layout` has them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,12 @@ from torch.nn import functional
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels import nvrtc, w4a16_layout
+from featherweight.kernels import nvrtc, wna16_layout
 from featherweight.kernels.base import Case, Kernel, Run
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
-from featherweight.kernels.w4a16_layout import GROUPS, MIDDLE, SCALE_DTYPES, Layout, extent
-from featherweight.kernels.w4a16_plan import TOKENS, Device, Plan, choose, most_tokens, shares
+from featherweight.kernels.wna16_layout import GROUPS, SCALE_DTYPES, WIDTHS, Layout, extent
+from featherweight.kernels.wna16_plan import TOKENS, Device, Plan, choose, most_tokens, shares
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -38,10 +39,10 @@ DENSE_ABOVE = 64
 
 
 @dataclass(frozen=True)
-class W4A16(Kernel):
+class WNA16(Kernel):
     """Weights stay packed in the GPU's memory, repacked once into the kernel's order."""
 
-    name: str = "w4a16"
+    name: str = "wna16"
 
     def refusal(self, case: Case) -> str | None:
         grid, pattern = parts(case.rule)
@@ -52,15 +53,13 @@ class W4A16(Kernel):
             return f"it runs on NVIDIA GPUs, and the layer is on {case.device.type}"
         if case.dtype not in DTYPES:
             return f"it takes {' or '.join(map(str, DTYPES))}, and the activations are {case.dtype}"
-        if grid.stored_bits > 4:
-            return f"it holds 4 bits, and the codes have {grid.stored_bits}"
         if width % GROUPS[0]:
             return f"it needs groups of a multiple of {GROUPS[0]}, and they have {width}"
         return _device_refusal(case.device)
 
     def broken(self, case: Case) -> str | None:
         try:
-            kernels(torch.device("cuda", case.device.index or 0), case.dtype, Layout(GROUPS[-1], case.dtype, False))
+            kernels(torch.device("cuda", case.device.index or 0), case.dtype, Layout(4, GROUPS[-1], case.dtype, False))
         except nvrtc.CompileError as error:
             return str(error)
         return None
@@ -74,72 +73,56 @@ class W4A16(Kernel):
             try:
                 kernels(weights.device, dtype, layout)
             except nvrtc.CompileError as error:
-                warnings.warn(f"w4a16 gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
+                warnings.warn(f"wna16 gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
                 return Reference().prepare(format, rule, tensors, dtype)
             torch.cuda.synchronize(weights.device)  # a launch reads weights before it waits for the kernels in front
         register()
-        static = (rows, layout.group, layout.scales, layout.zeros)
+        static = (rows, layout.bits, layout.group, layout.scales, layout.zeros)
 
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
             if torch.is_grad_enabled() and x_TC.requires_grad:
-                raise RequestError("the w4a16 kernel has no backward pass: choose reference or dense.")
+                raise RequestError("the wna16 kernel has no backward pass: choose reference or dense.")
             if x_TC.shape[-1] != columns or x_TC.dtype != dtype:
                 found = f"{x_TC.dtype} with {x_TC.shape[-1]} columns"
                 raise RequestError(
                     f"the input is {found}, and the layer is {dtype} with {columns}: cast it, or the layer."
                 )
-            return torch.ops.featherweight.w4a16(x_TC, weights, bias_R, *static)
+            return torch.ops.featherweight.wna16(x_TC, weights, bias_R, *static)
 
         return run
 
 
 def repack(solution: Solution) -> tuple[Tensor, Layout]:
-    """The blocks of a solution of at most four bits, and what they hold.
+    """The blocks of a solution, and what they hold.
 
-    Symmetric codes are moved so that 8 stands for zero; groups wider than 128 become several with equal scales.
+    Codes of a width that has no layout get the next, symmetric ones moved so that its middle code stands for zero;
+    groups wider than 128 become several with equal scales.
     """
     codes_RC, scales_RG, zeros_RG, grid = solution.codes_RC, solution.scales_RG, solution.zeros_RG, solution.grid
     width = codes_RC.shape[1] // scales_RG.shape[1]
-    group = next(g for g in reversed(GROUPS) if width % g == 0)
-    layout = Layout(group, scales_RG.dtype, not grid.symmetric)
+    bits, group = next(b for b in WIDTHS if b >= grid.stored_bits), next(g for g in reversed(GROUPS) if width % g == 0)
+    layout = Layout(bits, group, scales_RG.dtype, not grid.symmetric)
     assert layout.scales in SCALE_DTYPES
     if grid.symmetric:
-        codes_RC = codes_RC + (MIDDLE - grid.middle)
+        codes_RC = codes_RC + (layout.middle - grid.middle)
     scales_RG, zeros_RG = (each.repeat_interleave(width // group, dim=1) for each in (scales_RG, zeros_RG))
-    return w4a16_layout.pack(codes_RC, scales_RG, zeros_RG, layout), layout
+    return wna16_layout.pack(codes_RC, scales_RG, zeros_RG, layout), layout
 
 
 class Params(ctypes.Structure):
-    """The struct Params of csrc/w4a16.cu."""
+    """The struct Params of csrc/wna16.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weights", "x", "y", "bias")),
-        *(
-            (name, ctypes.c_int)
-            for name in [
-                "tokens",
-                "rows",
-                "columns",
-                "blocks",
-                "tiles",
-                "warp_splits",
-                "stages",
-                "chunk",
-                "owned_log2",
-                "x_stride",
-                "at_barriers",
-                "at_x",
-                "at_sums",
-                "at_partials",
-                "partials_bytes",
-            ]
-        ),
+        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "blocks", "tiles")),
+        *((name, ctypes.c_int) for name in ("warp_splits", "stages", "chunk", "owned", "x_stride")),
+        *((name, ctypes.c_int) for name in ("at_barriers", "at_x", "at_sums", "at_partials", "partials_bytes")),
     )
 
 
 @dataclass
 class Kernels:
-    """csrc/w4a16.cu for one device, dtype and layout.
+    """csrc/wna16.cu for one device, dtype and layout.
 
     Attributes:
         early: whether launches may start before the kernel in front has ended.
@@ -155,8 +138,8 @@ class Kernels:
     def load(self) -> None:
         """Everything that a call must not do: code onto the device, limits raised. Raises CompileError."""
         for width in range(8, TOKENS + 1, 8):
-            self.module.function(f"w4a16_{width}", self.limits.block_bytes)
-        self.module.function("w4a16_dequantize")
+            self.module.function(f"wna16_{width}", self.limits.block_bytes)
+        self.module.function("wna16_dequantize")
 
     def product(self, x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int) -> Tensor:
         """y_TR for contiguous x_TC of any number of rows."""
@@ -180,17 +163,17 @@ class Kernels:
             y_TR.data_ptr(),
             None if bias_R is None else bias_R.data_ptr(),
             *(plan.tokens, y_TR.shape[1], x_TC.shape[1], *extent(y_TR.shape[1], x_TC.shape[1])[::-1]),
-            *(plan.split.warp_splits, plan.stages, plan.chunk, plan.owned_log2, plan.x_stride),
+            *(plan.warp_splits, plan.stages, plan.chunk, plan.owned, plan.x_stride),
             *(plan.at_barriers, plan.at_x, plan.at_sums, plan.at_partials, plan.partials_bytes),
         )
         clusters = self.limits.has_clusters
         self.module.launch(
-            f"w4a16_{plan.width}",
-            plan.clusters * plan.split.size,
-            plan.split.warps * 32,
+            f"wna16_{plan.width}",
+            plan.clusters * plan.size,
+            plan.warps * 32,
             plan.bytes,
             params,
-            cluster=plan.split.size if clusters else 0,
+            cluster=plan.size if clusters else 0,
             early=self.early and clusters,
         )
 
@@ -199,14 +182,15 @@ class Kernels:
         (tiles, blocks), columns = extent(rows, like.shape[1]), like.shape[1]
         weight_RC = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
         params = Params(weights.data_ptr(), None, weight_RC.data_ptr(), None, 0, rows, columns, blocks, tiles)
-        self.module.launch("w4a16_dequantize", -(-tiles * blocks // 8), 256, 0, params, cluster=0, early=False)
+        self.module.launch("wna16_dequantize", -(-tiles * blocks // 8), 256, 0, params, cluster=0, early=False)
         return weight_RC
 
 
 def macros(dtype: torch.dtype, layout: Layout) -> tuple[str, ...]:
-    """What csrc/w4a16.cu is compiled with."""
+    """What csrc/wna16.cu is compiled with."""
     return (
         f"BF16={int(dtype == torch.bfloat16)}",
+        f"BITS={layout.bits}",
         f"GROUP={layout.group}",
         f"SCALE={SCALE_DTYPES.index(layout.scales)}",
         f"ZEROS={int(layout.zeros)}",
@@ -218,12 +202,12 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     """Compiled (or from the cache) and loaded. Raises CompileError."""
     properties = torch.cuda.get_device_properties(device)
     arch = nvrtc.arch(properties.major, properties.minor)
-    module = Module(device, nvrtc.cubin("w4a16", macros(dtype, layout), arch))
+    module = Module(device, nvrtc.cubin("wna16", macros(dtype, layout), arch))
     processors = properties.multi_processor_count
     block_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     sizes: tuple[tuple[int, int], ...] = ((1, processors),)
     if properties.major >= 9:
-        sizes = tuple((n, module.clusters("w4a16_32", 256, block_bytes, n)) for n in (1, 2, 4, 8))
+        sizes = tuple((n, module.clusters("wna16_32", 256, block_bytes, n)) for n in (1, 2, 4, 8))
     limits = Device(processors, block_bytes, properties.shared_memory_per_multiprocessor, sizes)
     made = Kernels(device, layout, module, limits)
     made.load()
@@ -245,37 +229,33 @@ def register() -> torch.library.Library:
     """Make the operator known to torch, once; the library must stay alive."""
     library = torch.library.Library("featherweight", "DEF")
     library.define(
-        "w4a16(Tensor x, Tensor weights, Tensor? bias, int rows, int group, ScalarType scales, bool zeros) -> Tensor"
+        "wna16(Tensor x, Tensor weights, Tensor? bias, int rows, int bits, int group, ScalarType scales, bool zeros)"
+        " -> Tensor"
     )
-    library.impl("w4a16", _on_cuda, "CUDA")
-    library.impl("w4a16", _on_cpu, "CPU")
-    torch.library.register_fake("featherweight::w4a16", _shape, lib=library)
+    library.impl("wna16", _on_cuda, "CUDA")
+    library.impl("wna16", _on_cpu, "CPU")
+    torch.library.register_fake("featherweight::wna16", _shape, lib=library)
     return library
 
 
-def _on_cuda(
-    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
-) -> Tensor:
+def _on_cuda(x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, *stored: Any) -> Tensor:
     flat_TC = x_TC.reshape(-1, x_TC.shape[-1]).contiguous()
     if flat_TC.data_ptr() % 16:
         flat_TC = flat_TC.clone()
     with torch.cuda.device(x_TC.device):
-        y_TR = kernels(x_TC.device, x_TC.dtype, Layout(group, scales, zeros)).product(flat_TC, weights, bias_R, rows)
+        made = kernels(x_TC.device, x_TC.dtype, Layout(*stored))
+        y_TR = made.product(flat_TC, weights, bias_R, rows)
     return y_TR.view(*x_TC.shape[:-1], rows)
 
 
-def _on_cpu(
-    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
-) -> Tensor:
-    layout = Layout(group, scales, zeros)
-    codes_RC, scales_RG, zeros_RG = w4a16_layout.unpack(weights, rows, x_TC.shape[-1], layout)
-    grouped = codes_RC.unflatten(-1, (-1, group)).double() - zeros_RG.unsqueeze(-1)
+def _on_cpu(x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, *stored: Any) -> Tensor:
+    layout = Layout(*stored)
+    codes_RC, scales_RG, zeros_RG = wna16_layout.unpack(weights, rows, x_TC.shape[-1], layout)
+    grouped = codes_RC.unflatten(-1, (-1, layout.group)).double() - zeros_RG.unsqueeze(-1)
     weight_RC = (grouped * scales_RG.unsqueeze(-1)).flatten(-2)
     bias = None if bias_R is None else bias_R.double()
     return functional.linear(x_TC.double(), weight_RC, bias).to(x_TC.dtype)
 
 
-def _shape(
-    x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
-) -> Tensor:
+def _shape(x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, *stored: Any) -> Tensor:
     return x_TC.new_empty(*x_TC.shape[:-1], rows)

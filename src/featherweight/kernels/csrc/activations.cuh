@@ -1,0 +1,61 @@
+// x in shared memory, and its sums over groups, for wna16.cu: which says what Params are.
+
+#if BF16
+constexpr float STEP = 1.0f / (1ull << 63) / 64;                             // 2^-69: a code's 2^-133 by x's 2^64
+constexpr float X_SCALE = 2.0f * (1ull << 63);
+#else
+constexpr float STEP = 1.0f / (1 << 24), X_SCALE = 1.0f;
+#endif
+
+__device__ __forceinline__ u32 scaled(u32 pair) {
+    float low = activation_to_float((u16)pair) * X_SCALE, high = activation_to_float((u16)(pair >> 16)) * X_SCALE;
+    return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);  // exact: bfloat16 is half a float
+}
+
+// x[:, slice] into shared memory, for bfloat16 times 2^64. The caller waits for all threads afterwards.
+__device__ __forceinline__ void load_x(const Params& p, int first_column, int columns, u8* x, u32 barrier) {
+    const int present = min(columns, p.columns - first_column), chunks = columns / 8;
+#if BULK
+    if (threadIdx.x < 32) {
+        if (threadIdx.x == 0) expect_bytes(barrier, p.tokens * present * 2);
+        __syncwarp();
+        if (threadIdx.x < p.tokens && present > 0)
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         ::"r"(shared_address(x + threadIdx.x * p.x_stride)), "l"(p.x + (u64)threadIdx.x * p.columns + first_column),
+                         "r"(present * 2), "r"(barrier) : "memory");
+    }
+    wait_barrier(barrier, 0);
+#endif
+    if (BULK && !BF16 && present == columns) return;
+    for (int i = threadIdx.x; i < p.tokens * chunks; i += blockDim.x) {
+        int token = i / chunks, column = (i - token * chunks) * 8;
+        uint4* at = (uint4*)(x + token * p.x_stride + column * 2);
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (column < present) v = BULK ? *at : *(const uint4*)(p.x + (u64)token * p.columns + first_column + column);
+        if (BF16) v.x = scaled(v.x), v.y = scaled(v.y), v.z = scaled(v.z), v.w = scaled(v.w);
+        *at = v;
+    }
+}
+
+// What zeros take away: the middle code (or 1, for zeros that are stored) times minus the sum of x over each group, by the
+// tensor cores, in the steps of even and of odd rows' codes. Four floats a lane t, 8 tokens and group, as an accumulator
+// holds them; the latter two are as the former where zeros are stored, whose odd rows come in their own steps.
+template <int NT>
+__device__ __forceinline__ void sum_x(const u8* const (&x)[NT], u8* sums, int groups, int warp, int lane) {
+    const u32 one = BF16 ? 0x89008900u : 0xbc00bc00u;  // -2^-109: steps of 2^-24 and x's 2^64 make codes' 2^-69; -1
+    const u32 even = ZEROS ? one : 0x80008000u | MIDDLE * 0x00010001u, odd = ZEROS ? one : 0x80008000u | MIDDLE * ODD * 0x00010001u;
+    const u32 away[4] = {even, odd, even, odd};
+    for (int group = warp; group < groups; group += blockDim.x / 32) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float acc[4] = {};
+#pragma unroll
+            for (int unit = 0; unit < GROUP / 32; unit++) {
+                uint4 b = *(const uint4*)(x[n] + (group * (GROUP / 32) + unit) * 64);
+                multiply(acc, away, b.x, b.y);
+                multiply(acc, away, b.z, b.w);
+            }
+            if (lane < 4) *(float4*)(sums + (group * NT + n) * 64 + lane * 16) = make_float4(acc[0], acc[1], acc[2], acc[3]);
+        }
+    }
+}

@@ -1,0 +1,259 @@
+// y_TR = x_TC V^T for weights of 2, 3, 4 or 8 bits and at most 8 * NT tokens, streamed once from device memory.
+//
+// R rows (outputs), C columns (inputs), T tokens. A *block* is 32 rows x 128 columns: codes in the order the tensor cores
+// take them, then their scales, then their zeros (`wna16_layout.py` packs and describes it, blocks.cuh reads it). A *tile*
+// is 32 rows, a *chunk* up to CHUNK neighbouring blocks of one: what is fetched at a time. Memory holds the first chunk of
+// every tile, then the next of every tile: warps that run side by side read one stretch of it.
+//
+// A cluster of CTAs owns every so many-th tile; its CTAs split the columns, so each needs only its slice of x, and the warps
+// of a CTA take a tile each (or split the columns further).
+//
+// Each warp fills its own ring of chunks in shared memory (bulk copies, evict-first) and nobody else reads it: no barrier
+// of the CTA is passed while streaming. Weights depend on no other kernel, so the ring is filled before waiting for the
+// one that makes x (programmatic dependent launch).
+//
+// Codes are multiplied as subnormals (blocks.cuh), exact in a tensor core; their powers of two are undone once at the end.
+// With bfloat16 x is multiplied by 2^64, to keep products of two far above float32's own subnormals. What zeros take away
+// is the first addend of every group's sum (`sum_x`), which the group's scale then multiplies.
+//
+// Macros: BF16 (0: float16), and those of blocks.cuh.
+
+#include "gpu.cuh"
+#include "blocks.cuh"
+
+constexpr int RING = 3;  // stages of a ring on GPUs without bulk copies, where the count must be known when compiling
+
+struct Params {
+    const u8* weights;
+    const u16* x;
+    u16* y;
+    const u16* bias;  // or null
+    int tokens, rows, columns;
+    int blocks, tiles;   // of the whole matrix: across and down
+    int warp_splits;     // in how many the warps of a CTA split its columns
+    int stages, chunk;   // of each warp's ring: chunks; blocks in one of its chunks (a divisor of CHUNK)
+    int owned;           // of the half tiles of one pass, those that a CTA sums up and stores (the last may have fewer)
+    int x_stride;        // bytes
+    int at_barriers, at_x, at_sums, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
+};
+
+#include "streaming.cuh"
+#include "activations.cuh"
+
+// ---- the product ----------------------------------------------------------------------------------------------------
+
+template <int NT>
+__device__ __forceinline__ void take_zeros_away(float (&acc)[2][NT][4], const u8* block, const u8* sums, int part, int lane) {
+    Four zeros;
+    if (ZEROS) zeros = load_zeros(block, part, lane >> 2);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const u8* at = sums + n * 64 + (lane & 3) * 16;
+        if (ZEROS) {
+            float2 v = *(const float2*)at;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                acc[h][n][0] = v.x * zeros.of[h][0], acc[h][n][1] = v.y * zeros.of[h][0];
+                acc[h][n][2] = v.x * zeros.of[h][1], acc[h][n][3] = v.y * zeros.of[h][1];
+            }
+        } else {
+            float4 v = *(const float4*)at;
+#pragma unroll
+            for (int h = 0; h < 2; h++) acc[h][n][0] = v.x, acc[h][n][1] = v.y, acc[h][n][2] = v.z, acc[h][n][3] = v.w;
+        }
+    }
+}
+
+// total += a block's 32 rows x 128 columns times x. `x` is this lane's first 16 bytes of each 8 tokens, `at` the block's
+// place in the slice.
+template <int NT>
+__device__ __forceinline__ void multiply_block(
+    float (&total)[2][NT][4], const u8* block, const u8* const (&x)[NT], const u8* sums, int at, int lane) {
+    Codes codes;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        float acc[2][NT][4];
+        take_zeros_away<NT>(acc, block, sums + (at * PARTS + part) * NT * 64, part, lane);
+#pragma unroll
+        for (int i = 0; i < GROUP / 32; i++) {
+            const int unit = part * (GROUP / 32) + i;  // of 32 columns
+            if (unit % UNITS == 0) codes.load(block, unit, lane);
+            uint4 b[NT];
+#pragma unroll
+            for (int n = 0; n < NT; n++) b[n] = *(const uint4*)(x[n] + at * (COLUMNS * 2) + unit * 64);
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    u32 a[4];
+                    codes.take(a, h, unit, j);
+#pragma unroll
+                    for (int n = 0; n < NT; n++) multiply(acc[h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
+                }
+        }
+        Four scales = load_scales(block, part, lane >> 2);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) total[h][n][e] += scales.of[h][e / 2] * acc[h][n][e];
+    }
+}
+
+template <int NT>
+__device__ __forceinline__ void send_partials(const Params& p, const float (&total)[2][NT][4], u32 buffer, u32 barrier, int part, int tile, int lane) {
+    const int g = lane >> 2, t = lane & 3, stride = p.owned * 16 + 4;  // 4 more: other banks
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int half = tile * 2 + h, owner = half / p.owned;
+        u32 to = buffer + (part * p.tokens * stride + (half - owner * p.owned) * 16 + g) * 4, there = barrier;
+#if BULK
+        to = remote_address(to, owner);
+        there = remote_address(barrier, owner);
+#endif
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int token = n * 8 + 2 * t + (e & 1);
+                float value = total[h][n][e] * (e / 2 ? 1 / STEP / ODD : 1 / STEP);
+                if (token < p.tokens) send(to + (token * stride + e / 2 * 8) * 4, value, there);
+            }
+    }
+}
+
+// Sums of all splits for the half tiles this CTA owns, rounded once. Of the cluster's tiles, `step` apart, `here` halves
+// are in this pass, from `tile` on; ours begin with half `first`.
+__device__ __forceinline__ void store_rows(const Params& p, u32 partials, int splits, int tile, int step, int here, int first) {
+    const int owned = p.owned * 16, stride = owned + 4;
+    for (int i = threadIdx.x; i < p.tokens * owned; i += blockDim.x) {
+        int token = i / owned, r = i - token * owned, half = first + r / 16;
+        int row = (tile + half / 2 * step) * ROWS + half % 2 * 16 + r % 16;
+        float sum = 0;
+        for (int s = 0; s < splits; s++) sum += load_shared_float(partials + ((s * p.tokens + token) * stride + r) * 4);
+        if (half < here && row < p.rows) {
+            if (p.bias) sum += activation_to_float(p.bias[row]);
+            p.y[(u64)token * p.rows + row] = float_to_activation(sum);
+        }
+    }
+}
+
+template <int NT> __device__ __forceinline__ void product(const Params& p) {
+    extern __shared__ __align__(128) u8 memory[];
+    const u32 base = shared_address(memory);
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
+    const int rank = cluster_rank(), size = cluster_size(), cluster = blockIdx.x / size, clusters = gridDim.x / size;
+    const int warps = blockDim.x / 32, row_warps = warps / p.warp_splits, warp_row = warp % row_warps, splits = size * p.warp_splits;
+    const int part = rank * p.warp_splits + warp / row_warps;
+    const int tiles = (p.tiles - cluster + clusters - 1) / clusters;  // ours: cluster, cluster + clusters, ...
+    const int passes = (tiles + row_warps - 1) / row_warps;
+    const int chunks = (p.blocks + p.chunk - 1) / p.chunk, first = chunks * part / splits;
+    const int slice = chunks * (rank * p.warp_splits) / splits * p.chunk;  // blocks, first and last, that this CTA needs
+    const int slice_end = min(chunks * ((rank + 1) * p.warp_splits) / splits * p.chunk, p.blocks);
+
+    Ring ring;
+    ring.slots = memory + warp * p.stages * p.chunk * BLOCK;
+    ring.barriers = base + p.at_barriers + warp * p.stages * 8;
+    ring.stages = BULK ? p.stages : RING;
+    ring.chunk = p.chunk, ring.blocks = p.blocks, ring.tiles = p.tiles, ring.weights = p.weights;
+    ring.first = first;
+    ring.chunks = chunks * (part + 1) / splits - first;
+    ring.tile = warp_row * clusters + cluster;
+    ring.tile_step = row_warps * clusters;
+    ring.left = max(0, (tiles - warp_row + row_warps - 1) / row_warps) * ring.chunks;
+    ring.begin(lane);
+    Exchange exchange = {base + p.at_partials, base + p.at_barriers + warps * p.stages * 8, p.partials_bytes};
+    exchange.begin();
+    __syncthreads();
+
+    let_the_next_kernel_start();
+    wait_for_the_kernel_before();
+    load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barriers + 16);
+    __syncthreads();
+
+    const u8* x[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++)  // columns of the product beyond the last token repeat it, and are not stored
+        x[n] = memory + p.at_x + min(n * 8 + (lane >> 2), p.tokens - 1) * p.x_stride + (lane & 3) * 16;
+    u8* sums = memory + p.at_sums;
+    sum_x<NT>(x, sums, (slice_end - slice) * PARTS, warp, lane);
+    __syncthreads();
+
+    for (int pass = 0; pass <= passes; pass++) {
+        float total[2][NT][4] = {};
+        const bool mine = pass * row_warps + warp_row < tiles;
+        if (mine)
+            for (int i = 0; i < ring.chunks; i++) {
+                const u8* block = ring.wait();
+                int at = (first + i) * p.chunk - slice;
+#pragma unroll 1
+                for (int k = ring.blocks_of(first + i); k > 0; k--) {
+                    multiply_block<NT>(total, block, x, sums, at, lane);
+                    block += BLOCK;
+                    at++;
+                }
+                ring.release(lane);
+            }
+        if (pass < passes) {
+            int halves = min(p.owned, max(0, min(row_warps, tiles - pass * row_warps) * 2 - rank * p.owned));
+            exchange.may_send(pass, splits * p.tokens * halves * 64);
+            if (mine) send_partials<NT>(p, total, exchange.buffer(pass), exchange.barrier(pass), part, warp_row, lane);
+        }
+        if (pass > 0) {
+            exchange.wait_for(pass - 1);
+            const int before = (pass - 1) * row_warps;
+            store_rows(p, exchange.buffer(pass - 1), splits, before * clusters + cluster, clusters,
+                       min(row_warps, tiles - before) * 2, rank * p.owned);
+        }
+        if (pass + 1 < passes) exchange.have_read();
+    }
+}
+
+// At most 128 registers up to 16 tokens: 16 warps of a CTA, or two CTAs of 8, where one fetches while the other ends.
+extern "C" __global__ void __launch_bounds__(512, 1) wna16_8(const __grid_constant__ Params p) { product<1>(p); }
+extern "C" __global__ void __launch_bounds__(512, 1) wna16_16(const __grid_constant__ Params p) { product<2>(p); }
+extern "C" __global__ void __launch_bounds__(256, 1) wna16_24(const __grid_constant__ Params p) { product<3>(p); }
+extern "C" __global__ void __launch_bounds__(256, 1) wna16_32(const __grid_constant__ Params p) { product<4>(p); }
+
+// ---- many tokens: the weights as floats, for a dense product -----------------------------------------------------------
+
+// One warp a block. y is rows x columns; each weight is rounded once.
+extern "C" __global__ void __launch_bounds__(256) wna16_dequantize(const __grid_constant__ Params p) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const u64 index = (u64)blockIdx.x * (blockDim.x / 32) + (threadIdx.x >> 5);
+    if (index >= (u64)p.tiles * p.blocks) return;
+    const int k = (int)(index / p.tiles), tile = (int)(index % p.tiles);
+    const u8* block = p.weights + block_index(k, tile, p.blocks, p.tiles) * BLOCK;
+    Codes codes;
+#pragma unroll
+    for (int unit = 0; unit < COLUMNS / 32; unit++) {
+        const int part = unit * 32 / GROUP, column = k * COLUMNS + unit * 32 + t * 8;
+        if (unit % UNITS == 0) codes.load(block, unit, lane);
+        Four scales = load_scales(block, part, g), zeros;
+        if (ZEROS) zeros = load_zeros(block, part, g);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            u32 out[2][4];  // rows g, g + 8; pairs of columns
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                u32 a[4];
+                codes.take(a, h, unit, j);
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    const float steps = r % 2 ? ODD : 1, unscaled = 1 / steps;
+                    float zero = ZEROS ? zeros.of[h][r % 2] * (1 << 24) : MIDDLE * steps, scale = scales.of[h][r % 2];
+                    u32 low = float_to_activation(((float)(a[r] & 0xffff) - zero) * unscaled * scale);
+                    u32 high = float_to_activation(((float)(a[r] >> 16) - zero) * unscaled * scale);
+                    out[r % 2][j * 2 + r / 2] = low | high << 16;
+                }
+            }
+#pragma unroll
+            for (int odd = 0; odd < 2; odd++) {
+                const int row = tile * ROWS + h * 16 + odd * 8 + g;
+                if (row < p.rows && column < p.columns)
+                    *(uint4*)(p.y + (u64)row * p.columns + column) = make_uint4(out[odd][0], out[odd][1], out[odd][2], out[odd][3]);
+            }
+        }
+    }
+}

@@ -1,0 +1,172 @@
+"""The order in which `csrc/wna16.cu` reads weights of 2, 3, 4 or 8 bits: blocks of 32 rows (a tile) by 128 columns.
+
+In memory lie the first `chunk` blocks of all tiles, then their next, and so on; the last chunk may be short.
+
+A block is bytes: its codes, then its scales, then (where they differ from the middle code) its zeros. One lane of a
+warp (g = lane / 4, t = lane % 4) feeds into one m16n8k16 product eight codes: rows g and g + 8 of a half tile, four
+columns from k0 = 64u + 32i + 8t + 4j. At four bits they are one word, from its lowest nibble (g, k0), (g+8, k0),
+(g, k0+2), (g+8, k0+2), then the same four one column on. At two bits one word holds two products, j = 0 in the lower
+half of each nibble. At three bits the lower two bits lie as at two, and a plane of third bits after them, where bit
+e = 2i + j of a nibble belongs to that product. At eight bits a product has two words of bytes (g, k), (g+8, k),
+(g, k+1), (g+8, k+1). Words lie so that a warp reads 16 bytes a lane without conflicts.
+
+Scales, and zeros as bytes, lie in the order group, g, half tile, (row g, row g + 8); zeros of two- and three-bit codes
+are nibbles in that order.
+
+Shapes: R rows, C columns, G groups of a row, T tiles, K blocks of a tile, B bytes of a block; weights are flat bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ROWS, COLUMNS = 32, 128
+WIDTHS = (2, 3, 4, 8)
+GROUPS = (32, 64, 128)
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# The axes of codes that are split as AXES say, by number; for each plane of bits its lowest bit, its bits and the axes
+# in the order of memory, codes of a byte last (the lowest first).
+AXES = (2, 2, 8, 2, 2, 4, 2, 2, 2)  # half tile, odd row, g, u, i (the unit of 32 columns), t, j, k2, k1
+HALF, ODD, G, U, UNIT, T, J, K2, K1 = range(1, 10)  # the axis before them counts blocks
+TWO_BITS = (HALF, G, T, U, UNIT, K1, K2, ODD, J)
+PLANES: dict[int, tuple[tuple[int, int, tuple[int, ...]], ...]] = {
+    2: ((0, 2, TWO_BITS),),
+    3: ((0, 2, TWO_BITS), (2, 1, (G, T, HALF, U, K1, K2, ODD, UNIT, J))),
+    4: ((0, 4, (HALF, U, G, T, UNIT, J, K1, K2, ODD)),),
+    8: ((0, 8, (HALF, U, UNIT, G, T, J, K2, K1, ODD)),),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a block holds.
+
+    Attributes:
+        bits: of a code: 2, 3, 4 or 8.
+        group: columns that share a scale: 32, 64 or 128.
+        scales: dtype of the stored scales.
+        zeros: whether zeros are stored; else every zero is the middle code.
+    """
+
+    bits: int
+    group: int
+    scales: torch.dtype
+    zeros: bool
+
+    @property
+    def chunk(self) -> int:
+        """Blocks of a tile that lie together: about four thousand bytes, fetched at a time."""
+        return {2: 4, 3: 2, 4: 2, 8: 1}[self.bits]
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero where zeros are not stored."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def parts(self) -> int:
+        """Groups of a block's row."""
+        return COLUMNS // self.group
+
+    @property
+    def code_bytes(self) -> int:
+        return ROWS * COLUMNS * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.parts * ROWS * self.scales.itemsize
+
+    @property
+    def zero_bytes(self) -> int:
+        return self.parts * ROWS // (2 if self.bits < 4 else 1) if self.zeros else 0
+
+    @property
+    def block_bytes(self) -> int:
+        return self.code_bytes + self.scale_bytes + self.zero_bytes
+
+
+def pack(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout) -> Tensor:
+    """The bytes of all blocks; rows and columns are padded to whole blocks by weights of scale zero."""
+    (rows, columns), groups = codes_RC.shape, scales_RG.shape[1]
+    assert columns == groups * layout.group, "groups disagree with the layout"
+    more_rows, more_columns = -rows % ROWS, -columns % COLUMNS
+    codes_RC = functional.pad(codes_RC, (0, more_columns, 0, more_rows))
+    pad = (0, more_columns // layout.group, 0, more_rows)
+    tiles, blocks = codes_RC.shape[0] // ROWS, codes_RC.shape[1] // COLUMNS
+    each = codes_RC.view(tiles, ROWS, blocks, COLUMNS).transpose(1, 2).reshape(-1, *AXES)
+    planes = [_pack_plane(each >> low & (1 << bits) - 1, bits, order) for low, bits, order in PLANES[layout.bits]]
+    parts = [plane.view(tiles, blocks, -1) for plane in planes]
+    parts.append(_by_group(functional.pad(scales_RG, pad), layout).view(torch.uint8))
+    if layout.zeros:
+        zeros = _by_group(functional.pad(zeros_RG, pad), layout)
+        parts.append(zeros[..., ::2] | zeros[..., 1::2] << 4 if layout.bits < 4 else zeros)
+    blocks_TKB = torch.cat(parts, dim=-1)
+    return torch.cat([chunk.flatten() for chunk in blocks_TKB.split(layout.chunk, dim=1)])
+
+
+def extent(rows: int, columns: int) -> tuple[int, int]:
+    """Tiles, and blocks of a tile, of a matrix."""
+    return -(-rows // ROWS), -(-columns // COLUMNS)
+
+
+def blocks_of(weights: Tensor, rows: int, columns: int, layout: Layout) -> Tensor:
+    """The blocks [T, K, B] in the bytes that `pack` made."""
+    tiles, blocks = extent(rows, columns)
+    widths = [min(layout.chunk, blocks - k) for k in range(0, blocks, layout.chunk)]
+    chunks = weights.split([tiles * width * layout.block_bytes for width in widths])
+    return torch.cat([chunk.view(tiles, width, -1) for chunk, width in zip(chunks, widths, strict=True)], dim=1)
+
+
+def unpack(weights: Tensor, rows: int, columns: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """codes_RC, scales_RG, zeros_RG: what `pack` was given."""
+    blocks_TKB = blocks_of(weights, rows, columns, layout)
+    tiles, blocks = blocks_TKB.shape[:2]
+    codes = torch.zeros(tiles * blocks, *AXES, dtype=torch.uint8, device=weights.device)
+    at = 0
+    for low, bits, order in PLANES[layout.bits]:
+        end = at + ROWS * COLUMNS * bits // 8
+        codes |= _unpack_plane(blocks_TKB[..., at:end].flatten(0, 1), bits, order) << low
+        at = end
+    codes_RC = codes.view(tiles, blocks, ROWS, COLUMNS).transpose(1, 2).reshape(tiles * ROWS, -1)[:rows, :columns]
+    end = at + layout.scale_bytes
+    scales_RG = _by_row(blocks_TKB[..., at:end].contiguous().view(layout.scales), layout)
+    scales_RG = scales_RG[:rows, : columns // layout.group]
+    if not layout.zeros:
+        return codes_RC, scales_RG, torch.full_like(scales_RG, layout.middle, dtype=torch.uint8)
+    zeros = blocks_TKB[..., end:]
+    if layout.bits < 4:
+        zeros = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(-2)
+    return codes_RC, scales_RG, _by_row(zeros, layout)[:rows, : columns // layout.group]
+
+
+def _pack_plane(each: Tensor, bits: int, order: tuple[int, ...]) -> Tensor:
+    """Fields of so many bits, [blocks, *AXES], as bytes [blocks, bytes]."""
+    fields = each.permute(0, *order).reshape(len(each), -1, 8 // bits)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=each.device)
+    return (fields << shifts).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_plane(packed: Tensor, bits: int, order: tuple[int, ...]) -> Tensor:
+    """The inverse of `_pack_plane`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    fields = (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).reshape(-1, *(AXES[axis - 1] for axis in order))
+    return fields.permute(0, *(order.index(axis) + 1 for axis in range(1, 10)))
+
+
+def _by_group(each_RG: Tensor, layout: Layout) -> Tensor:
+    """One value a row and group as a block holds them: [T, K, values of a block]."""
+    tiles, blocks = each_RG.shape[0] // ROWS, each_RG.shape[1] // layout.parts
+    split = each_RG.view(tiles, 2, 2, 8, blocks, layout.parts).permute(0, 4, 5, 3, 1, 2)
+    return split.reshape(tiles, blocks, layout.parts * ROWS)
+
+
+def _by_row(values: Tensor, layout: Layout) -> Tensor:
+    """The inverse of `_by_group`."""
+    tiles, blocks = values.shape[:2]
+    split = values.reshape(tiles, blocks, layout.parts, 8, 2, 2).permute(0, 4, 5, 3, 1, 2)
+    return split.reshape(tiles * ROWS, blocks * layout.parts)
