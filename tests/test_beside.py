@@ -186,7 +186,7 @@ def test_a_pass_that_is_ended_later_gives_the_bytes_of_another_pass(
     monkeypatch.setattr(Ending, "finish", counted)
     api.compress(source, tmp_path / "kept", chosen)
     assert finished == [True] * (BLOCKS - 1)
-    pipeline.compress(source, tmp_path / "low", chosen, memory="low")
+    api.compress(source, tmp_path / "low", chosen, memory="low")
     assert finished == [True] * (BLOCKS - 1)
     monkeypatch.setattr(Ending, "takes", lambda *_: False)  # no room
     api.compress(source, tmp_path / "full", chosen)

@@ -263,6 +263,8 @@ def test_sums_over_batches(dtype: torch.dtype) -> None:
         expected_CC += x_TC.T @ x_TC
         expected_RC += difference.flatten(0, -2).double().T @ x_TC
     assert hessian.tokens == cross.tokens == 357
-    for mean, expected in ((hessian.mean(), expected_CC / 357), (cross.mean(), expected_RC / 357)):
+    copied_CC, hessian_CC = hessian.mean(), hessian.into_mean()
+    assert torch.equal(copied_CC, hessian_CC) and not hessian.sum_CC.numel()
+    for mean, expected in ((hessian_CC, expected_CC / 357), (cross.mean(), expected_RC / 357)):
         assert mean.dtype == torch.float32
         torch.testing.assert_close(mean.double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))

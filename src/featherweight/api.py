@@ -21,7 +21,7 @@ from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import build, checkpoint_dtype
 from featherweight.recipe import Recipe
 from featherweight.stream.calibration import Tell
-from featherweight.stream.compress import Result
+from featherweight.stream.compress import Memory, Result
 from featherweight.stream.compress import compress as stream_compress
 from featherweight.stream.device import compute_dtype, pick_device
 from featherweight.stream.folder import journal_losses
@@ -33,13 +33,18 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: str | Path, out: str | Path, recipe: Recipe | None = None, device: str = "auto", tell: Tell | None = None
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    tell: Tell | None = None,
+    memory: Memory = "auto",
 ) -> Result:
     """Compresses a checkpoint folder, hub name or embedded model ("feather-tiny") into `out`; see `stream.compress`.
 
     `tell(done, total, what)` hears of the progress in blocks. Repeated on a half-done folder, it goes on there.
     """
-    return stream_compress(model, out, recipe or Recipe(), device, tell)
+    return stream_compress(model, out, recipe or Recipe(), device, tell, memory=memory)
 
 
 def load(

@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -89,6 +89,7 @@ def compress(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
     device: Device = "auto",
+    memory: Annotated[Literal["auto", "low"], typer.Option(help="low: slower, with less of it on a GPU.")] = "auto",
 ) -> None:
     """Compress MODEL into the folder OUT."""
     from featherweight import api
@@ -135,15 +136,16 @@ def compress(
     chosen = _with_group_size(chosen, group_size)
     with joined() as world:
         if not world.leads:  # process 0 tells
-            api.compress(model, out, chosen, device)
+            api.compress(model, out, chosen, device, memory=memory)
             return
         console.say(f"recipe {chosen.digest()}: {json.dumps(chosen.as_dict())}")
         try:
             with console.progress() as tell:
-                result = api.compress(model, out, chosen, device, tell)
+                result = api.compress(model, out, chosen, device, tell, memory)
         except KeyboardInterrupt:
             console.say(f"stopped; finished blocks are kept in {out}: repeat the command to go on.")
             raise typer.Exit(1) from None
+        console.table(("phase", "seconds"), list(result.phase_seconds.items()))
         console.last_line(asdict(result))
 
 

@@ -38,7 +38,14 @@ class HessianSum:
 
     def mean(self) -> Tensor:
         """X^T X / T."""
-        mean_CC = self.sum_CC / max(self.tokens, 1)
+        return self._mirrored(self.sum_CC / max(self.tokens, 1))
+
+    def into_mean(self) -> Tensor:
+        """The same in the memory of the sum, which is gone then: H is the largest thing there is beside a block."""
+        mean_CC, self.sum_CC = self.sum_CC.div_(max(self.tokens, 1)), self.sum_CC[:0]
+        return self._mirrored(mean_CC)
+
+    def _mirrored(self, mean_CC: Tensor) -> Tensor:
         for start, stop in itertools.pairwise(self.edges):
             mean_CC[stop:, start:stop] = mean_CC[start:stop, stop:].T
         return mean_CC

@@ -5,19 +5,16 @@ Shapes: S sequences, T tokens, R outputs, C inputs.
 
 from __future__ import annotations
 
-import platform
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from featherweight import data
 from featherweight.core.rules import Rule, grid_of
 from featherweight.core.solution import AnySolution
 from featherweight.errors import RequestError
@@ -39,6 +36,7 @@ from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.phases import Phases
+from featherweight.stream.request import check_ids, manifest
 from featherweight.stream.shard import require_all
 from featherweight.stream.states import States
 from featherweight.stream.storing import OUTSIDE, Packed, Shards
@@ -113,9 +111,9 @@ def _compress(
     with folder.locked() if world.leads else nullcontext():
         given = ids_ST
         ids_ST = world.first_tensor(lambda: calibration_ids(checkpoint.path, recipe) if given is None else given)
-        job.check_ids(ids_ST)
+        check_ids(tree, ids_ST)
         if world.leads:
-            folder.begin(job.manifest(ids_ST))
+            folder.begin(manifest(tree, recipe, ids_ST, torch_device, job.dtype, world))
         if not world.first(folder.done):
             with torch.no_grad():
                 job.plan()
@@ -186,36 +184,6 @@ class _Job:
     def rule_of(self, matrix: Matrix) -> Rule:
         """What a matrix of the blocks, or one that stands for tokens, is to obey."""
         return self.token_rules[matrix.name] if matrix.name in self.tokens else self.rules[matrix.name]
-
-    def check_ids(self, ids_ST: Tensor | None) -> None:
-        """Token ids the embedding does not have mean that the tokenizer is another model's."""
-        known = self.tree.model.get_input_embeddings().weight.shape[0]
-        if ids_ST is not None and int(ids_ST.max()) >= known:
-            raise RequestError(
-                f"the tokenizer gives token {int(ids_ST.max())} and the model knows 0 to {known - 1}: "
-                "use the model's own tokenizer."
-            )
-
-    def manifest(self, ids_ST: Tensor | None) -> dict[str, Any]:
-        """What the output's bytes follow from; `OutputFolder.begin` compares it on resuming."""
-        import transformers
-
-        return {
-            "recipe": self.recipe.as_dict(),
-            "recipe_digest": self.recipe.digest(),
-            "model": {"fingerprint": self.tree.checkpoint.fingerprint(), "blocks": len(self.tree.blocks)},
-            "data": {"ids_sha256": None if ids_ST is None else data.digest(ids_ST)},
-            "made_with": {
-                "featherweight": version("featherweight"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-                "device": self.device.type,
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-                **({"processes": self.world.size} if self.world.size > 1 else {}),
-            },
-        }
 
     def run(self, folder: OutputFolder, ids_ST: Tensor | None) -> None:
         """Writes every shard that is not there yet."""

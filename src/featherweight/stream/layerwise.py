@@ -105,17 +105,19 @@ def solve_group(
     for matrix in group.matrices:
         by_rule.setdefault(rules[matrix.path], []).append(matrix)
     solutions: dict[str, AnySolution] = {}
+    hessian_CC = sums.hessian.into_mean()
     for rule, matrices in by_rule.items():
-        solutions |= _solve_alike(view, replace(group, matrices=tuple(matrices)), sums, rule, recipe, choices)
+        alike = replace(group, matrices=tuple(matrices))
+        solutions |= _solve_alike(view, alike, hessian_CC, sums, rule, recipe, choices)
     return solutions
 
 
 def _solve_alike(
-    view: BlockView, group: Group, sums: GroupSums, rule: Rule, recipe: Recipe, choices: Choices
+    view: BlockView, group: Group, hessian_CC: Tensor, sums: GroupSums, rule: Rule, recipe: Recipe, choices: Choices
 ) -> dict[str, AnySolution]:
     weight_RC = torch.cat([view.weight(matrix) for matrix in group.matrices])
     name = " + ".join(matrix.name for matrix in group.matrices)
-    problem = LayerProblem(weight_RC, sums.hessian.mean(), sums.hessian.tokens, recipe.relative_damping, name)
+    problem = LayerProblem(weight_RC, hessian_CC, sums.hessian.tokens, recipe.relative_damping, name)
     with view.phases("factor"):
         factor = problem.factor(recipe.order)
     with view.phases("solve"):
