@@ -58,18 +58,18 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("machine")
 def test_bench_kernels() -> None:
-    ran = featherweight("bench", "kernels", "--shapes", "128x64", "--m", "1,20", "--device", "cpu")
+    ran = featherweight("bench", "kernels", "--shapes", "128x64", "--m", "1,40", "--device", "cpu")
     assert ran.code == 0, ran.err
     rows = ran.last["rows"]
     assert [(row["kernel"], row["tokens"]) for row in rows] == [
-        (name, tokens) for name in ("dense", "cpu-int4", "dequantize") for tokens in (1, 20)
+        (name, tokens) for name in ("dense", "cpu-int4", "dequantize") for tokens in (1, 40)
     ]
     for row in rows:
         assert row["of_read"] == pytest.approx(row["gbps"] / 10) and row["of_peak"] == pytest.approx(
             row["tflops"] / 0.5
         )
         assert row["kernel"] == "dense" or row["error"] < 5e-3
-    assert "128x64, cpu-int4, 20 tokens" in ran.err and ran.last["bits"] == 4
+    assert "128x64, cpu-int4, 40 tokens" in ran.err and ran.last["bits"] == 4
 
 
 @pytest.mark.parametrize(

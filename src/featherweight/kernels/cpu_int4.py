@@ -31,7 +31,7 @@ from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import tiles
 from featherweight.kernels.base import Case, Kernel, Run, require_input
 
-FEW_TOKENS = 24
+FEW_TOKENS = 32
 WIDTHS = (256, 128, 64, 32)
 ROW_MULTIPLE = 16
 MIDDLE = 8
