@@ -1,9 +1,10 @@
-"""compress_module on real networks: what each rule and each way of solving costs.
+r"""compress_module on real networks: what each rule and each way of solving costs.
 
     python bench/modules.py resnet --weights resnet20.safetensors --data cifar10-test-2000.npz
     python bench/modules.py minilm --weights all-minilm-l6-v2 --data calib/wiki.txt --held wikitext-2/wiki.valid.raw
     python bench/modules.py whisper --weights whisper-tiny.en --data jfk.flac
-    python bench/modules.py efficientnet --weights efficientnet-lite0/model.safetensors --data cifar10-test-2000.npz
+    python bench/modules.py efficientnet --weights efficientnet-lite0/model.safetensors --data cifar10-test-2000.npz \
+        --fine-bits 8
 
 Every row is one rule solved in one way (--rules 4s,3a,50,2:4 --ways rtn,papers,ours,greedy); the dense model is
 measured in the same run. A JSON object a row on stdout as it is done; the last line holds them all. Whisper needs
@@ -80,6 +81,7 @@ class Task:
     batches: list[Any]
     measure: Callable[[nn.Module], dict[str, float | str]]
     skip: list[str]
+    fine: str | None = None  # layers for which --fine-bits says how many they get
 
 
 # ---- CIFAR ResNets ---------------------------------------------------------------------------------------------------
@@ -220,7 +222,8 @@ def efficientnet(args: argparse.Namespace) -> Task:
     large = F.interpolate((pixels * 255 - 127) / 128, size=128, mode="bicubic")
     module.eval()
     batches = list(large[:1000][:: max(1, 1000 // args.samples)].split(32))
-    return Task(module, batches, agreement(large[1000::4], module, None), ["_conv_stem", "_fc"])
+    measure = agreement(large[1000::4], module, None)
+    return Task(module, batches, measure, ["_conv_stem", "_fc"], r".*_depthwise_conv")
 
 
 # ---- MiniLM ----------------------------------------------------------------------------------------------------------
@@ -320,10 +323,11 @@ TASKS = {"resnet": resnet, "efficientnet": efficientnet, "minilm": minilm, "whis
 def row_of(task: Task, rule_text: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
     rule, choices = way_of(way, rule_of(rule_text))
     skip = [*task.skip, *args.skip]
+    rules = {task.fine: Grid(args.fine_bits, None)} if task.fine and args.fine_bits else {}
     begin = time.perf_counter()
     result = compress_module(
-        task.module, task.batches, rule, choices, skip=skip, passes=args.passes, batchnorm=args.batchnorm,
-        correct=args.correct,
+        task.module, task.batches, rule, choices, rules=rules, skip=skip, passes=args.passes,
+        batchnorm=args.batchnorm, correct=args.correct,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
     weights = [math.prod(row.shape) for row in result.report]
@@ -348,6 +352,7 @@ def main() -> None:
     ask.add_argument("--passes", choices=("sequential", "one"), default="one")
     ask.add_argument("--skip", action="append", default=[], help="leave more layers dense")
     ask.add_argument("--batchnorm", choices=("shift", "reset", "keep"), default="shift")
+    ask.add_argument("--fine-bits", type=float, help="efficientnet: of depthwise layers, whatever the rule")
     ask.add_argument("--correct", action="store_true", help="correct layer norms")
     args = ask.parse_args()
     torch.set_num_threads(1)
@@ -358,7 +363,7 @@ def main() -> None:
         module = copy.deepcopy(task.module)
         with at_rest(module):
             found = norms.batch_norms(module)
-            norms.update_batch_norms(found, norms.batch_statistics(Feed(module, task.batches), found), None)
+            norms.reset_batch_norms(found, norms.batch_statistics(Feed(module, task.batches), found))
         rows.append({"rule": "dense, batch norms reset", "way": "", **task.measure(module)})
     for rule in args.rules.split(","):
         for way in args.ways.split(","):

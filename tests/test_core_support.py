@@ -21,6 +21,7 @@ from featherweight.core.rules import Grid, Joint, Pattern, Rule
 from featherweight.core.solution import Solution, SparseSolution
 from featherweight.core.solve import Choices, Mask, solve
 from featherweight.core.support import choose, masked, resolve, swap
+from featherweight.core.sweep import sweep
 from featherweight.errors import RequestError
 from oracles import damped, layer_loss, random_layer
 
@@ -240,3 +241,19 @@ def test_rows_and_layers_without_anything_to_say() -> None:
     for rule in (HALF, Pattern(0.95), TWO_OF_FOUR, Joint(Grid(4, 16), Pattern(0.95))):
         solution = solve(problem, rule)
         assert torch.isfinite(solution.values()).all() and not solution.values()[2].any()
+
+
+def test_rows_that_are_pruned_entirely() -> None:
+    """A mask from outside may leave rows, or the whole layer, with nothing: zeros, at the price of the whole row."""
+    problem = layer(6, 32)
+    lost_R = layer_loss(problem.weight_RC, torch.zeros(6, 32), damped(problem.hessian_CC, 0.01))
+    some_RC = torch.rand(6, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    for keep_RC, empty in ((some_RC.index_fill(0, torch.tensor([1, 4]), False), [1, 4]), (some_RC & False, range(6))):
+        swept = prune(problem, HALF, keep_RC=keep_RC)
+        exact = least_squares(problem, keep_RC, HALF, 0.01)
+        near = resolve(problem, swept)
+        rounded = sweep(problem, Grid(4, 16), keep_RC=keep_RC)
+        for found in (swept, exact, near, rounded):
+            assert not found.values(torch.float64)[~keep_RC].any() and torch.isfinite(found.loss_R).all()
+            torch.testing.assert_close(found.loss_R[list(empty)].double(), lost_R[list(empty)], rtol=1e-6, atol=0)
+        assert near.certificate == pytest.approx(exact.certificate, rel=1e-3)

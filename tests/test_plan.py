@@ -306,3 +306,18 @@ def test_database_is_written_line_by_line_and_refuses_another(tmp_path: Path) ->
     (tmp_path / "other").write_text("{}\n")
     with pytest.raises(RequestError, match="no sensitivity database"):
         Database.open(tmp_path / "other")
+
+
+def test_a_table_of_measured_times_is_a_budget(tmp_path: Path) -> None:
+    """Times by (matrix, option) make offers in seconds; a matrix without one is named."""
+    database = Database.begin(tmp_path / "data.jsonl", {"options": ["4b-g32", "2b-g32"]})
+    options = {"4b-g32": Measured(0.1, 0.05, 0.04, 88, 128), "2b-g32": Measured(0.9, 0.5, 0.4, 56, 128)}
+    for name in ("a", "b"):
+        database.add(Row(0, name, f"{name}.in", name, 4, 32, 2.0, options))
+    seconds = {("a", "4b-g32"): 3e-6, ("a", "2b-g32"): 1e-6, ("b", "4b-g32"): 8e-6, ("b", "2b-g32"): 2e-6}
+    found = allocate(database.layers(seconds=seconds), 6e-6, "seconds")
+    assert found.choices == {"a": "4b-g32", "b": "2b-g32"} and found.cost == pytest.approx(5e-6)
+    assert allocate_milp(database.layers(seconds=seconds), 6e-6, "seconds").choices == found.choices
+    del seconds["b", "2b-g32"]
+    with pytest.raises(RequestError, match="b has no"):
+        allocate(database.layers(seconds=seconds), 6e-6, "seconds")

@@ -22,12 +22,12 @@ from featherweight.core.solution import Solution
 from featherweight.core.support import SAMPLE, best_mask
 
 ROUNDS = 3
-FEW_BITS = 3  # at more, one round finds nearly all there is, and exchanges inside groups find 0.3 % (docs/log.md)
+FEW_BITS = 3  # at more there is 1 % of the loss to find, and nothing of the KL (docs/log.md)
 
 
-def rounds_worth(grid: Grid, pattern: Pattern) -> int:
+def rounds_worth(grid: Grid) -> int:
     """How many rounds pay for themselves."""
-    return ROUNDS if grid.stored_bits <= FEW_BITS else 0 if pattern.of else 1
+    return ROUNDS if grid.stored_bits <= FEW_BITS else 0
 
 
 def release(problem: LayerProblem, solution: Solution, rounds: int | None = None) -> Solution:
@@ -40,7 +40,7 @@ def release(problem: LayerProblem, solution: Solution, rounds: int | None = None
     pattern = solution.pattern
     if pattern is None or pattern.block > 1:
         return solution
-    rounds = rounds_worth(solution.grid, pattern) if rounds is None else rounds
+    rounds = rounds_worth(solution.grid) if rounds is None else rounds
     if not rounds:
         return solution
     if problem.weight_RC.dim() == 2:

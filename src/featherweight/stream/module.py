@@ -92,8 +92,8 @@ def compress_module(
         damping: added to the diagonal of H, relative to its mean.
         batchnorm: "shift" moves the running statistics of batch norms by as much as compression moves those of the
             batches; "reset" replaces them by those of the batches, as OBC does: best only where the batches are many
-            and are what the module was trained on; "keep" leaves them. Both measure batch by batch, so each batch
-            must hold several samples, of mixed classes.
+            and are what the module was trained on, and each must hold several samples, of mixed classes; "keep" leaves
+            them.
         correct: give the outputs of every LayerNorm the dense module's mean and spread again, channel by channel, as
             OBC does; they are absorbed into its weight and bias.
         inplace: change `module` itself; otherwise a deep copy is changed and `module` is left as it is. After an
@@ -216,14 +216,16 @@ class _Job:
         self._all_reached(seen)
         moments = norms.norm_moments(self.feed, layer_norms) if correct else {}
         dense = {name: found.values() for name, found in moments.items()}
-        shifts = batch_norms and batchnorm == "shift"
-        statistics = norms.batch_statistics(self.feed, batch_norms) if shifts else None
+        shifts = bool(batch_norms) and batchnorm == "shift"
+        calls = norms.batch_norm_calls(self.feed, batch_norms) if shifts else []
         for stage in _stages(seen, self.layers, passes):
             sums = self._collect(stage, seen)
             for name in stage:
                 self._solve(self.layers[name], *sums.pop(name))
-        if batch_norms:
-            norms.update_batch_norms(batch_norms, norms.batch_statistics(self.feed, batch_norms), statistics)
+        if shifts:
+            norms.shift_batch_norms(self.feed, batch_norms, calls)
+        elif batch_norms:
+            norms.reset_batch_norms(batch_norms, norms.batch_statistics(self.feed, batch_norms))
         if correct:
             single = {name for name in layer_norms if f"norm {name}" in seen.single}
             norms.correct_layer_norms(self.feed, layer_norms, dense, single)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -55,25 +56,77 @@ def batch_statistics(feed: Feed, norms: list[_BatchNorm]) -> list[Statistics | N
     return found
 
 
-def update_batch_norms(
-    norms: list[_BatchNorm], now: list[Statistics | None], dense: list[Statistics | None] | None
-) -> None:
-    """Sets running statistics to those of the compressed module, or, with the dense module's, moves them as far as
-    compression moved these: mean + (now - dense), variance x now / dense.
+def reset_batch_norms(norms: list[_BatchNorm], found: list[Statistics | None]) -> None:
+    """OBC's batch norm reset: the running statistics become those of the batches (`batch_statistics`)."""
+    for norm, statistics in zip(norms, found, strict=True):
+        if statistics is not None and norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean.copy_(statistics[0])
+            norm.running_var.copy_(statistics[1])
 
-    The first is OBC's batch norm reset. The second does not take in how the batches differ from what the module was
-    trained on, and the chance in few of them cancels.
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a batch norm in evaluation mode: mean and variance of what it was given, and of how much."""
+
+    mean_D: Tensor
+    var_D: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, given: Tensor) -> Call:
+        x_DT = given.float().movedim(1, 0).flatten(1)
+        return cls(x_DT.mean(1), x_DT.var(1, correction=0), x_DT.shape[1])
+
+
+def batch_norm_calls(feed: Feed, norms: list[_BatchNorm]) -> list[list[Call]]:
+    """Every call of every norm, in the order of the batches, as the module is."""
+    calls: list[list[Call]] = [[] for _ in norms]
+    with hooked({norm: (lambda given, n=n: calls[n].append(Call.of(given))) for n, norm in enumerate(norms)}):
+        feed.run()
+    return calls
+
+
+def shift_batch_norms(feed: Feed, norms: list[_BatchNorm], dense: list[list[Call]]) -> None:
+    """Moves running statistics by as much as compression moved those of the same batches: mean + (now - dense),
+    variance x now / dense, averaged over the batches.
+
+    Both modules run as they are used, so chance, and how the batches differ from what the module was trained on,
+    cancel. While a batch runs, each norm it passes is moved by that batch's own difference: what is upstream of a
+    norm is then mended when the norm is measured. `dense` are the calls of the dense module (`batch_norm_calls`).
     """
-    for number, norm in enumerate(norms):
-        new, old = now[number], None if dense is None else dense[number]
-        if new is None or norm.running_mean is None or norm.running_var is None:
-            continue
-        mean, var = new
-        if old is not None:
-            mean = norm.running_mean + (mean - old[0])
-            var = norm.running_var * torch.where(old[1] > 0, var / old[1].clamp(min=1e-30), torch.ones_like(var))
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
+    saved = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    calls: list[list[Call]] = [[] for _ in norms]
+
+    def hear(n: int, given: Tensor) -> None:
+        calls[n].append(Call.of(given))
+        at = slice(len(calls[n]) - 1, len(calls[n]))
+        _put(norms[n], saved[n], calls[n][at], dense[n][at])
+
+    try:
+        with hooked({norm: (lambda given, n=n: hear(n, given)) for n, norm in enumerate(norms)}):
+            feed.run()
+    finally:
+        for norm, before in zip(norms, saved, strict=True):
+            for buffer, value in zip(norm.buffers(), before, strict=True):
+                buffer.copy_(value)
+    for n, norm in enumerate(norms):
+        _put(norm, saved[n], calls[n], dense[n])
+
+
+def _put(norm: _BatchNorm, before: list[Tensor], now: list[Call], dense: list[Call]) -> None:
+    """Running statistics before, moved by what tells the calls apart; they stay where there is no pair of calls."""
+    pairs = list(zip(now, dense, strict=False))
+    if not pairs or norm.running_mean is None or norm.running_var is None:
+        return
+    total = sum(ours.count for ours, _ in pairs)
+    parts = [
+        torch.stack([ours.mean_D - theirs.mean_D, ours.var_D, theirs.var_D]) * (ours.count / total)
+        for ours, theirs in pairs
+    ]
+    drift_D, ours_D, theirs_D = torch.stack(parts).sum(0)
+    mean, var = before[0], before[1]  # the order of the buffers of a batch norm
+    norm.running_mean.copy_(mean + drift_D)
+    norm.running_var.copy_(var * (ours_D + norm.eps) / (theirs_D + norm.eps))
 
 
 class Moments:
