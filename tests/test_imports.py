@@ -22,6 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"core", "codec"},
     "kernels": {"formats", "codec"},
     "linear": {"formats", "kernels"},
+    # what runs a model's experts together: their modules, and the layers and kernels of what is inside them
+    "mixture": {"models", "formats", "kernels", "linear"},
     "recipe": {"core"},
     "recipes": {"core", "recipe"},
     "plan": {"core"},

@@ -14,6 +14,7 @@ from featherweight.errors import RequestError
 from featherweight.evaluate import bits_per_weight
 from featherweight.evaluate import evaluate as evaluate_model
 from featherweight.linear import CompressedEmbedding, CompressedLinear
+from featherweight.mixture import join_experts
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import build, checkpoint_dtype
@@ -41,21 +42,29 @@ def compress(
 
 
 def load(
-    path: str | Path, device: str = "auto", dtype: torch.dtype | None = None, kernel: str = "auto"
+    path: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    kernel: str = "auto",
+    expert_bytes: int | None = None,
 ) -> PreTrainedModel:
     """A transformers model of a compressed (or dense) checkpoint folder, ready to run.
 
     Args:
         path: a folder that `compress` wrote, any folder in a format we read, or a dense checkpoint.
         dtype: to compute in; None takes the checkpoint's, or float32 on CPUs that are slow in it.
-        kernel: how compressed matrices are multiplied: "auto", "reference", "cpu-int4", "sub1-tiles" or "dense"
-            (unpacked once).
+        kernel: how compressed matrices are multiplied: "auto", "reference", "cpu-int4", "sub1-tiles", "sub1-cuda"
+            or "dense" (unpacked once).
+        expert_bytes: leave the experts of a compressed mixture in its files, fetch each when tokens are sent to it, and
+            hold so many bytes of them at most: for mixtures larger than the device, or than memory. None holds all.
     """
     folder, torch_device = resolve(path), pick_device(device)
     checkpoint = Checkpoint.open(folder)
     dtype = dtype or compute_dtype(checkpoint_dtype(checkpoint), torch_device)
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
+        if expert_bytes is not None:
+            raise RequestError(f"{folder} is not compressed, and only compressed experts stay in files: compress it.")
         return load_dense(folder, torch_device, dtype)
     format, rules = formats.from_config(quantization)
 
@@ -67,7 +76,9 @@ def load(
         bias = tensors.pop("bias", None)
         return CompressedLinear.from_tensors(format, rules.of(name), tensors, bias, dtype, kernel)
 
-    return load_with(folder, replace, torch_device, dtype)
+    model = load_with(folder, replace, torch_device, dtype, expert_bytes)
+    join_experts(model)
+    return model
 
 
 def evaluate(

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from featherweight import formats
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedEmbedding, CompressedLinear
+from featherweight.mixture import join_experts
 from featherweight.models.experts import take_apart
 from featherweight.models.headers import DTYPES, Entry, read_entries
 from featherweight.models.load import fill_buffers
@@ -110,6 +111,7 @@ class FeatherweightQuantizer(HfQuantizer):
             head = CompressedLinear.from_tensors(self.layout, table.rule, tensors, dtype=table.dtype)
             head._non_persistent_buffers_set.update(self.layout.suffixes(table.rule))  # they are saved once
             model.set_submodule(path, head)
+        join_experts(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """transformers' own table and, since experts are not fused here, what their matrices are called."""

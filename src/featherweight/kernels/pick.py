@@ -10,14 +10,16 @@ from featherweight.kernels.base import Case, Kernel
 from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
 from featherweight.kernels.sub1 import Sub1Tiles
+from featherweight.kernels.sub1_cuda import Sub1Cuda
 from featherweight.kernels.w4a16 import W4A16
 
-ALL: tuple[Kernel, ...] = (Sub1Tiles(), CpuInt4(), W4A16(), Reference(), Dense())
+ALL: tuple[Kernel, ...] = (Sub1Cuda(), Sub1Tiles(), CpuInt4(), W4A16(), Reference(), Dense())
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}
 AUTO = ("sub1-tiles", "cpu-int4", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor
 cpu-int4 for sub1, whose codes it would hold in two to six times their bytes. Not yet w4a16: a memory checker had
-complaints about it that are not cleared up (bench/results/2026-11-22-h100-w4a16.md)."""
+complaints about it that are not cleared up (bench/results/2026-11-22-h100-w4a16.md); nor sub1-cuda, over which none has
+been run (bench/results/2026-11-22-h100-sub1.md)."""
 
 
 def reasons(
