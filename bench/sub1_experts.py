@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from featherweight.codec import encode
-from featherweight.kernels.sub1_cuda import Bank, Entry, _moved
+from featherweight.kernels.sub1_bank import Bank, Entry, moved
 
 QMOE_INSTRUCTIONS, LANES = 26, 128
 DTYPE = torch.bfloat16
@@ -55,7 +55,7 @@ def experts(count: int, rows: int, columns: int, zero_share: float) -> tuple[lis
         symbols_RC = draw(rows, columns, zero_share)
         scales_R1 = (torch.rand(rows, 1, device="cuda") * 0.02 + 0.01).to(DTYPE)
         torch.mul((symbols_RC.to(torch.int8) ^ 2) - 2, scales_R1, out=dense[e])
-        entries.append(Entry.of(_moved(encode(symbols_RC, ("runs", "bitmap")), scales_R1.device), scales_R1))
+        entries.append(Entry.of(moved(encode(symbols_RC, ("runs", "bitmap")), scales_R1.device), scales_R1))
     return entries, dense
 
 

@@ -23,8 +23,8 @@ from featherweight.codec.rows import side_by_side
 from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import Solution
 from featherweight.formats import FORMATS
-from featherweight.kernels import nvrtc, pick, reasons, sub1_cuda
-from featherweight.kernels.sub1_cuda import MOST_WARPS, Bank, Entry, entry_of, fused, lay_out, stride_of
+from featherweight.kernels import nvrtc, pick, reasons, sub1_bank
+from featherweight.kernels.sub1_bank import MOST_WARPS, Bank, Entry, entry_of, fused, lay_out, stride_of
 from featherweight.linear import CompressedLinear
 
 FORMAT = FORMATS["sub1"]
@@ -47,7 +47,7 @@ def values(symbols: Tensor, scales: Tensor) -> Tensor:
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bits", [4, 5, 6, 7])
-@pytest.mark.parametrize("stride", sub1_cuda.STRIDES)
+@pytest.mark.parametrize("stride", sub1_bank.STRIDES)
 def test_symbols_lead_to_their_columns(bits: int, stride: int) -> None:
     """The steps of SYMBOL in csrc/sub1.cu, in 32-bit words, make the sums that the codes stand for."""
     symbols = draw(8, 300, {4: 0.8, 5: 0.885, 6: 0.96, 7: 0.99}[bits])
@@ -200,7 +200,7 @@ def packed(symbols: Tensor, scales: Tensor, kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["runs", "bitmap", "plain", "dictionary"])
 @pytest.mark.parametrize("share", [0.885, 1.0])
 def test_what_it_cannot_read_is_encoded_again(kind: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sub1_cuda, "block_bytes", lambda device: H100_BYTES)
+    monkeypatch.setattr(sub1_bank, "block_bytes", lambda device: H100_BYTES)
     symbols = draw(40, 256, share)
     entry = entry_of(FORMAT, packed(symbols, torch.rand(40, 1).bfloat16(), kind))  # type: ignore[arg-type]
     assert fused(entry) and torch.equal(decode(entry.encoded, "w"), symbols)
@@ -209,7 +209,7 @@ def test_what_it_cannot_read_is_encoded_again(kind: str, share: float, monkeypat
 
 
 def test_a_table_says_where_everything_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sub1_cuda, "block_bytes", lambda device: H100_BYTES)
+    monkeypatch.setattr(sub1_bank, "block_bytes", lambda device: H100_BYTES)
     scales = torch.rand(40, 1).bfloat16()
     entries = [Entry.of(encode(draw(40, 256, share), ("runs", "bitmap")), scales) for share in (0.5, 0.9)]
     bank = Bank.of([entries])
@@ -242,7 +242,7 @@ def bank_on_gpu(
         for matrix in range(matrices):
             symbols = draw(rows, columns, shares[(expert + matrix) % len(shares)], expert * matrices + matrix)
             scales = (torch.rand(rows, 1) + 0.1).to(dtype)
-            encoded = sub1_cuda._moved(encode(symbols, ("runs", "bitmap")), device)
+            encoded = sub1_bank.moved(encode(symbols, ("runs", "bitmap")), device)
             rows_of.append(Entry.of(encoded, scales.to(device)))
             exact.append(values(symbols, scales))
         entries.append(rows_of)

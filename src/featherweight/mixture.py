@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.formats import Sub1
-from featherweight.kernels.sub1_cuda import MOST_EXPERTS, MOST_PAIRS, MOST_TOKENS, Bank, Entry, entry_of, fused
+from featherweight.kernels.sub1_bank import MOST_EXPERTS, MOST_PAIRS, MOST_TOKENS, Bank, Entry, entry_of, fused
 from featherweight.linear import CompressedLinear
 from featherweight.models.experts import Expert, Experts, Routed, find_experts
 
