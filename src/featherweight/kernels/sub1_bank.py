@@ -1,8 +1,8 @@
 """Entropy-coded ternary matrices as `csrc/sub1.cu` finds them, and its launches.
 
 What is kept beside a matrix's own tensors is where its rows start, 32 bits a row. The operators
-`featherweight::sub1_products` and `featherweight::sub1_dense` are what torch.compile and CUDA graphs see. They are given
-a table of addresses, whose owner (`Bank`) keeps what lies there alive.
+`featherweight::sub1_products` and `featherweight::sub1_dense` are what torch.compile and CUDA graphs see. They are
+given a table of addresses, whose owner (`Bank`) keeps what lies there alive.
 
 Shapes: R outputs, C inputs, G groups, T tokens (any leading axes), E experts, M matrices of an expert, N pairs of a
 token and an expert.
