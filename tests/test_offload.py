@@ -98,8 +98,22 @@ def test_only_compressed_experts_stay(out: Path, tmp_path: Path) -> None:
         api.load(mixed, "cpu", expert_bytes=1000)
 
 
+def test_a_damaged_expert_is_named_when_it_is_fetched(out: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(out, damaged)
+    for path in damaged.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if re.search(r"\.experts\.\d+\..*weight_stream$", name):
+                tensors[name][-1] ^= 1 << 7
+        save_file(tensors, path)
+    model = api.load(damaged, "cpu", torch.float32, expert_bytes=1 << 20)
+    with pytest.raises(RequestError, match=r"experts\.\d+\.\w+ is damaged in tile"):
+        logits(model, token_ids(2, 12))
+
+
 # ---- more than memory -----------------------------------------------------------------------------------------------
-LIMIT_MIB, TIMES = 192, 8
+LIMIT_MIB, TIMES = 96, 8
 PROGRAM = """
 import json, os, resource, sys
 from pathlib import Path
