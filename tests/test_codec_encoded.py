@@ -45,8 +45,9 @@ anything = st.builds(
 @given(anything, st.data())
 def test_every_code_is_lossless_and_the_smallest_is_taken(codes: Tensor, data: st.DataObject) -> None:
     alone = [encode(codes, (kind,)) for kind in KINDS if can_hold(kind, codes)]
-    chosen = encode(codes)
+    chosen = encode(codes, KINDS)
     assert chosen.nbytes == min(encoded.nbytes for encoded in alone)
+    assert encode(codes).nbytes == min(each.nbytes for each in alone if each.header.kind != "dictionary")
     start = data.draw(st.integers(0, len(codes) - 1))
     stop = data.draw(st.integers(start + 1, len(codes)))
     for encoded in [chosen, *alone]:
@@ -67,9 +68,25 @@ def test_large_matrices_go_through_in_pieces(kind: Kind, monkeypatch: pytest.Mon
 
 def test_no_dictionary_is_looked_up_where_a_sample_speaks_against_it() -> None:
     dense, sparse = draw_codes(400, 512, 0.36), draw_codes(400, 512, 0.885)
-    assert encode(dense).header.kind == "dictionary" and encode(sparse).header.kind == "runs"
+    assert encode(dense, KINDS).header.kind == "dictionary" and encode(sparse, KINDS).header.kind == "runs"
     for codes in (dense, sparse):
-        assert encode(codes).nbytes == min(encode(codes, (kind,)).nbytes for kind in KINDS)
+        assert encode(codes, KINDS).nbytes == min(encode(codes, (kind,)).nbytes for kind in KINDS)
+    assert encode(dense).header.kind == "bitmap", "no kernel reads a dictionary, so it has to be asked for"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.885])
+def test_several_threads_write_and_read_the_same(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = draw_codes(300, 500, share)
+    alone = encode(codes)
+    monkeypatch.setattr(matrix, "CPU_CHUNK", 64 * 500)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = encode(codes)
+        assert torch.equal(decode(together, "w"), codes) and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(together.tensors()[key], value) for key, value in alone.tensors().items())
 
 
 @pytest.mark.parametrize(("zeros", "goal"), [(0.885, 1.09), (0.857, 1.09), (0.80, 1.09)])

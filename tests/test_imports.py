@@ -23,6 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"formats", "codec"},
     "linear": {"formats", "kernels"},
     "merged": {"formats", "kernels", "linear"},
+    # what runs a model's experts together: their modules, and the layers and kernels of what is inside them
+    "mixture": {"models", "formats", "kernels", "linear"},
     "recipe": {"core"},
     "recipes": {"core", "recipe"},
     "plan": {"core"},

@@ -115,7 +115,7 @@ def test_a_kernel_that_does_not_fit_is_refused_with_numbers(grid: Grid, rows: in
 
 
 def test_requests_that_make_no_layer() -> None:
-    with pytest.raises(RequestError, match="no kernel marlin: choose auto, sub1-tiles, cpu-int4"):
+    with pytest.raises(RequestError, match="no kernel marlin: choose auto, sub1-cuda, sub1-tiles, cpu-int4"):
         layer(Grid(group_size=64), "marlin")
     with pytest.raises(RequestError, match=r"bias has shape \(3,\)"):
         layer(Grid(group_size=64), bias=torch.zeros(3))

@@ -16,6 +16,7 @@ from featherweight.evaluate import bits_per_weight, zero_shot
 from featherweight.evaluate import evaluate as evaluate_model
 from featherweight.linear import CompressedEmbedding, CompressedLinear
 from featherweight.merged import merge, prepare
+from featherweight.mixture import join_experts
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_dense, load_tokenizer, load_with
 from featherweight.models.tree import build, checkpoint_dtype
@@ -48,7 +49,11 @@ def compress(
 
 
 def load(
-    path: str | Path, device: str = "auto", dtype: torch.dtype | None = None, kernel: str = "auto"
+    path: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    kernel: str = "auto",
+    expert_bytes: int | None = None,
 ) -> PreTrainedModel:
     """A transformers model of a compressed (or dense) checkpoint folder, ready to run.
 
@@ -57,12 +62,16 @@ def load(
         dtype: to compute in; None takes the checkpoint's, or float32 on CPUs that are slow in it.
         kernel: how compressed matrices are multiplied: "auto", "dense" (unpacked once), or another name in
             `featherweight.kernels.KERNELS`. Layers that share an input (q, k and v; gate and up) multiply as one.
+        expert_bytes: leave the experts of a compressed mixture in its files, fetch each when tokens are sent to it, and
+            hold so many bytes of them at most: for mixtures larger than the device, or than memory. None holds all.
     """
     folder, torch_device = resolve(path), pick_device(device)
     checkpoint = Checkpoint.open(folder)
     dtype = dtype or compute_dtype(checkpoint_dtype(checkpoint), torch_device)
     quantization = formats.config_of(checkpoint.config, checkpoint.names)
     if quantization is None:
+        if expert_bytes is not None:
+            raise RequestError(f"{folder} is not compressed, and only compressed experts stay in files: compress it.")
         return load_dense(folder, torch_device, dtype)
     format, rules = formats.from_config(quantization)
 
@@ -74,7 +83,8 @@ def load(
         bias = tensors.pop("bias", None)
         return CompressedLinear.from_tensors(format, rules.of(name), tensors, bias, dtype, kernel)
 
-    model = load_with(folder, replace, torch_device, dtype)
+    model = load_with(folder, replace, torch_device, dtype, expert_bytes)
+    join_experts(model)
     merge(model)
     prepare(model)
     return model

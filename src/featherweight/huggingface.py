@@ -27,6 +27,7 @@ from featherweight import formats
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedEmbedding, CompressedLinear
 from featherweight.merged import merge, prepare
+from featherweight.mixture import join_experts
 from featherweight.models.experts import take_apart
 from featherweight.models.headers import DTYPES, Entry, read_entries
 from featherweight.models.load import fill_buffers
@@ -140,6 +141,7 @@ class FeatherweightQuantizer(HfQuantizer):
             head = CompressedLinear.from_tensors(self.layout, table.rule, tensors, dtype=table.dtype)
             head._non_persistent_buffers_set.update(self.layout.suffixes(table.rule))  # they are saved once
             model.set_submodule(path, head)
+        join_experts(model)
         merge(model)
         prepare(model)
 

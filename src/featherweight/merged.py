@@ -17,7 +17,7 @@ from featherweight.linear import CompressedLinear
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers of one parent that are given the same input, by what families call them."""
-ALONE = ("reference", "dense", "dequantize", "sub1-tiles")
+ALONE = ("reference", "dense", "dequantize", "sub1-tiles", "sub1-cuda")
 """Kernels that gain nothing from more rows at once."""
 
 

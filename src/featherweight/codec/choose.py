@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from featherweight.codec import dictionary, plain, runs
 from featherweight.codec.bits import pack_dense, words_for
 from featherweight.codec.encoded import SHARES, Kind, lengths_dtype
+from featherweight.codec.rows import each
 
 # A dictionary is tried on a sample of so many runs of so many columns, and in earnest where that says so.
 SAMPLE_ROWS, SAMPLE_COLUMNS, SAMPLE_MARGIN = 512, 256, 1.01
@@ -39,10 +41,13 @@ def candidates(chunks: Sequence[Tensor], levels: int, share: float, kinds: Seque
     found: list[Candidate] = []
     if "plain" in kinds:
         found.append(plain_candidate(chunks, values))
-    nonzero = [runs.find_runs(chunk, values) for chunk in chunks] if {"bitmap", "runs"} & set(kinds) else []
+    device = chunks[0].device
+    nonzero = []
+    if {"bitmap", "runs"} & set(kinds):
+        nonzero = each(lambda chunk: runs.find_runs(chunk, values), chunks, device)
     if "bitmap" in kinds and values <= 2:
         lengths_R = torch.cat([plain.row_words(part.counts_R, columns) for part in nonzero])
-        found.append(Candidate(nbytes_of(lengths_R), "bitmap", 1, lambda: [plain.encode(chunk) for chunk in chunks]))
+        found.append(Candidate(nbytes_of(lengths_R), "bitmap", 1, lambda: each(plain.encode, chunks, device)))
     if "runs" in kinds:
         found.append(runs_candidate(nonzero, columns))
     if "dictionary" in kinds and values <= 2:
@@ -73,8 +78,8 @@ def runs_candidate(found: Sequence[runs.Runs], columns: int) -> Candidate:
     A histogram of the gaps gives the bits of every width. Words need the rows, and are counted for those widths alone
     whose bits do not already take more than the best.
     """
-    values = found[0].values
-    gaps = torch.stack([torch.bincount(part.gaps_N, minlength=columns) for part in found]).sum(0)
+    values, device = found[0].values, found[0].gaps_N.device
+    gaps = torch.stack(each(lambda part: torch.bincount(part.gaps_N, minlength=columns), found, device)).sum(0)
     ladder = torch.arange(columns, device=gaps.device)
     widths = [bits for bits in runs.WIDTHS if values < 1 << bits]
     symbols = torch.stack([(gaps * runs.Alphabet(bits, values).symbols_for(ladder)).sum() for bits in widths]).tolist()
@@ -82,9 +87,9 @@ def runs_candidate(found: Sequence[runs.Runs], columns: int) -> Candidate:
     choices: list[tuple[int, int]] = []
     for bound, bits in at_least:
         if not choices or bound < min(choices)[0]:
-            choices.append((nbytes_of(torch.cat([runs.row_words(part, bits) for part in found])), bits))
+            choices.append((nbytes_of(torch.cat(each(partial(runs.row_words, bits=bits), found, device))), bits))
     nbytes, best = min(choices)
-    return Candidate(nbytes, "runs", best, lambda: [runs.encode(part, best) for part in found])
+    return Candidate(nbytes, "runs", best, lambda: each(lambda part: runs.encode(part, best), found, device))
 
 
 def dictionary_candidates(chunks: Sequence[Tensor], share: float, smallest: int | None) -> list[Candidate]:

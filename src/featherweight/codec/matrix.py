@@ -15,7 +15,6 @@ from featherweight.codec import dictionary, plain, runs
 from featherweight.codec.bits import unpack_dense
 from featherweight.codec.choose import candidates
 from featherweight.codec.encoded import (
-    KINDS,
     MOST_COLUMNS,
     SHARES,
     TILE_ROWS,
@@ -27,18 +26,20 @@ from featherweight.codec.encoded import (
     tile_checksums,
 )
 from featherweight.codec.entropy import MOST_LEVELS, level_counts
-from featherweight.codec.rows import end_to_end, side_by_side
+from featherweight.codec.rows import each, end_to_end, side_by_side
 
+WRITTEN: tuple[Kind, ...] = ("plain", "bitmap", "runs")
 # Weights worked on at a time: what fits the caches of a CPU, or keeps a GPU busy.
 CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26
 
 
-def encode(codes_RC: Tensor, kinds: Sequence[Kind] = KINDS) -> Encoded:
+def encode(codes_RC: Tensor, kinds: Sequence[Kind] = WRITTEN) -> Encoded:
     """Encode codes below 4 (uint8, at most 131,072 columns) in whatever of `kinds` takes the fewest bytes.
 
     Codes mean nothing here: the commonest is taken for the zero, whichever it is. Plain codes can hold everything,
     bitmaps and dictionaries up to three levels. The result is on the CPU, as a file wants it; the work is done where
-    the codes are. A dictionary is tried only where a sample of the matrix says that it may be the smallest.
+    the codes are. Dictionaries have to be asked for: no kernel reads them. They are then tried where a sample of the
+    matrix says that one may be the smallest.
     """
     assert codes_RC.ndim == 2 and codes_RC.numel() and codes_RC.shape[1] <= MOST_COLUMNS, codes_RC.shape
     rows, columns = codes_RC.shape
@@ -80,13 +81,18 @@ def decode_checked(encoded: Encoded, start: int, stop: int) -> Tensor:
     """`decode_rows` of tiles whose checksums are known to hold."""
     header = encoded.header
     codes_RC = torch.empty(stop - start, header.columns, dtype=torch.uint8, device=encoded.stream_N.device)
-    for part_RC in codes_RC.split(chunk_rows(codes_RC)):
-        offsets = encoded.row_offsets[start : start + len(part_RC) + 1]
+    row_offsets = encoded.row_offsets
+
+    def decode_part(at: int) -> None:
+        part_RC = codes_RC[at : at + step]
+        offsets = row_offsets[start + at : start + at + len(part_RC) + 1]
         words_RW = side_by_side(
             encoded.stream_N[offsets[0] : offsets[-1]], offsets.diff(), fill=-1 if header.kind == "runs" else 0
         )
         part_RC.copy_(relabel(decode_words(header, words_RW), dict(enumerate(header.levels))))
-        start += len(part_RC)
+
+    step = chunk_rows(codes_RC)
+    each(decode_part, range(0, len(codes_RC), step), codes_RC.device)
     return codes_RC
 
 

@@ -5,8 +5,28 @@ Shapes: R rows, W words (of the longest row, where rows are side by side), N ele
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
+
+Part = TypeVar("Part")
+Made = TypeVar("Made")
+
+
+def each(work: Callable[[Part], Made], parts: Iterable[Part], device: torch.device) -> list[Made]:
+    """`work` of every part in order; on a CPU as many at a time as torch has threads."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return [work(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def offsets_of(lengths_R: Tensor) -> Tensor:
@@ -19,6 +39,13 @@ def nonzero_counts(levels_RC: Tensor) -> Tensor:
     """How many of each row of a uint8 matrix are not zero: int64 of shape (R,)."""
     counts_R = levels_RC.bool().view(torch.uint8).sum(1, dtype=torch.int32)  # int64 takes twice as long
     return counts_R.to(torch.int64)
+
+
+def nonzero_places(levels_RC: Tensor) -> Tensor:
+    """Where the flat matrix (uint8, contiguous) is not zero: int64, rising."""
+    if levels_RC.is_cuda:
+        return levels_RC.flatten().nonzero().flatten()
+    return torch.from_numpy(np.flatnonzero(levels_RC.numpy().view(np.bool_)))  # four times as fast as torch's
 
 
 def end_to_end(rows_RW: Tensor, lengths_R: Tensor) -> Tensor:

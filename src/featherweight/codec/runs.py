@@ -16,13 +16,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from featherweight.codec.bits import WORD_BITS, pack_dense, unpack_dense
-from featherweight.codec.rows import offsets_of
+from featherweight.codec.rows import nonzero_places, offsets_of
 
 WIDTHS = range(2, 9)
+BLOCK = 8  # symbols of b bits in b bytes, which one 64-bit load takes in
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,19 @@ class Alphabet:
         """E, at least 1; the longest, E G zeros, is the symbol of all ones."""
         return (1 << self.bits) - self.first_escape
 
+    def advances(self) -> npt.NDArray[np.int32]:
+        """How many weights each symbol stands for, its value among them."""
+        symbols = np.arange(1 << self.bits)
+        over = (symbols - self.first_escape + 1) * self.gaps
+        found: npt.NDArray[np.int32] = np.where(symbols >= self.first_escape, over, symbols // self.values + 1)
+        return found.astype(np.int32)
+
+    def levels(self) -> npt.NDArray[np.uint8]:
+        """The level that each symbol ends with, 0 of an escape."""
+        symbols = np.arange(1 << self.bits)
+        found = np.where(symbols >= self.first_escape, 0, symbols % self.values + 1)
+        return found.astype(np.uint8)
+
     def symbols_for(self, gaps: Tensor) -> Tensor:
         """Symbols that a nonzero weight behind so many zeros takes."""
         return (gaps // self.gaps + (self.escapes - 1)) // self.escapes + 1
@@ -72,7 +89,7 @@ def find_runs(levels_RC: Tensor, values: int) -> Runs:
     """The nonzero weights of levels_RC (uint8, 0 .. values)."""
     columns = levels_RC.shape[1]
     flat = levels_RC.flatten()
-    places_N = flat.nonzero().flatten()
+    places_N = nonzero_places(levels_RC)
     bounds = torch.arange(len(levels_RC) + 1, device=flat.device) * columns
     counts_R = torch.searchsorted(places_N, bounds).diff()
     ends_R = counts_R.cumsum(0)
@@ -125,6 +142,8 @@ def decode(words_RW: Tensor, bits: int, values: int, columns: int) -> Tensor:
     """The inverse of `encode`: words_RW as `encode` returns them, -1 behind the rows, W any; uint8 of (R, columns)."""
     alphabet = Alphabet(bits, values)
     rows, width = words_RW.shape
+    if not words_RW.is_cuda:
+        return decode_on_cpu(words_RW, alphabet, columns)
     blocks = -(-width // bits)
     padded = torch.nn.functional.pad(words_RW, (0, blocks * bits - width), value=-1)
     symbols_RS = unpack_dense(padded, bits, blocks * WORD_BITS)
@@ -139,3 +158,29 @@ def decode(words_RW: Tensor, bits: int, values: int, columns: int) -> Tensor:
     levels_RC = torch.zeros(rows, columns + 1, dtype=torch.uint8, device=words_RW.device)
     levels_RC.view(-1).scatter_(0, places_RS.view(-1), levels_RS.view(-1))
     return levels_RC[:, :columns].contiguous()
+
+
+def decode_on_cpu(words_RW: Tensor, alphabet: Alphabet, columns: int) -> Tensor:
+    """`decode` by look-ups, two to three times as fast there."""
+    symbols_RS = split(words_RW, alphabet.bits)
+    places_RS = torch.from_numpy(alphabet.advances().take(symbols_RS)).cumsum(1, dtype=torch.int32)
+    places_RS = places_RS.sub_(1).clamp_(max=columns)
+    levels_RC = torch.zeros(len(words_RW), columns + 1, dtype=torch.uint8)
+    levels_RS = torch.from_numpy(alphabet.levels().take(symbols_RS))
+    levels_RC.scatter_(1, places_RS.to(torch.int64), levels_RS)
+    return levels_RC[:, :columns].contiguous()
+
+
+def split(words_RW: Tensor, bits: int) -> npt.NDArray[np.int64]:
+    """On a CPU: the symbols of `bits` bits, 2 to 8, in rows of words, and whatever follows the last: (R, S), S a
+    multiple of 8.
+
+    Eight symbols fill `bits` bytes, so one load of 64 bits at every `bits`-th byte has them all.
+    """
+    rows, width = words_RW.shape
+    blocks = -(-width * WORD_BITS // (bits * BLOCK))
+    raw = functional.pad(words_RW, (0, -(-(blocks * bits + 8) // 4) - width), value=-1).numpy()
+    loads = np.ndarray((rows, blocks, 1), "<u8", raw, strides=(raw.strides[0], bits, 0))
+    shifts = (np.arange(BLOCK) * bits).astype(np.uint64)
+    symbols = (loads >> shifts) & np.uint64((1 << bits) - 1)
+    return symbols.view(np.int64).reshape(rows, -1)

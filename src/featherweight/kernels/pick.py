@@ -10,15 +10,26 @@ from featherweight.kernels.base import Case, Kernel
 from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
 from featherweight.kernels.sub1 import Sub1Tiles
+from featherweight.kernels.sub1_cuda import Sub1Cuda
 from featherweight.kernels.tiles import Dequantize
 from featherweight.kernels.triton_linear import TritonLinear
 from featherweight.kernels.wna16 import WNA16
 
-ALL: tuple[Kernel, ...] = (Sub1Tiles(), CpuInt4(), WNA16(), TritonLinear(), Dequantize(), Reference(), Dense())
+ALL: tuple[Kernel, ...] = (
+    Sub1Cuda(),
+    Sub1Tiles(),
+    CpuInt4(),
+    WNA16(),
+    TritonLinear(),
+    Dequantize(),
+    Reference(),
+    Dense(),
+)
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}
 AUTO = ("sub1-tiles", "cpu-int4", "wna16", "triton", "dequantize", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor
-cpu-int4 for sub1, whose codes it would hold in two to six times their bytes."""
+cpu-int4 for sub1, whose codes it would hold in two to six times their bytes; nor yet sub1-cuda, over which no memory
+checker has been run (bench/results/2026-11-22-h100-sub1.md)."""
 
 
 def reasons(

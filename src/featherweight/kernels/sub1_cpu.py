@@ -19,10 +19,9 @@ from torch.nn import functional
 from featherweight.codec import Encoded, words_for
 from featherweight.codec.encoded import Kind
 from featherweight.codec.rows import side_by_side
-from featherweight.codec.runs import Alphabet
+from featherweight.codec.runs import Alphabet, split
 
 KINDS: tuple[Kind, ...] = ("runs", "bitmap")
-BLOCK = 8  # symbols of b bits in b bytes, which one 64-bit load takes in
 
 
 @dataclass(frozen=True)
@@ -77,30 +76,12 @@ def of_runs(words_RW: Tensor, bits: int, columns: int, worth: npt.NDArray[np.flo
     """Every symbol as an entry: where the zeros it stands for lead, with the value it ends with, or none."""
     alphabet = Alphabet(bits, max(1, len(worth)))
     symbols_RS = split(words_RW, bits)
-    all_symbols = np.arange(1 << bits)
-    over = (all_symbols - alphabet.first_escape + 1) * alphabet.gaps
-    escapes = all_symbols >= alphabet.first_escape
-    advance = np.where(escapes, over, all_symbols // alphabet.values + 1).astype(np.int32)
     padded = np.resize(worth, alphabet.values) if len(worth) else np.zeros(1, dtype=np.float32)
-    value = np.where(escapes, np.float32(0), padded[all_symbols % alphabet.values])
-    places_RS = torch.from_numpy(advance.take(symbols_RS)).cumsum(1, dtype=torch.int32)
+    value = np.concatenate((np.zeros(1, dtype=np.float32), padded)).take(alphabet.levels())
+    places_RS = torch.from_numpy(alphabet.advances().take(symbols_RS)).cumsum(1, dtype=torch.int32)
     columns_N = (places_RS - 1).clamp_(max=columns).view(-1)
     offsets_R = torch.arange(len(words_RW), dtype=torch.int32) * symbols_RS.shape[1]
     return Nonzeros(columns_N, torch.from_numpy(value.take(symbols_RS)).view(-1), offsets_R)
-
-
-def split(words_RW: Tensor, bits: int) -> npt.NDArray[np.int64]:
-    """The symbols of `bits` bits, 2 to 8, in rows of words, and whatever follows the last: (R, S), S a multiple of 8.
-
-    Eight symbols fill `bits` bytes, so one load of 64 bits at every `bits`-th byte has them all.
-    """
-    rows, width = words_RW.shape
-    blocks = -(-width * 32 // (bits * BLOCK))
-    raw = functional.pad(words_RW, (0, -(-(blocks * bits + 8) // 4) - width), value=-1).numpy()
-    loads = np.ndarray((rows, blocks, 1), "<u8", raw, strides=(raw.strides[0], bits, 0))
-    shifts = (np.arange(BLOCK) * bits).astype(np.uint64)
-    symbols = (loads >> shifts) & np.uint64((1 << bits) - 1)
-    return symbols.view(np.int64).reshape(rows, -1)
 
 
 def of_bitmap(words_RW: Tensor, columns: int, worth: npt.NDArray[np.float32]) -> Nonzeros:

@@ -132,6 +132,7 @@ class Experts(nn.Module):
     def __init__(self, experts: Sequence[nn.Module], layout: Layout) -> None:
         super().__init__()
         self.layout, self.count = layout, len(experts)
+        self.together: Callable[[Routed], Tensor | None] | None = None  # all at once, where something can
         for index, expert in enumerate(experts):
             self.add_module(str(index), expert)
 
@@ -151,6 +152,8 @@ class Experts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden, *routing = (*args, *kwargs.values())
         routed = self.routed(hidden, *routing)
+        if self.together is not None and (at_once_TD := self.together(routed)) is not None:
+            return at_once_TD
         outputs = torch.zeros_like(hidden)
         for index, (token_N, choice_N) in enumerate(routed.dealt(len(self))):
             if not len(token_N):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 
 from featherweight.errors import RequestError
 from featherweight.models.checkpoint import Checkpoint, resolve
+from featherweight.models.experts import find_experts
 from featherweight.models.names import Source, disk_names, lookup, renamed
+from featherweight.models.offload import Remote, Shelf
 from featherweight.models.tree import checkpoint_dtype, is_matrix, skeleton
 
 if TYPE_CHECKING:
@@ -65,7 +70,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_with(
-    path: str | Path, replace: Replace, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    replace: Replace,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    expert_bytes: int | None = None,
 ) -> PreTrainedModel:
     """The model of a compressed checkpoint, with what `replace` returns in place of compressed matrices.
 
@@ -75,8 +84,11 @@ def load_with(
             '<name>.weight', and for a head that is tied to such an embedding: the name on disk, the module (on meta),
             its tensors by suffix (on the device, stored dtypes, a bias too; tied modules share them).
         device, dtype: of the model; None = the checkpoint's dtype. Modules from `replace` are only moved.
+        expert_bytes: leave the experts of mixtures in the files and hold so many bytes of them at most (`offload`);
+            None holds them all.
 
-    Raises RequestError naming the parameters no tensor was found for.
+    Raises RequestError naming the parameters no tensor was found for, or an expert that is not compressed and so cannot
+    be left in the files.
     """
     checkpoint = Checkpoint.open(resolve(path))
     model = skeleton(checkpoint, dtype or checkpoint_dtype(checkpoint))
@@ -84,7 +96,12 @@ def load_with(
     for module in model.modules():
         fill_buffers(model, module, device)
     disk = disk_names(checkpoint, model)
-    _replace_matrices(checkpoint, model, replace, device)
+    filled = _Filled(checkpoint, replace, device, *_compressed(checkpoint, model))
+    if expert_bytes is not None:
+        _leave_experts(model, filled, Shelf(expert_bytes))
+    for path, module in filled.modules(filled.owners):
+        model.set_submodule(path, module)
+        model.all_tied_weights_keys.pop(f"{path}.weight", None)
     _assign(checkpoint, model, disk, device)
     # Nothing is called missing: twins left out on disk were given one tensor already, unequal ones stay apart.
     model.tie_weights(missing_keys=set(), recompute_mapping=False)
@@ -93,7 +110,11 @@ def load_with(
     return model.eval()
 
 
-def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: Replace, device: torch.device) -> None:
+Owners = dict[str, list[tuple[str, nn.Module]]]  # module name on disk -> the paths and modules (on meta) it is for
+
+
+def _compressed(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, list[str]], Owners]:
+    """The suffixes of all tensors by the module they belong to on disk, and which modules are compressed there."""
     stored: dict[str, list[str]] = {}
     for name in checkpoint.names:
         parent, _, suffix = name.rpartition(".")
@@ -102,7 +123,7 @@ def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: R
     known = renamed([f"{owner}.weight" for owner in stored], model)
     prefix, twins = model.base_model_prefix, model.all_tied_weights_keys.items()
     tied = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in twins}
-    found: dict[str, list[tuple[str, nn.Module]]] = {}
+    found: Owners = {}
     for path, module in list(model.named_modules()):
         if not (is_matrix(module) or isinstance(module, nn.Embedding)):
             continue
@@ -111,14 +132,59 @@ def _replace_matrices(checkpoint: Checkpoint, model: PreTrainedModel, replace: R
             owner = known[full].name.removesuffix(".weight")
         if owner is not None and "weight" not in stored[owner] and stored[owner] != ["bias"]:
             found.setdefault(owner, []).append((path, module))
-    sizes = {owner: sum(checkpoint.nbytes(f"{owner}.{suffix}") for suffix in stored[owner]) for owner in found}
-    for batch in _batches(sizes):
-        tensors = checkpoint.read(f"{name}.{suffix}" for name in batch for suffix in stored[name])
-        for name in batch:
-            by_suffix = {suffix: tensors.pop(f"{name}.{suffix}").to(device) for suffix in stored[name]}
-            for path, module in found[name]:
-                model.set_submodule(path, replace(name, module, dict(by_suffix)).to(device))
-                model.all_tied_weights_keys.pop(f"{path}.weight", None)
+    return stored, found
+
+
+@dataclass
+class _Filled:
+    """Compressed modules, made of what the files hold of them."""
+
+    checkpoint: Checkpoint
+    replace: Replace
+    device: torch.device
+    stored: dict[str, list[str]]
+    owners: Owners
+
+    def modules(self, owners: Owners) -> Iterator[tuple[str, nn.Module]]:
+        """What is to stand at which path."""
+        sizes = {
+            owner: sum(self.checkpoint.nbytes(f"{owner}.{suffix}") for suffix in self.stored[owner]) for owner in owners
+        }
+        for batch in _batches(sizes):
+            tensors = self.checkpoint.read(f"{name}.{suffix}" for name in batch for suffix in self.stored[name])
+            for name in batch:
+                by_suffix = {suffix: tensors.pop(f"{name}.{suffix}").to(self.device) for suffix in self.stored[name]}
+                for path, module in owners[name]:
+                    yield path, self.replace(name, module, dict(by_suffix)).to(self.device)
+
+
+def _leave_experts(model: PreTrainedModel, filled: _Filled, shelf: Shelf) -> None:
+    """Puts a `Remote` in the place of every expert; what belongs to experts is no longer among `filled.owners`."""
+    by_expert: dict[str, Owners] = {}
+    for path, experts in find_experts(model):
+        by_expert |= {f"{path}.{index}": {} for index in range(len(experts))}
+    for owner, places in list(filled.owners.items()):
+        path = places[0][0].rpartition(".")[0]
+        if path in by_expert:
+            by_expert[path][owner] = filled.owners.pop(owner)
+    for path, owners in by_expert.items():
+        expert = model.get_submodule(path)
+        missing = {f"{path}.{leaf}" for leaf, module in expert.named_modules() if is_matrix(module)}
+        missing -= {place for places in owners.values() for place, _ in places}
+        if missing:
+            raise RequestError(
+                f"{min(missing)} is not compressed, and only compressed experts stay in the files: load the model "
+                "without a limit for experts."
+            )
+        model.set_submodule(path, Remote(path, shelf, partial(_fetched, filled, path, expert, owners)))
+
+
+def _fetched(filled: _Filled, path: str, expert: nn.Module, owners: Owners) -> nn.Module:
+    """The expert with its matrices in place."""
+    made = copy.deepcopy(expert)
+    for at, module in filled.modules(owners):
+        made.set_submodule(at.removeprefix(f"{path}."), module)
+    return made.eval()
 
 
 def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Source], device: torch.device) -> None:
