@@ -62,7 +62,7 @@ def number(bits: Words, dtype: torch.dtype) -> torch.Tensor:
 
 
 def operands(block: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-    """32 rows x 128 columns of code minus zero, each where the tensor cores take it from: in the order of x's columns."""
+    """32 rows x 128 columns of code minus zero, where the tensor cores take them: in the order of x's columns."""
     words = block[:CODE_BYTES].numpy().view(np.uint32).astype(np.int64).reshape(2, 2, 8, 4, 2, 2)  # half, u, g, t, i, j
     zeros = np.full((layout.parts, 8, 2, 2), 8)
     if layout.zeros:
@@ -114,3 +114,9 @@ def place(plan: Plan, tile: int) -> tuple[int, int]:
     width = min(plan.band, plan.token_tiles - band * plan.band)
     in_band = tile - band * per_band
     return in_band // width, band * plan.band + in_band % width
+
+
+def block_at(blocks: int, tiles: int, k: int, t: int) -> int:
+    """Where block k of tile t lies, in blocks."""
+    pair = k & ~1
+    return tiles * pair + t * min(2, blocks - pair) + (k - pair)

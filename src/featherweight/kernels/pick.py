@@ -11,8 +11,9 @@ from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
 from featherweight.kernels.sub1 import Sub1Tiles
 from featherweight.kernels.w4a16 import W4A16
+from featherweight.kernels.w4a16_hopper import W4A16Hopper
 
-ALL: tuple[Kernel, ...] = (Sub1Tiles(), CpuInt4(), W4A16(), Reference(), Dense())
+ALL: tuple[Kernel, ...] = (Sub1Tiles(), CpuInt4(), W4A16(), W4A16Hopper(), Reference(), Dense())
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}
 AUTO = ("sub1-tiles", "cpu-int4", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor

@@ -1,7 +1,7 @@
 """4-bit weights by 16-bit activations on Hopper, for any number of tokens, over one copy of the weights.
 
-Few tokens go through `w4a16`, more through `csrc/w4a16_hopper.cu`, which reads the same blocks, and as many as make the
-dense product faster through weights made floats for the length of the call.
+Few tokens go through `w4a16`, more through `csrc/w4a16_hopper.cu`, which reads the same blocks, and where it should be
+faster, through a dense product with weights made floats for the length of the call and rounded to the dtype of x.
 
 The operator `featherweight::w4a16_hopper` is what torch.compile and CUDA graphs see. On a CPU it computes the same
 product from the same bytes, slowly: for tests.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
@@ -27,7 +28,7 @@ from featherweight.kernels import nvrtc, w4a16
 from featherweight.kernels.base import Case, Kernel, Run
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
-from featherweight.kernels.w4a16_hopper_plan import Plan, Tile, choose, lay_out, sums, tiles
+from featherweight.kernels.w4a16_hopper_plan import Plan, Tile, choose, lay_out, tiles
 from featherweight.kernels.w4a16_layout import Layout, extent
 
 HOPPER = (9, 0)
@@ -70,9 +71,7 @@ class W4A16Hopper(Kernel):
                 kernels(weights.device, dtype, layout)
                 w4a16.kernels(weights.device, dtype, layout)
             except nvrtc.CompileError as error:
-                warnings.warn(
-                    f"w4a16-hopper gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2
-                )
+                warnings.warn(f"w4a16-hopper gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
                 return Reference().prepare(format, rule, tensors, dtype)
             torch.cuda.synchronize(weights.device)  # a launch reads weights before it waits for the kernels in front
         register()
@@ -114,8 +113,8 @@ class Kernels:
     Attributes:
         modules: a cubin for each tile.
         early: whether launches may start before the kernel in front has ended.
-        counters: a row for each stream, 16 numbers a shared tile: how many CTAs have brought a warp's part, or summed up
-            their share. A launch leaves zeros. Graphs captured on one stream must not run at once on several.
+        counters: a row for each stream, 16 numbers a shared tile: how many CTAs have brought a warp's part, or summed
+            up their share. A launch leaves zeros. Graphs captured on one stream must not run at once on several.
     """
 
     device: torch.device
@@ -139,7 +138,7 @@ class Kernels:
         tokens, columns = x_TC.shape
         if tokens <= STREAMED:
             return streamed.product(x_TC, weights, bias_R, rows)
-        tile = choose(tokens, rows, columns, sums(self.dtype == torch.float16, self.layout), self.processors)
+        tile = choose(tokens, rows, columns, self.dtype, self.layout, self.processors)
         if tile is None:
             return functional.linear(x_TC, streamed.dequantize(weights, x_TC, rows), bias_R)
         y_TR = x_TC.new_empty(tokens, rows)
@@ -200,7 +199,7 @@ def tensor_map(address: int, tokens: int, columns: int, box_tokens: int, bfloat:
 
 def macros(dtype: torch.dtype, layout: Layout, tile: Tile) -> tuple[str, ...]:
     """What csrc/w4a16_hopper.cu is compiled with."""
-    more = (f"SUMS={int(sums(dtype == torch.float16, layout))}", f"TOKENS={tile.tokens}", f"WARPGROUPS={tile.warpgroups}")
+    more = (f"SUMS={int(tile.sums)}", f"TOKENS={tile.tokens}", f"WARPGROUPS={tile.warpgroups}")
     return (*w4a16.macros(dtype, layout), *more)
 
 
@@ -208,9 +207,11 @@ def macros(dtype: torch.dtype, layout: Layout, tile: Tile) -> tuple[str, ...]:
 def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels:
     """Compiled (or from the cache) and loaded. Raises CompileError."""
     properties = torch.cuda.get_device_properties(device)
-    shapes = tiles(sums(dtype == torch.float16, layout))
     arch = nvrtc.arch(properties.major, properties.minor)
-    modules = {t: Module(device, nvrtc.cubin("w4a16_hopper", macros(dtype, layout, t), arch)) for t in shapes}
+    shapes = tiles(dtype, layout)
+    with ThreadPoolExecutor() as pool:  # NVRTC takes seconds for each, and lets other threads run
+        cubins = pool.map(lambda tile: nvrtc.cubin("w4a16_hopper", macros(dtype, layout, tile), arch), shapes)
+    modules = {tile: Module(device, code) for tile, code in zip(shapes, cubins, strict=True)}
     block_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     processors = properties.multi_processor_count
     counters = torch.zeros(STREAMS, processors * 16, dtype=torch.int32, device=device)

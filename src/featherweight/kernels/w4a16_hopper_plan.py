@@ -8,20 +8,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+
 from featherweight.kernels.w4a16_layout import COLUMNS, ROWS, Layout, extent
 
 STAGING_BYTES = 1024  # of a warp
 MOST_STAGES = 8
 LEAST_BLOCKS = 2
 """Of a CTA's stretch of the shared tiles: fewer are not worth the sums that they add."""
+EVEN = 0.9
+"""Of the multiprocessors: so many tiles are better computed whole, side by side through the same columns of x."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Of y: 64 rows (outputs) for each warpgroup x `tokens`."""
+    """Of y: 64 rows (outputs) for each warpgroup x `tokens`.
+
+    Attributes:
+        sums: whether scales multiply the sums of groups, and not weights, which rounds those to the dtype of x.
+    """
 
     tokens: int
     warpgroups: int
+    sums: bool = False
 
     @property
     def rows(self) -> int:
@@ -31,6 +40,34 @@ class Tile:
     def threads(self) -> int:
         """Of a CTA: one more warpgroup, which copies."""
         return 128 * (self.warpgroups + 1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds: of a launch, of a block of columns of a tile, of summing up a shared tile, of storing one."""
+
+    launch: float
+    block: float
+    sum: float
+    tile: float
+
+
+COSTS = {
+    Tile(64, 2): Cost(6.1, 0.663, 1.9, 0),
+    Tile(64, 3): Cost(4.6, 0.891, 3.6, 0),
+    Tile(64, 4): Cost(4.5, 1.110, 3.3, 0),
+    Tile(128, 3): Cost(0, 1.200, 4.6, 3.8),
+    Tile(128, 4): Cost(0.7, 1.634, 5.0, 3.3),
+    Tile(256, 2): Cost(0, 1.562, 8.6, 0),
+    Tile(64, 2, True): Cost(6.1, 0.76, 1.9, 0),
+    Tile(64, 3, True): Cost(4.6, 1.02, 3.6, 0),
+    Tile(64, 4, True): Cost(4.5, 1.28, 3.3, 0),
+    Tile(128, 2, True): Cost(3.0, 1.20, 4.0, 1.5),
+}
+"""Fitted to 227 launches on an H100, with an error of 3 to 8 per cent (bench/results/2026-11-22-h100-w4a16-hopper.md);
+those with sums are guessed by their instructions, 15 per cent more, and not measured."""
+DENSE_GBPS, DENSE_GFLOPS = 2350.0, 750e3
+"""Of making weights floats (bytes read and written), and of cuBLAS, on the same H100."""
 
 
 @dataclass(frozen=True)
@@ -66,28 +103,22 @@ class Plan:
         return self.sharers * 2 * self.tile.rows * self.tile.tokens * 4
 
 
-def sums(half: bool, layout: Layout) -> bool:
-    """Whether groups' sums are scaled, rather than weights: where weights rounded to the dtype would not be exact enough.
+def tiles(dtype: torch.dtype, layout: Layout) -> tuple[Tile, ...]:
+    """Those that there are for activations of this dtype; sums take registers, and leave fewer for the tile.
 
-    bfloat16 keeps 8 bits of a weight; float16 keeps 11, but not the range of wider scales.
+    float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8.
     """
-    return not (half and layout.scales.itemsize == 2 and str(layout.scales) == "torch.float16")
-
-
-def tiles(sums: bool) -> tuple[Tile, ...]:
-    """Those that the registers allow: sums need two sets of them."""
-    if sums:
-        return Tile(64, 2), Tile(64, 3), Tile(64, 4), Tile(128, 2)
-    return Tile(64, 2), Tile(64, 3), Tile(64, 4), Tile(128, 3), Tile(128, 4), Tile(256, 2)
+    return tuple(tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16))
 
 
 @cache
-def lay_out(tile: Tile, tokens: int, rows: int, columns: int, layout: Layout, processors: int, block_bytes: int) -> Plan:
+def lay_out(
+    tile: Tile, tokens: int, rows: int, columns: int, layout: Layout, processors: int, block_bytes: int
+) -> Plan:
     """The launch with tiles of this shape, on so many multiprocessors with so much shared memory."""
     blocks = extent(rows, columns)[1]
     row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-    whole, shared = divmod(row_tiles * token_tiles, processors)
-    sharers = min(_options(shared, blocks, processors), key=lambda n: _shared_us(tile, shared, blocks, n))
+    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, processors)
     weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
     stages = min(MOST_STAGES, (block_bytes - staging - 128) // (weights_bytes + x_bytes + 16))
@@ -100,20 +131,38 @@ def lay_out(tile: Tile, tokens: int, rows: int, columns: int, layout: Layout, pr
     )  # fmt: skip
 
 
-def _options(shared: int, blocks: int, processors: int) -> list[int]:
-    """How many CTAs might share so many tiles: as many for each tile, or all, with stretches that end inside tiles."""
+@cache
+def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Layout, processors: int) -> Tile | None:
+    """The tile that should be fastest, or None where a dense product should be."""
+    blocks = extent(rows, columns)[1]
+
+    def estimate(tile: Tile) -> float:
+        count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
+        return _estimate_us(tile, blocks, *_share(tile, count, blocks, processors))
+
+    best = min(tiles(dtype, layout), key=estimate)
+    dense_us = rows * columns * (2.5 / DENSE_GBPS + 2 * tokens / DENSE_GFLOPS) / 1e3
+    return best if estimate(best) <= dense_us else None
+
+
+def _share(tile: Tile, count: int, blocks: int, processors: int) -> tuple[int, int, int]:
+    """Of so many tiles: how many each CTA computes whole, how many are shared, and by how many CTAs."""
+    whole, shared = divmod(count, processors)
     if not shared:
-        return [0]
-    most = max(shared, min(processors, shared * blocks // LEAST_BLOCKS))
-    return [*range(shared, most + 1, shared), most]
+        return whole, 0, 0
+    even = list(range(shared, min(processors, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
+    all_of_them = [min(processors, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * processors else []
+    sharers = min(even + all_of_them, key=lambda n: _estimate_us(tile, blocks, whole, shared, n))
+    return whole, shared, sharers
 
 
-def _shared_us(tile: Tile, shared: int, blocks: int, sharers: int) -> float:
-    """Estimate of the time that the shared tiles take."""
-    if not sharers:
-        return 0.0
+def _estimate_us(tile: Tile, blocks: int, whole: int, shared: int, sharers: int) -> float:
+    """What the last CTA takes."""
+    cost = COSTS[tile]
+    stretch = -(-shared * blocks // sharers) if shared else 0
     sums = 0 if sharers == shared else 1 if sharers % shared == 0 else 2
-    return -(-shared * blocks // sharers) * BLOCK_US[tile] + sums * SUM_US
+    stored = whole + (shared > 0)
+    return cost.launch + (whole * blocks + stretch) * cost.block + sums * cost.sum + stored * cost.tile
 
 
 def _band(tile: Tile, token_tiles: int, processors: int) -> int:
@@ -121,18 +170,3 @@ def _band(tile: Tile, token_tiles: int, processors: int) -> int:
     ideal = (processors * tile.rows / (tile.tokens * 4)) ** 0.5
     bands = max(1, round(token_tiles / ideal))
     return -(-token_tiles // bands)
-
-
-BLOCK_US = {
-    Tile(64, 2): 0.6, Tile(64, 3): 0.65, Tile(64, 4): 0.7, Tile(128, 2): 0.85, Tile(128, 3): 1.1, Tile(128, 4): 1.4,
-    Tile(256, 2): 1.5,
-}  # fmt: skip
-"""Microseconds that a CTA takes for a block of columns of its tile."""
-SUM_US = 2.0
-"""Of summing up a shared tile."""
-
-
-@cache
-def choose(tokens: int, rows: int, columns: int, sums: bool, processors: int) -> Tile | None:
-    """The fastest tile, or None where a dense product is faster."""
-    return Tile(64, 4) if tokens <= 64 else Tile(128, 2)
