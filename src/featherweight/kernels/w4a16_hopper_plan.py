@@ -107,8 +107,11 @@ def tiles(dtype: torch.dtype, layout: Layout) -> tuple[Tile, ...]:
     """Those that there are for activations of this dtype; sums take registers, and leave fewer for the tile.
 
     float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8.
+    Scales of groups of 32 take registers too, which four warpgroups do not have beside sums or those of 128 tokens.
     """
-    return tuple(tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16))
+    fits = [tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16)]
+    full = (Tile(128, 4), Tile(64, 4, True)) if layout.group == 32 else ()
+    return tuple(tile for tile in fits if tile not in full)
 
 
 @cache
