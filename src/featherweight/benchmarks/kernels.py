@@ -92,7 +92,7 @@ def _layer(columns: int, outputs: int, plan: Plan) -> Iterator[dict[str, Any]]:
         for tokens, x in inputs.items():
             us = median_us([lambda c=c, x=x: c(x) for c in products], plan.device)  # type: ignore[misc]
             found = _row(name, tokens, us, dense[tokens], columns, outputs, nbytes)
-            yield found | {"error": excess_error(products[0](x), _exact(x, weights))}
+            yield found | {"error": excess_error(products[0](x), exact(x, weights))}
     yield from _peers(columns, outputs, nbytes, plan, inputs, dense)
 
 
@@ -167,7 +167,7 @@ def stored_bytes(columns: int, outputs: int, grid: Grid, dtype: torch.dtype) -> 
     return outputs * (columns * grid.stored_bits + groups * (8 * dtype.itemsize + zeros)) / 8
 
 
-def _exact(x_TC: Tensor, weights: Solution) -> Tensor:
+def exact(x_TC: Tensor, weights: Solution) -> Tensor:
     """The product in float64."""
     count = len(weights.codes_RC)
     tiles = (weights.rows(at, min(at + ERROR_ROWS, count)) for at in range(0, count, ERROR_ROWS))

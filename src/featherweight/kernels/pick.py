@@ -13,6 +13,7 @@ from featherweight.kernels.sub1 import Sub1Tiles
 from featherweight.kernels.sub1_cuda import Sub1Cuda
 from featherweight.kernels.tiles import Dequantize
 from featherweight.kernels.triton_linear import TritonLinear
+from featherweight.kernels.w4a16_hopper import W4A16Hopper
 from featherweight.kernels.wna16 import WNA16
 
 ALL: tuple[Kernel, ...] = (
@@ -20,6 +21,7 @@ ALL: tuple[Kernel, ...] = (
     Sub1Tiles(),
     CpuInt4(),
     WNA16(),
+    W4A16Hopper(),
     TritonLinear(),
     Dequantize(),
     Reference(),
@@ -28,8 +30,8 @@ ALL: tuple[Kernel, ...] = (
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}
 AUTO = ("sub1-tiles", "cpu-int4", "wna16", "triton", "dequantize", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor
-cpu-int4 for sub1, whose codes it would hold in two to six times their bytes; nor yet sub1-cuda, over which no memory
-checker has been run (bench/results/2026-11-22-h100-sub1.md)."""
+cpu-int4 for sub1, whose codes it would hold in two to six times their bytes; nor yet sub1-cuda and
+w4a16-hopper, over which no memory checker has been run."""
 
 
 def reasons(

@@ -26,7 +26,7 @@ from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import nvrtc, wna16_layout
-from featherweight.kernels.base import Case, Kernel, Run
+from featherweight.kernels.base import Case, Kernel, Run, require_input
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.wna16_layout import GROUPS, SCALE_DTYPES, WIDTHS, Layout, extent
@@ -82,11 +82,7 @@ class WNA16(Kernel):
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
             if torch.is_grad_enabled() and x_TC.requires_grad:
                 raise RequestError("the wna16 kernel has no backward pass: choose reference or dense.")
-            if x_TC.shape[-1] != columns or x_TC.dtype != dtype:
-                found = f"{x_TC.dtype} with {x_TC.shape[-1]} columns"
-                raise RequestError(
-                    f"the input is {found}, and the layer is {dtype} with {columns}: cast it, or the layer."
-                )
+            require_input(x_TC, columns, dtype, weights.device)
             return torch.ops.featherweight.wna16(x_TC, weights, bias_R, *static)
 
         return run

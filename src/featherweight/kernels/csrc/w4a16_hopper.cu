@@ -1,0 +1,319 @@
+// y_TR = x_TC V^T for 4-bit weights and many tokens, by Hopper's warpgroup products.
+//
+// R rows (outputs), C columns (inputs), T tokens. The product is turned over: weights are the 64-row operand, which the
+// tensor cores take from registers, and tokens the N columns, which they take from shared memory. Weights lie as
+// wna16_layout.py packs those of four bits for wna16.cu: blocks of 32 rows x 128 columns. A *tile* of y is 64 rows for each warpgroup x
+// TOKENS; a *stage* the 128 columns of x and of weights that it needs next.
+//
+// One warp copies stages into shared memory; WARPGROUPS of four warps make floats of codes in registers and multiply them.
+// Codes of one word belong to eight neighbouring columns of a row where the tensor cores want two of each of four eights:
+// four lanes exchange them (`exchange`).
+//
+// Tiles that fill the GPU evenly are computed whole, the rest by all CTAs together, each an equal stretch of their
+// columns; who shared in a tile then sums up its share of the parts, through device memory that the L2 holds.
+//
+// SUMS 0: weights are rounded to float16 with their scale. SUMS 1: code minus zero, exact in either dtype, is multiplied,
+// and each group's sum scaled: twice the registers.
+//
+// Macros: BF16, GROUP, SCALE, ZEROS as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
+
+#include "gpu.cuh"
+#include "hopper.cuh"
+
+constexpr int ROWS = 32, COLUMNS = 128, CODES = ROWS * COLUMNS / 2, PARTS = COLUMNS / GROUP;
+constexpr int SCALE_BYTES = PARTS * ROWS * (SCALE == 2 ? 4 : 2);
+constexpr int BLOCK = CODES + SCALE_BYTES + (ZEROS ? PARTS * ROWS : 0);
+constexpr int WARPS = 4 * WARPGROUPS, CONSUMERS = 32 * WARPS, STAGING = 1024;
+constexpr int TILES = 2 * WARPGROUPS, X_BYTES = TOKENS * COLUMNS * 2;        // 32-row tiles of weights; bytes of a stage
+constexpr int SIXTEENS = TOKENS / 16, QUADS = TOKENS / 8;                     // of a tile
+constexpr int BUFFERS = WARPGROUPS == 4 && (SUMS || TOKENS > 64) ? 1 : 2;     // sets of registers for weights
+
+struct Params {
+    TensorMap x;
+    const u8* weights;
+    u16* y;
+    const u16* bias;     // or null
+    float4* partials;    // two tiles a CTA
+    u32* counters;       // 16 a shared tile, of which each warp has one; zero between launches
+    int tokens, rows;
+    int blocks, tiles;   // of the weights: across and down
+    int row_tiles, token_tiles, band;  // of y; tiles are numbered through bands of so many token tiles, rows by rows
+    int whole;           // whole tiles of each CTA
+    int shared, sharers; // tiles after those, and CTAs that share them
+    int stages, at_weights, at_staging, at_barriers;  // of shared memory
+};
+
+#include "hopper_tiles.cuh"
+
+// Where block k of tile t lies (wna16_layout.py): pairs of blocks of all tiles lie side by side.
+__device__ __forceinline__ const u8* block_at(const Params& p, int k, int t) {
+    const int pair = k & ~1, width = min(2, p.blocks - pair);
+    return p.weights + (u64)(u32)(p.tiles * pair + t * width + (k - pair)) * BLOCK;
+}
+
+// ---- codes to floats ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+// Lane t's words hold, of 32 columns 8s + 4j + .., the eight of s = t; afterwards word j holds, of the eights s = 2j (bytes
+// 0, 2) and 2j + 1 (bytes 1, 3), the columns 2t and 2t + 1. A 4 x 4 transposition: s's upper bit changes places with the
+// word, its lower with the bytes.
+__device__ __forceinline__ void exchange(u32& w0, u32& w1, int lane) {
+    const bool upper = lane & 2, lower = lane & 1;
+    u32 got = __shfl_xor_sync(0xffffffffu, upper ? w0 : w1, 2);
+    u32 v0 = upper ? got : w0, v1 = upper ? w1 : got;
+    u32 give = bytes_of(v0, v1, lower ? 0x6420 : 0x7531);
+    got = __shfl_xor_sync(0xffffffffu, give, 1);
+    // Bytes 0, 1 of what comes belong to word 0 and 2, 3 to word 1.
+    w0 = bytes_of(v0, got, lower ? 0x3514 : 0x5240);
+    w1 = bytes_of(v1, got, lower ? 0x3716 : 0x7260);
+}
+
+__device__ __forceinline__ u32 masked_or(u32 v, u32 mask, u32 bits) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(v), "r"(mask), "r"(bits));
+    return r;
+}
+__device__ __forceinline__ u32 pair_of(u16 v) { return (u32)v << 16 | v; }
+__device__ __forceinline__ u32 minus(u32 a, u32 b) {
+    u32 c;
+#if BF16
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+#else
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+#endif
+    return c;
+}
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 c;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+__device__ __forceinline__ u32 times_plus(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// What a lane's rows g and g + 8 share over a group.
+struct Scales {
+    float of[2];
+    u32 pairs[2];  // SUMS 0
+    u32 zeros[2];  // what is taken from a code's magic number
+};
+
+__device__ __forceinline__ Scales load_scales(const u8* block, int part, int g, int half) {
+    Scales s;
+    const int at = (part * 8 + g) * 4 + half * 2;
+    if (SCALE == 2) {
+        float2 v = *(const float2*)(block + CODES + at * 4);
+        s.of[0] = v.x, s.of[1] = v.y;
+    } else {
+        u32 v = *(const u32*)(block + CODES + at * 2);
+        s.of[0] = SCALE ? bfloat_to_float((u16)v) : half_to_float((u16)v);
+        s.of[1] = SCALE ? bfloat_to_float((u16)(v >> 16)) : half_to_float((u16)(v >> 16));
+        s.pairs[0] = bytes_of(v, 0, 0x1010), s.pairs[1] = bytes_of(v, 0, 0x3232);
+    }
+    u32 z = ZEROS ? *(const u16*)(block + CODES + SCALE_BYTES + at) : 0x0808;
+    u32 z0 = z & 255, z1 = z >> 8;
+    if (BF16)
+        s.zeros[0] = pair_of(0x4300 | z0), s.zeros[1] = pair_of(0x4300 | z1);       // 128 + z
+    else
+        s.zeros[0] = pair_of(0x6400 | z0), s.zeros[1] = pair_of(0xd400 | z1 << 4);  // 1024 + z; -(64 + z)
+    return s;
+}
+
+// One word, after `exchange`, as the operand of a product: rows g, g + 8 of the eight 2j, then of 2j + 1.
+__device__ __forceinline__ void to_floats(u32 (&a)[4], u32 w, const Scales& s) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 v = w >> 8 * i;
+        if (BF16) {
+            a[2 * i] = minus(masked_or(v, 0x000f000fu, 0x43004300u), s.zeros[0]);
+            a[2 * i + 1] = minus(masked_or(v >> 4, 0x000f000fu, 0x43004300u), s.zeros[1]);
+        } else {
+            a[2 * i] = minus(masked_or(v, 0x000f000fu, 0x64006400u), s.zeros[0]);
+            a[2 * i + 1] = times_plus(masked_or(v, 0x00f000f0u, 0x64006400u), 0x2c002c00u, s.zeros[1]);  // 1/16: exact
+            if (!SUMS) {
+                a[2 * i] = times(a[2 * i], s.pairs[0]);
+                a[2 * i + 1] = times(a[2 * i + 1], s.pairs[1]);
+            }
+        }
+    }
+}
+
+// ---- the product --------------------------------------------------------------------------------------------------------------
+
+// Where we are in the ring of stages.
+struct Ring {
+    int slot, stages;
+    u32 phase;
+    __device__ __forceinline__ void step() {
+        if (++slot == stages) slot = 0, phase ^= 1;
+    }
+};
+
+__device__ __forceinline__ void fetch_x(const Params& p, u32 to, u32 barrier, int token, int k) {
+    copy_box(to, &p.x, k * COLUMNS, token, barrier);
+    copy_box(to + X_BYTES / 2, &p.x, k * COLUMNS + COLUMNS / 2, token, barrier);
+}
+
+// Weights are nobody's output: the ring takes its first before the kernel in front has ended, x after.
+__device__ __forceinline__ void fetch_late_x(const Params& p, u32 base, u32 full, int waiting) {
+    Pieces pieces(p);
+    Piece piece;
+    wait_for_the_kernel_before();
+    for (int slot = 0; slot < waiting && pieces.next(p, piece);) {
+        int token_tile;
+        row_tile_of(p, piece.tile, token_tile);
+        for (int k = piece.first; k < piece.end && slot < waiting; k++, slot++)
+            if (one_lane()) fetch_x(p, base + slot * X_BYTES, full + 8 * slot, token_tile * TOKENS, k);
+    }
+}
+
+__device__ __forceinline__ void produce(const Params& p, u8* memory) {
+    const u32 base = shared_address(memory), full = base + p.at_barriers, empty = full + 8 * p.stages;
+    const u64 policy = evict_first();
+    Pieces pieces(p);
+    Piece piece;
+    Ring ring = {0, p.stages, 1};
+    int waiting = 0;  // stages without x; -1 once it flows
+    while (pieces.next(p, piece)) {
+        int token_tile, tile0 = row_tile_of(p, piece.tile, token_tile) * TILES;
+        const int present = min(TILES, p.tiles - tile0);
+        for (int k = piece.first; k < piece.end; k++) {
+            if (waiting == p.stages) {
+                fetch_late_x(p, base, full, waiting);
+                waiting = -1;
+            }
+            const u32 barrier = full + 8 * ring.slot;
+            wait_barrier(empty + 8 * ring.slot, ring.phase);
+            if (one_lane()) {
+                expect_bytes(barrier, X_BYTES + present * BLOCK);
+                if (waiting < 0) fetch_x(p, base + ring.slot * X_BYTES, barrier, token_tile * TOKENS, k);
+                const u32 to = base + p.at_weights + ring.slot * TILES * BLOCK;
+                const u8* from = block_at(p, k, tile0);
+                const u64 apart = block_at(p, k, tile0 + 1) - from;
+                for (int i = 0; i < present; i++) copy_bytes(to + i * BLOCK, from + i * apart, BLOCK, barrier, policy);
+            }
+            if (waiting >= 0) waiting++;
+            ring.step();
+        }
+    }
+    if (waiting > 0) fetch_late_x(p, base, full, waiting);
+}
+
+// A unit is 64 columns of a warpgroup's weights: made floats in registers, of which there may be a second set while the
+// tensor cores still multiply the unit before.
+__device__ __forceinline__ void consume(const Params& p, u8* memory) {
+    const u32 base = shared_address(memory), full = base + p.at_barriers, empty = full + 8 * p.stages;
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, half = warp & 1;
+    u8* staging = memory + p.at_staging + warp * STAGING;
+    float sum[TOKENS / 2], total[SUMS ? TOKENS / 2 : 1], scale[2];
+    u32 a[BUFFERS][4][4];
+    Ring ring = {0, p.stages, 0};
+    int shared_tile0 = -1, shared_tile1 = -1;
+    Pieces pieces(p);
+    Piece piece;
+    wait_for_the_kernel_before();
+    while (pieces.next(p, piece)) {
+        if (SUMS) {
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
+        }
+        auto fold = [&]() {  // the group that has been summed up
+            settle(sum);
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; i++) total[i] += scale[i >> 1 & 1] * sum[i];
+        };
+        u32 more = 0;     // whether sums have been begun
+        int before = -1;  // slot of the stage before, which the tensor cores may still read
+        for (int k = piece.first; k < piece.end; k++) {
+            wait_barrier(full + 8 * ring.slot, ring.phase);
+            const u8* block = memory + p.at_weights + (ring.slot * TILES + warp / 2) * BLOCK;
+            const u64 x = operand_of(base + ring.slot * X_BYTES);
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                u32(&buffer)[4][4] = a[u % BUFFERS];
+                uint4 v = *(const uint4*)(block + half * (CODES / 2) + u * 512 + lane * 16);
+                u32 words[4] = {v.x, v.y, v.z, v.w};
+                Scales s[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    if (i == 0 || GROUP == 32)
+                        s[i] = load_scales(block, (2 * u + i) * 32 / GROUP, g, half);
+                    else
+                        s[i] = s[0];
+                    exchange(words[2 * i], words[2 * i + 1], lane);
+                    if (BUFFERS == 1 && i == 0) products_wait<0>();
+                    to_floats(buffer[2 * i], words[2 * i], s[i]);
+                    to_floats(buffer[2 * i + 1], words[2 * i + 1], s[i]);
+                }
+#pragma unroll
+                for (int step = 0; step < 4; step++) {
+                    const bool begins = SUMS && (u * 64 + step * 16) % GROUP == 0;
+                    if (begins) {
+                        if (step) products_commit();
+                        if (more || u || step) {
+                            products_wait<0>();
+                            fold();
+                        }
+                        scale[0] = s[step / 2].of[0], scale[1] = s[step / 2].of[1];
+                    }
+                    if (step == 0 || begins) {
+                        settle(sum);
+                        products_begin();
+                    }
+                    warpgroup_product(sum, buffer[step], x + (u * (X_BYTES / 2) + step * 32 >> 4), SUMS ? !begins : more || u || step);
+                }
+                products_commit();
+                if (BUFFERS > 1) products_wait<1>();
+                if (BUFFERS > 1 && u == 0 && before >= 0 && lane == 0) arrive(empty + 8 * before);
+            }
+            if (BUFFERS == 1) {
+                products_wait<0>();
+                if (lane == 0) arrive(empty + 8 * ring.slot);
+            }
+            more = 1;
+            before = ring.slot;
+            ring.step();
+        }
+        products_wait<0>();
+        if (BUFFERS > 1 && lane == 0) arrive(empty + 8 * before);
+        if (SUMS) fold();
+        else settle(sum);
+        const float(&result)[TOKENS / 2] = *(const float(*)[TOKENS / 2])(SUMS ? total : sum);
+        if (piece.first > 0 || piece.end < p.blocks) {
+            const int slot = shared_tile0 < 0 ? 0 : 1;
+            (slot ? shared_tile1 : shared_tile0) = piece.tile;
+            store_partial(p, result, piece.tile, slot, warp, lane);
+        } else
+            store_tile(p, result, piece.tile, staging, warp, lane);
+    }
+    if (shared_tile0 >= 0) sum_partials(p, shared_tile0, staging, warp, lane);
+    if (shared_tile1 >= 0) sum_partials(p, shared_tile1, staging, warp, lane);
+}
+
+// Registers of a thread that copies, and of one that multiplies.
+constexpr int FEWER = WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 ? 32 : 24, MORE = WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) w4a16_hopper(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    if (threadIdx.x == 0) {
+        const u32 full = shared_address(memory) + p.at_barriers;
+        for (int i = 0; i < p.stages; i++) {
+            init_barrier(full + 8 * i, 1);
+            init_barrier(full + 8 * (p.stages + i), WARPS);
+        }
+        publish_barriers();
+    }
+    __syncthreads();
+    let_the_next_kernel_start();
+    if (threadIdx.x < CONSUMERS) {
+        more_registers<MORE>();
+        consume(p, memory);
+    } else {
+        fewer_registers<FEWER>();
+        if (threadIdx.x < CONSUMERS + 32) produce(p, memory);
+    }
+}

@@ -1,0 +1,175 @@
+"""How `csrc/w4a16_hopper.cu` is launched for a matrix and a number of tokens: tiles, who computes which, memory.
+
+Pure arithmetic on the limits of a device, so that every case can be checked without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from featherweight.kernels.wna16_layout import COLUMNS, ROWS, Layout, extent
+
+STAGING_BYTES = 1024  # of a warp
+MOST_STAGES = 8
+LEAST_BLOCKS = 2
+"""Of a CTA's stretch of the shared tiles: fewer are not worth the sums that they add."""
+EVEN = 0.9
+"""Of the multiprocessors: so many tiles are better computed whole, side by side through the same columns of x."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of y: 64 rows (outputs) for each warpgroup x `tokens`.
+
+    Attributes:
+        sums: whether scales multiply the sums of groups, and not weights, which rounds those to the dtype of x.
+    """
+
+    tokens: int
+    warpgroups: int
+    sums: bool = False
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA: one more warpgroup, which copies."""
+        return 128 * (self.warpgroups + 1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds: of a launch, of a block of columns of a tile, of summing up a shared tile, of storing one."""
+
+    launch: float
+    block: float
+    sum: float
+    tile: float
+
+
+COSTS = {
+    Tile(64, 2): Cost(6.1, 0.663, 1.9, 0),
+    Tile(64, 3): Cost(4.6, 0.891, 3.6, 0),
+    Tile(64, 4): Cost(4.5, 1.110, 3.3, 0),
+    Tile(128, 3): Cost(0, 1.200, 4.6, 3.8),
+    Tile(128, 4): Cost(0.7, 1.634, 5.0, 3.3),
+    Tile(256, 2): Cost(0, 1.562, 8.6, 0),
+    Tile(64, 2, True): Cost(6.1, 0.76, 1.9, 0),
+    Tile(64, 3, True): Cost(4.6, 1.02, 3.6, 0),
+    Tile(64, 4, True): Cost(4.5, 1.28, 3.3, 0),
+    Tile(128, 2, True): Cost(3.0, 1.20, 4.0, 1.5),
+}
+"""Fitted to 227 launches on an H100, with an error of 3 to 8 per cent (bench/results/2026-11-22-h100-w4a16-hopper.md);
+those with sums are guessed by their instructions, 15 per cent more, and not measured."""
+DENSE_GBPS, DENSE_GFLOPS = 2350.0, 750e3
+"""Of making weights floats (bytes read and written), and of cuBLAS, on the same H100."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch.
+
+    Attributes:
+        tile: what the kernel is compiled for.
+        grid: CTAs, all of which run at once.
+        row_tiles, token_tiles: of y.
+        band: token tiles between which weights are reused before the next rows.
+        whole: tiles that each CTA computes alone; shared: tiles that come after those, cut up between `sharers` CTAs.
+        stages, at_*, bytes: shared memory, as the source's Params has it.
+    """
+
+    tile: Tile
+    grid: int
+    row_tiles: int
+    token_tiles: int
+    band: int
+    whole: int
+    shared: int
+    sharers: int
+    stages: int
+    at_weights: int
+    at_staging: int
+    at_barriers: int
+    bytes: int
+
+    @property
+    def partials_bytes(self) -> int:
+        """Device memory for the parts of shared tiles: two a CTA."""
+        return self.sharers * 2 * self.tile.rows * self.tile.tokens * 4
+
+
+def tiles(dtype: torch.dtype, layout: Layout) -> tuple[Tile, ...]:
+    """Those that there are for activations of this dtype; sums take registers, and leave fewer for the tile.
+
+    float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8.
+    Scales of groups of 32 take registers too, which four warpgroups do not have beside sums or those of 128 tokens.
+    """
+    fits = [tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16)]
+    full = (Tile(128, 4), Tile(64, 4, True)) if layout.group == 32 else ()
+    return tuple(tile for tile in fits if tile not in full)
+
+
+@cache
+def lay_out(
+    tile: Tile, tokens: int, rows: int, columns: int, layout: Layout, processors: int, block_bytes: int
+) -> Plan:
+    """The launch with tiles of this shape, on so many multiprocessors with so much shared memory."""
+    blocks = extent(rows, columns)[1]
+    row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
+    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, processors)
+    weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
+    staging = tile.warpgroups * 4 * STAGING_BYTES
+    stages = min(MOST_STAGES, (block_bytes - staging - 128) // (weights_bytes + x_bytes + 16))
+    at_weights = stages * x_bytes
+    at_staging = -(-(at_weights + stages * weights_bytes) // 128) * 128
+    at_barriers = at_staging + staging
+    return Plan(
+        tile, processors if whole else sharers, row_tiles, token_tiles, _band(tile, token_tiles, processors),
+        whole, shared, sharers, stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
+    )  # fmt: skip
+
+
+@cache
+def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Layout, processors: int) -> Tile | None:
+    """The tile that should be fastest, or None where a dense product should be."""
+    blocks = extent(rows, columns)[1]
+
+    def estimate(tile: Tile) -> float:
+        count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
+        return _estimate_us(tile, blocks, *_share(tile, count, blocks, processors))
+
+    best = min(tiles(dtype, layout), key=estimate)
+    dense_us = rows * columns * (2.5 / DENSE_GBPS + 2 * tokens / DENSE_GFLOPS) / 1e3
+    return best if estimate(best) <= dense_us else None
+
+
+def _share(tile: Tile, count: int, blocks: int, processors: int) -> tuple[int, int, int]:
+    """Of so many tiles: how many each CTA computes whole, how many are shared, and by how many CTAs."""
+    whole, shared = divmod(count, processors)
+    if not shared:
+        return whole, 0, 0
+    even = list(range(shared, min(processors, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
+    all_of_them = [min(processors, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * processors else []
+    sharers = min(even + all_of_them, key=lambda n: _estimate_us(tile, blocks, whole, shared, n))
+    return whole, shared, sharers
+
+
+def _estimate_us(tile: Tile, blocks: int, whole: int, shared: int, sharers: int) -> float:
+    """What the last CTA takes."""
+    cost = COSTS[tile]
+    stretch = -(-shared * blocks // sharers) if shared else 0
+    sums = 0 if sharers == shared else 1 if sharers % shared == 0 else 2
+    stored = whole + (shared > 0)
+    return cost.launch + (whole * blocks + stretch) * cost.block + sums * cost.sum + stored * cost.tile
+
+
+def _band(tile: Tile, token_tiles: int, processors: int) -> int:
+    """Token tiles side by side: so many that a wave reads the fewest bytes, x two bytes and weights half of one."""
+    ideal = (processors * tile.rows / (tile.tokens * 4)) ** 0.5
+    bands = max(1, round(token_tiles / ideal))
+    return -(-token_tiles // bands)

@@ -1,0 +1,299 @@
+"""The Hopper kernel for many tokens without a GPU: operands and launches in emulation, what it compiles to, refusals.
+
+Tests marked gpu run it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from cuda.pathfinder import find_nvidia_binary_utility
+from torch import Tensor
+from torch.nn import functional
+
+from featherweight.core.rules import Grid
+from featherweight.core.solution import Solution
+from featherweight.errors import FallbackWarning, RequestError
+from featherweight.formats import FORMATS
+from featherweight.kernels import nvrtc, pick, w4a16_hopper, wna16
+from featherweight.kernels.base import Case
+from featherweight.kernels.w4a16_hopper import macros
+from featherweight.kernels.w4a16_hopper_plan import Tile, choose, lay_out, tiles
+from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack
+from featherweight.linear import CompressedLinear
+from w4a16_hopper_emulation import block_at, operands, pieces, place, sharers_of
+
+FORMAT = FORMATS["compressed-tensors"]
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+PROCESSORS, BLOCK_BYTES = 132, 232448  # an H100
+
+
+def solution(grid: Grid, rows: int, columns: int, dtype: torch.dtype = HALF) -> Solution:
+    draw = torch.Generator().manual_seed(5)
+    codes = torch.randint(grid.bottom, grid.top + 1, (rows, columns), dtype=torch.uint8, generator=draw)
+    scales = (torch.rand(rows, columns // grid.width(columns), generator=draw) * 0.1 + 0.01).to(dtype)
+    zeros = torch.full(scales.shape, grid.middle, dtype=torch.uint8)
+    if not grid.symmetric:
+        zeros = torch.randint(1, grid.top + 1, scales.shape, dtype=torch.uint8, generator=draw)
+    return Solution(codes, scales, zeros, grid, torch.zeros(rows))
+
+
+# ---- operands and launches in emulation ------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("layout", [Layout(4, 128, HALF, False), Layout(4, 32, FLOAT, True)], ids=str)
+def test_operands_are_code_minus_zero_in_the_order_of_x(dtype: torch.dtype, layout: Layout) -> None:
+    draw = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 16, (32, 128), dtype=torch.uint8, generator=draw)
+    scales = torch.rand(32, 128 // layout.group, generator=draw).to(layout.scales)
+    zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+    if layout.zeros:
+        zeros = torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=draw)
+    block = blocks_of(pack(codes, scales, zeros, layout), 32, 128, layout)[0, 0]
+    want = codes.double() - zeros.double().repeat_interleave(layout.group, 1)
+    assert torch.equal(operands(block, layout, dtype), want)
+
+
+TILES = [Tile(64, 2), Tile(64, 4), Tile(128, 3), Tile(256, 2)]
+SHAPES = [(64, 4096, 4096), (64, 12288, 1024), (1000, 10240, 1024), (33, 50, 320), (1, 1, 32)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_column_of_every_tile_is_computed_once(tile: Tile, shape: tuple[int, int, int]) -> None:
+    tokens, rows, columns = shape
+    blocks = extent(rows, columns)[1]
+    plan = lay_out(tile, tokens, rows, columns, Layout(4, 128, HALF, False), PROCESSORS, BLOCK_BYTES)
+    owners: dict[tuple[int, int], int] = {}
+    parts: dict[int, dict[int, int]] = {}
+    for cta in range(plan.grid):
+        slot = 0
+        for index, first, end in pieces(plan, blocks, cta):
+            for k in range(first, end):
+                assert owners.setdefault((index, k), cta) == cta
+            if (first, end) != (0, blocks):
+                parts.setdefault(index, {})[cta] = slot
+                slot += 1
+                assert (cta * 2 + slot) * tile.rows * tile.tokens * 4 <= plan.partials_bytes
+                assert 0 <= index - plan.whole * plan.grid < PROCESSORS, "each has its counters"
+        assert slot <= 2
+    assert len(owners) == plan.row_tiles * plan.token_tiles * blocks
+    for index, of in parts.items():
+        ctas, slots = sharers_of(plan, blocks, index)
+        assert dict(zip(ctas, slots, strict=True)) == of
+    places = {place(plan, index) for index in range(plan.row_tiles * plan.token_tiles)}
+    assert places == set(product(range(plan.row_tiles), range(plan.token_tiles)))
+
+
+def test_blocks_lie_where_they_were_packed() -> None:
+    layout, rows, columns = Layout(4, 128, HALF, False), 80, 5 * 128
+    tiles, blocks = extent(rows, columns)
+    numbered = torch.arange(tiles * blocks).repeat_interleave(layout.block_bytes)
+    found = blocks_of(numbered, rows, columns, layout)[:, :, 0]
+    assert [[block_at(blocks, tiles, k, t) for k in range(blocks)] for t in range(tiles)] == found.tolist()
+
+
+LARGEST = Layout(4, 32, FLOAT, True)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("layout", [Layout(4, 128, HALF, False), Layout(4, 64, BFLOAT, True), LARGEST], ids=str)
+def test_plans_fit_the_device(dtype: torch.dtype, layout: Layout) -> None:
+    for tile, (tokens, rows, columns) in product(tiles(dtype, layout), [*SHAPES, (4096, 57344, 8192)]):
+        plan = lay_out(tile, tokens, rows, columns, layout, PROCESSORS, BLOCK_BYTES)
+        assert plan.bytes <= BLOCK_BYTES and plan.stages >= 2 and plan.at_weights % 1024 == 0
+        assert 1 <= plan.grid <= PROCESSORS and plan.shared <= plan.sharers <= PROCESSORS
+        assert plan.at_weights < plan.at_staging < plan.at_barriers < plan.bytes and plan.at_staging % 128 == 0
+
+
+def test_only_many_tokens_are_multiplied_by_weights_made_floats() -> None:
+    layout = Layout(4, 128, BFLOAT, False)
+    for tokens, rows, columns in product((33, 64, 256), (4096, 57344), (4096, 28672)):
+        assert choose(tokens, rows, columns, BFLOAT, layout, PROCESSORS) in tiles(BFLOAT, layout)
+        assert choose(tokens, rows, columns, HALF, layout, PROCESSORS) in tiles(HALF, layout)
+    assert choose(4096, 8192, 8192, BFLOAT, layout, PROCESSORS) is None
+    assert all(tile.sums for tile in (*tiles(BFLOAT, layout), *tiles(HALF, layout), *tiles(HALF, LARGEST)))
+
+
+def test_lines_of_sixteen_rows_and_tokens_are_turned_without_loss() -> None:
+    """`store_sixteens`: where the lanes put eights of rows, they are found again."""
+    held = {}
+    for lane in range(32):
+        token = (lane >> 4) * 8 + (lane & 7)
+        held[token * 32 + ((lane >> 3 & 1) ^ (token >> 2 & 1)) * 16] = (token, lane >> 3 & 1)
+    for lane in range(32):
+        token, half = lane >> 1, lane & 1
+        assert held[token * 32 + (half ^ (token >> 2 & 1)) * 16] == (token, half)
+
+
+# ---- the operator on a CPU ------------------------------------------------------------------------------------------
+def test_the_operator_is_sound_for_torch() -> None:
+    weights = solution(Grid(4, 64, False), 48, 256)
+    packed, layout = wna16.repack(weights)
+    w4a16_hopper.register()
+    static = (48, layout.group, layout.scales, layout.zeros)
+    x, bias = torch.randn(2, 3, 256).half(), torch.randn(48).half()
+    got = torch.ops.featherweight.w4a16_hopper(x, packed, bias, *static)
+    want = functional.linear(x.double(), weights.values(torch.float64), bias.double())
+    assert torch.equal(got, want.half())
+    torch.library.opcheck(torch.ops.featherweight.w4a16_hopper.default, (x, packed, bias, *static))
+
+
+# ---- compiling ------------------------------------------------------------------------------------------------------
+@cache
+def compiled(dtype: torch.dtype, layout: Layout, tile: Tile) -> nvrtc.Cubin:
+    return nvrtc.compile_source(nvrtc.source("w4a16_hopper"), macros(dtype, layout, tile), "sm_90a")
+
+
+QUICK = [(HALF, Layout(4, 128, HALF, False), Tile(64, 4))]
+LAYOUTS = [Layout(4, 128, HALF, False), Layout(4, 32, HALF, True), Layout(4, 64, BFLOAT, True), LARGEST]
+EVERY = [(d, e, t) for d, e in product((HALF, BFLOAT), LAYOUTS) for t in tiles(d, e) if (d, e, t) not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "tile"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in EVERY)], ids=str
+)
+def test_kernels_compile_without_spilling(dtype: torch.dtype, layout: Layout, tile: Tile) -> None:
+    made = compiled(dtype, layout, tile)
+    assert made.code[:4] == b"\x7fELF" and "warning" not in made.log.lower(), "products one by one, say"
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", made.log) == [("0",) * 3]
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of the kernel for float16 and 64 tokens, labels between them."""
+    nvdisasm = find_nvidia_binary_utility("nvdisasm")
+    assert nvdisasm is not None, "nvidia-cuda-nvdisasm is one of the development requirements"
+    path: Path = tmp_path_factory.mktemp("sass") / "w4a16_hopper.cubin"
+    path.write_bytes(compiled(*QUICK[0]).code)
+    text = subprocess.run([nvdisasm, "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    line = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.+?)\s*;|(\.L_x_\d+):)", re.M)
+    return [found[1] or found[2] for found in line.finditer(text)]
+
+
+def test_hopper_multiplies_by_warpgroups_and_copies_in_bulk(instructions: list[str]) -> None:
+    opcodes = {each.split(" ")[0].split(".")[0] for each in instructions}
+    assert {"HGMMA", "UTMALDG", "UBLKCP", "SYNCS", "USETMAXREG", "STSM", "PREEXIT", "ACQBULK"} <= opcodes
+    assert not opcodes & {"LDL", "STL", "HMMA"}
+
+
+def test_the_inner_loop_stays_within_its_instructions(instructions: list[str]) -> None:
+    """A block a turn: eight products, and at most two instructions for each weight of a lane."""
+    loops = []
+    for end, each in enumerate(instructions):
+        target = re.match(r"BRA `\((\.L_x_\d+)\)", each)
+        if target and target[1] in instructions[:end]:
+            body = instructions[instructions.index(target[1]) : end + 1]
+            loops.append([op for op in body if not op.startswith(".L")])
+    body = min((loop for loop in loops if sum("HGMMA" in op for op in loop) == 8), key=len)
+    assert len(body) <= 4 * 64 * 128 // 128
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+def test_refusals_name_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(grid: Grid, dtype: torch.dtype = HALF, device: str = "cuda") -> str | None:
+        return w4a16_hopper.W4A16Hopper().refusal(Case(FORMAT, grid, 48, 256, dtype, torch.device(device)))
+
+    assert "NVIDIA GPUs, and the layer is on cpu" in str(refusal(Grid(), device="cpu"))
+    assert "activations are torch.float32" in str(refusal(Grid(), dtype=FLOAT))
+    assert "multiple of 32, and they have 16" in str(refusal(Grid(4, 16)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "compute capability 9.0, and the GPU has 8.0" in str(refusal(Grid()))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "codes of 4 bits, and they have 8" in str(refusal(Grid(8)))
+    assert refusal(Grid()) is None
+    assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda", wanted="w4a16-hopper").name == "w4a16-hopper"
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    grid = Grid(4, 64)
+    run = w4a16_hopper.W4A16Hopper().prepare(FORMAT, grid, FORMAT.pack(solution(grid, 48, 256)), HALF)
+    x = torch.randn(2, 256).half()
+    assert run(x[:0], None).shape == (0, 48)
+    with pytest.raises(RequestError, match=r"float32 with 256 columns, and the layer is torch.float16 with 256"):
+        run(x.float(), None)
+    with pytest.raises(RequestError, match="with 128 columns"):
+        run(x[:, :128], None)
+    with pytest.raises(RequestError, match="no backward pass"):
+        run(x.requires_grad_(), None)
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+def on_gpu(grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> tuple[CompressedLinear, Tensor]:
+    """A layer, and its exact weights."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("torch sees no Hopper GPU")
+    weights = solution(grid, rows, columns, dtype)
+    tensors = {name: tensor.cuda() for name, tensor in FORMAT.pack(weights).items()}
+    bias = torch.randn(rows).cuda()
+    layer = CompressedLinear.from_tensors(FORMAT, grid, tensors, bias, dtype, kernel="w4a16-hopper")
+    return layer, weights.values(torch.float64).cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("grid", [Grid(4, 128), Grid(4, 32, False), Grid(4, 64)], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (50, 320), (33, 128), (1001, 1408)])
+def test_products_on_a_gpu(dtype: torch.dtype, grid: Grid, rows: int, columns: int) -> None:
+    layer, values = on_gpu(grid, rows, columns - columns % (grid.group_size or 1), dtype)
+    for tokens in (1, 33, 64, 65, 128, 200, 1000):
+        x = torch.randn(tokens, values.shape[1], device="cuda").to(dtype)
+        tile = choose(tokens, rows, values.shape[1], dtype, Layout(4, 128, dtype, False), PROCESSORS)
+        rounded = values if tokens <= 32 or tile else values.to(dtype).double()
+        want = functional.linear(x.double(), values, layer.bias.double())
+        rounding, error = (want.to(dtype) - want).norm(), (layer(x).double() - want).norm()
+        allowed = 1e-3 * want.norm() + functional.linear(x.double(), rounded - values).norm()
+        assert (error**2 - rounding**2).clamp_min(0).sqrt() <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+def test_every_tile_on_a_gpu_shares_and_repeats(dtype: torch.dtype) -> None:
+    """Few tiles, which CTAs share, and many; in a graph, over and over, early starts included."""
+    layer, values = on_gpu(Grid(4, 64, False), 1000, 2048, dtype)
+    packed, layout = wna16.repack(layer.solution())
+    kernels = w4a16_hopper.kernels(packed.device, dtype, layout)
+    for tile, tokens in product(kernels.modules, (40, 3000)):
+        x = torch.randn(tokens, 2048, device="cuda").to(dtype)
+        want = functional.linear(x.double(), values).to(dtype)
+        got = torch.full_like(want, torch.nan)
+        plan = kernels.plan(tile, tokens, 1000, 2048)
+        graph = torch.cuda.CUDAGraph()
+        kernels.launch(plan, x, packed, None, got)
+        with torch.cuda.graph(graph):
+            for _ in range(5):
+                kernels.launch(plan, x, packed, None, got)
+        for _ in range(5):
+            got.fill_(torch.nan)
+            graph.replay()
+            torch.testing.assert_close(got, want, rtol=0.03, atol=0.03 * float(want.abs().mean()))
+    assert int(kernels.counters.abs().sum()) == 0
+
+
+@pytest.mark.gpu
+def test_the_operator_is_sound_on_a_gpu() -> None:
+    layer, _ = on_gpu(Grid(4, 128), 512, 1024, HALF)
+    packed, layout = wna16.repack(layer.solution())
+    w4a16_hopper.register()
+    arguments = (packed, layer.bias, 512, layout.group, layout.scales, layout.zeros)
+    for x in (torch.randn(2, 100, 1024), torch.randn(64, 1025)[:, 1:], torch.randn(0, 1024)):
+        torch.library.opcheck(torch.ops.featherweight.w4a16_hopper.default, (x.cuda().half(), *arguments))
+
+
+@pytest.mark.gpu
+def test_without_a_compiler_the_reference_takes_over_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, values = on_gpu(Grid(4, 128), 64, 256, HALF)
+
+    def broken(*_: object) -> None:
+        raise nvrtc.CompileError("no NVRTC here")
+
+    monkeypatch.setattr(w4a16_hopper, "kernels", broken)
+    x = torch.randn(100, 256, device="cuda").half()
+    with pytest.warns(FallbackWarning, match="gives way to the reference kernel: no NVRTC here"):
+        torch.testing.assert_close(layer(x), functional.linear(x, values.half(), layer.bias))

@@ -1,0 +1,124 @@
+"""csrc/w4a16_hopper.cu in NumPy: bytes to operands as its lanes make them, and who computes which columns of a tile.
+
+Names and formulas are the source's, so that one can be read beside the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from featherweight.kernels.w4a16_hopper_plan import Plan
+from featherweight.kernels.wna16_layout import Layout
+
+Words = np.ndarray
+
+
+def bytes_of(a: Words, b: Words, selector: Words) -> Words:
+    """PRMT: byte i of the result is the byte of a (0 to 3) or b (4 to 7) that nibble i of the selector says."""
+    both = np.stack([a >> 8 * i & 255 for i in range(4)] + [b >> 8 * i & 255 for i in range(4)], -1)
+    picks = np.stack([selector >> 4 * i & 15 for i in range(4)], -1)
+    chosen = np.take_along_axis(both, np.broadcast_to(picks, (*both.shape[:-1], 4)), -1)
+    return np.asarray(sum(chosen[..., i] << 8 * i for i in range(4)))
+
+
+def exchange(w0: Words, w1: Words) -> tuple[Words, Words]:
+    """Words of lanes t = 0..3 along the last axis."""
+    lane = np.arange(4)
+    upper, lower = (lane & 2) > 0, (lane & 1) > 0
+    got = np.where(upper, w0, w1)[..., lane ^ 2]
+    v0, v1 = np.where(upper, got, w0), np.where(upper, w1, got)
+    give = bytes_of(v0, v1, np.where(lower, 0x6420, 0x7531))
+    got = give[..., lane ^ 1]
+    return (
+        bytes_of(v0, got, np.where(lower, 0x3514, 0x5240)),
+        bytes_of(v1, got, np.where(lower, 0x3716, 0x7260)),
+    )
+
+
+def registers(w: Words, dtype: torch.dtype, zeros: tuple[Words, Words]) -> list[torch.Tensor]:
+    """The four registers of `to_floats` before scales: pairs of code minus zero in the last axis, in `dtype`."""
+    found = []
+    for i in range(2):
+        v = w >> 8 * i
+        if dtype == torch.bfloat16:
+            found.append(pairs(v & 0x000F000F | 0x43004300, dtype) - number(0x4300 | zeros[0], dtype))
+            found.append(pairs(v >> 4 & 0x000F000F | 0x43004300, dtype) - number(0x4300 | zeros[1], dtype))
+        else:
+            found.append(pairs(v & 0x000F000F | 0x64006400, dtype) - number(0x6400 | zeros[0], dtype))
+            product = pairs(v & 0x00F000F0 | 0x64006400, dtype).double() * number(np.asarray(0x2C00), dtype).double()
+            found.append((product + number(0xD400 | zeros[1] << 4, dtype).double()).to(dtype))  # one rounding
+    return found
+
+
+def pairs(words: Words, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(words.astype(np.uint32).view(np.int32)[..., None].copy()).view(torch.int16).view(dtype)
+
+
+def number(bits: Words, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(bits, dtype=np.uint16).view(np.int16)[..., None].copy()).view(dtype)
+
+
+def operands(block: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """32 rows x 128 columns of code minus zero, where the tensor cores take them: in the order of x's columns."""
+    words = (
+        block[: layout.code_bytes].numpy().view(np.uint32).astype(np.int64).reshape(2, 2, 8, 4, 2, 2)
+    )  # half, u, g, t, i, j
+    zeros = np.full((layout.parts, 8, 2, 2), 8)
+    if layout.zeros:
+        zeros = block[layout.code_bytes + layout.scale_bytes :].numpy().astype(np.int64).reshape(layout.parts, 8, 2, 2)
+    out = torch.full((32, 128), torch.nan, dtype=torch.float64)
+    for half in range(2):
+        for step in range(8):  # products of 16 columns
+            unit, j = divmod(step, 2)
+            u, i = divmod(unit, 2)
+            word = exchange(words[half, u, :, :, i, 0], words[half, u, :, :, i, 1])[j]  # [g, t]
+            z = zeros[unit * 32 // layout.group, :, half]
+            a = registers(word, dtype, (z[:, 0, None], z[:, 1, None]))
+            for r in range(4):  # of wgmma: rows g, g + 8; columns 2t, 2t + 1 of the first and of the second eight
+                for g in range(8):
+                    for t in range(4):
+                        column = step * 16 + r // 2 * 8 + 2 * t
+                        out[half * 16 + r % 2 * 8 + g, column : column + 2] = a[r][g, t].double()
+    return out
+
+
+def pieces(plan: Plan, blocks: int, cta: int) -> Iterator[tuple[int, int, int]]:
+    """Tile, first and end block of columns of a CTA: `Pieces` of the source."""
+    for index in range(plan.whole):
+        yield cta + index * plan.grid, 0, blocks
+    if cta >= plan.sharers:
+        return
+    units = plan.shared * blocks
+    unit, end = units * cta // plan.sharers, units * (cta + 1) // plan.sharers
+    while unit < end:
+        t = unit // blocks
+        first, last = unit - t * blocks, min(blocks, end - t * blocks)
+        yield plan.whole * plan.grid + t, first, last
+        unit += last - first
+
+
+def sharers_of(plan: Plan, blocks: int, tile: int) -> tuple[range, list[int]]:
+    """The CTAs that share a tile, and in which of their slots its part lies: `sum_partials` of the source."""
+    t, units = tile - plan.whole * plan.grid, plan.shared * blocks
+    first = ((t * blocks + 1) * plan.sharers + units - 1) // units - 1
+    last = ((t + 1) * blocks * plan.sharers + units - 1) // units - 1
+    first_slot = 0 if units * first // plan.sharers >= t * blocks else 1
+    return range(first, last + 1), [first_slot] + [0] * (last - first)
+
+
+def place(plan: Plan, tile: int) -> tuple[int, int]:
+    """Row tile and token tile: `row_tile_of` of the source."""
+    per_band = plan.band * plan.row_tiles
+    band = tile // per_band
+    width = min(plan.band, plan.token_tiles - band * plan.band)
+    in_band = tile - band * per_band
+    return in_band // width, band * plan.band + in_band % width
+
+
+def block_at(blocks: int, tiles: int, k: int, t: int) -> int:
+    """Where block k of tile t lies, in blocks."""
+    pair = k & ~1
+    return tiles * pair + t * min(2, blocks - pair) + (k - pair)
