@@ -3,8 +3,9 @@
 usage: python bench/w4a16_hopper.py [--tokens 64 128 256 1024 4096] [--dtype float16] [--group 128] [--zeros]
            [--shapes 4096x4096 ...]
 
-The timing rule and the error are those of `featherweight bench kernels`. For each tile the microseconds of its own plan and, where tiles are
-shared, of the other ways to share them ("sharers"); "chosen" is what the kernel would take. The last line is JSON.
+The timing rule and the error are those of `featherweight bench kernels`. For each tile the microseconds of its own plan
+and, where tiles are shared, of the other ways to share them ("sharers"); "chosen" is what the kernel would take. The
+last line is JSON.
 """
 
 from __future__ import annotations
