@@ -3,7 +3,8 @@
     PYTHONPATH=src python bench/solve.py --shapes 4096x4096,22016x4096,4096x11008 --bits 4 --group 128
 
 For each shape (outputs x inputs): milliseconds of the factor, the scale search, the sweep and a round of descent, each
-the median of --repeats with the device waited for; with --loops also of the torch loops that the kernels stand in for,
+the median of --repeats with the device waited for, and on a GPU the most memory held, H itself
+and descent included, in units of H; with --loops also of the torch loops that the kernels stand in for,
 and whether codes and certificates agree. The last line of stdout is one JSON object.
 """
 
@@ -65,6 +66,8 @@ def main() -> None:
         weight_RC = torch.randn(rows, columns, generator=generator, device=device)
         problem = LayerProblem(weight_RC, x_TC.T @ x_TC / len(x_TC), len(x_TC), 0.01, shape)
         del x_TC
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         row: dict[str, Any] = {"shape": shape}
         row["factor_ms"], factor = timed(device, args.repeats, lambda p=problem: p.factor("activation"))
         price_GN = _importance(factor.upper_CC[None], factor.order_C[None], args.group)[0]
@@ -85,6 +88,8 @@ def main() -> None:
         mine, theirs = row.pop("kernels"), row.pop("loops", None)
         if theirs is not None:
             row["codes_equal"] = float((mine == theirs).float().mean())
+        if device.type == "cuda":
+            row["peak_in_hessians"] = round(torch.cuda.max_memory_allocated() / problem.hessian_CC.nbytes, 2)
         rows_out.append(row)
         print(json.dumps(row), flush=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
