@@ -33,7 +33,10 @@ def shelf_of(model: Any) -> Shelf:
     return first.shelf
 
 
-@pytest.fixture(scope="module", params=["mixtral", "gpt-oss", pytest.param("llama4", marks=pytest.mark.slow)])
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in ("mixtral", "llama4")]
+
+
+@pytest.fixture(scope="module", params=["gpt-oss", *OTHERS])
 def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny mixture, rounded to ternary: experts one by one on disk, or fused there and with biases."""
     folder = tmp_path_factory.mktemp(request.param)
