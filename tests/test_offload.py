@@ -50,7 +50,7 @@ def test_experts_in_the_files_answer_alike(out: Path) -> None:
     whole, left = api.load(out, "cpu", torch.float32), api.load(out, "cpu", torch.float32, expert_bytes=4_000)
     torch.testing.assert_close(logits(left, token_ids(2, 12)), logits(whole, token_ids(2, 12)))
     shelf = shelf_of(left)
-    assert 0 < shelf.held_bytes <= 4_000 and shelf.fetched >= 8
+    assert 0 < shelf.held_bytes <= 4_000 and shelf.fetched > 2  # more than are held
     assert sum(nbytes_of(expert) for expert, _ in shelf._held.values()) == shelf.held_bytes
     experts = sum(nbytes_of(experts) for _, experts in find_experts(whole))
     assert nbytes_of(left) == nbytes_of(whole) - experts
