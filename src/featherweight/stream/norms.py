@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,11 @@ class Call:
 def batch_norm_calls(feed: Feed, norms: list[_BatchNorm]) -> list[list[Call]]:
     """Every call of every norm, in the order of the batches, as the module is."""
     calls: list[list[Call]] = [[] for _ in norms]
-    with hooked({norm: (lambda given, n=n: calls[n].append(Call.of(given))) for n, norm in enumerate(norms)}):
+
+    def hear(n: int, given: Tensor) -> None:
+        calls[n].append(Call.of(given))
+
+    with hooked({norm: partial(hear, n) for n, norm in enumerate(norms)}):
         feed.run()
     return calls
 
@@ -103,7 +108,7 @@ def shift_batch_norms(feed: Feed, norms: list[_BatchNorm], dense: list[list[Call
         _put(norms[n], saved[n], calls[n][at], dense[n][at])
 
     try:
-        with hooked({norm: (lambda given, n=n: hear(n, given)) for n, norm in enumerate(norms)}):
+        with hooked({norm: partial(hear, n) for n, norm in enumerate(norms)}):
             feed.run()
     finally:
         for norm, before in zip(norms, saved, strict=True):
