@@ -784,3 +784,15 @@ def test_layouts_say_where_matrices_lie() -> None:
     assert plain.rows(1, 32, ("gate_proj", "up_proj")) == (32, 64, 1)
     assert turned.rows(1, 32, ("gate_proj", "up_proj")) == (1, None, 2)
     assert Layout(gated=False, bias=True).parameters() == {"up_proj", "down_proj", "up_proj_bias", "down_proj_bias"}
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt-oss", marks=pytest.mark.slow)])
+def test_blocks_of_experts_are_trained_as_a_whole(family: str, folders: Any, tmp_path: Path, text: Path) -> None:
+    source = folders(family)
+    trained = calm(text, method="block-ap", epochs=1, bits=2, samples=6)
+    result = api.compress(source, tmp_path / "out", trained)
+    lines = journal(tmp_path / "out")
+    assert result.matrices == sum(MATRICES[family]) == len(lines)
+    assert all(line["block_loss"] <= line["block_loss_before"] for line in lines)
+    assert all(line["loss"] is not None and line["loss"] >= 0 for line in lines)  # NaN is neither
+    assert any(line["epoch"] for line in lines)

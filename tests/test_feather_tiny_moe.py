@@ -14,6 +14,7 @@ from featherweight import api, data
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_tokenizer
 from featherweight.recipe import Recipe
+from featherweight.recipes import by_name
 from runs import journal
 
 NAME = "feather-tiny-moe"
@@ -74,3 +75,16 @@ def test_ternary_experts_lose_less_than_by_rounding(tmp_path: Path) -> None:
         found[name] = (math.log(seen["perplexity"] / dense), seen["kl_nats"], result.bytes)
     assert found["gptq"][0] < 0.85 * found["rtn"][0] and found["gptq"][1] < 0.85 * found["rtn"][1]
     assert found["gptq"][2] == found["rtn"][2]
+
+
+@pytest.mark.nightly
+def test_the_recipe_of_ternary_loses_two_fifths_of_what_rounding_loses(tmp_path: Path) -> None:
+    """0.39 and 0.35 of rounding's loss increase were measured with two seeds, before `tune` (0.32 after it)."""
+    ternary = by_name("sub1").but(samples=256, tokens=256)
+    dense = api.evaluate(NAME, context=512, limit=16, device="cpu")["perplexity"]
+    found = {}
+    for method in ("rtn", "block-ap"):
+        api.compress(NAME, tmp_path / method, ternary.but(method=method), "cpu")
+        seen = api.evaluate(tmp_path / method, context=512, limit=16, device="cpu")["perplexity"]
+        found[method] = math.log(seen / dense)
+    assert found["block-ap"] < 0.45 * found["rtn"]

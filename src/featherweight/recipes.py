@@ -32,9 +32,10 @@ def rtn() -> Recipe:
 
 
 def sub1() -> Recipe:
-    """The default in ternary, one scale a row, entropy-coded: at these widths a scale for each group costs more bits
-    than it is worth (docs/formats.md)."""
-    return Recipe(bits=1.58, group_size=None, format="sub1", refine=3)
+    """Ternary, one scale a row, entropy-coded: the sweep, then each block trained towards the original's output, which
+    halves the loss; at these widths a scale for each group costs more bits than it is worth (docs/log.md)."""
+    ternary = Recipe(bits=1.58, group_size=None, format="sub1", damping=1.0, pull=0.0, refine=3)
+    return ternary.but(method="block-ap", tune="weights")
 
 
 def papers_rtn() -> Recipe:

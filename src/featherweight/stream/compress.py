@@ -23,7 +23,6 @@ from featherweight.formats import by_name as format_by_name
 from featherweight.models import tree as trees
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
-from featherweight.models.experts import find_experts
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
@@ -173,10 +172,6 @@ class _Job:
             raise RequestError(
                 f"{next(iter(self.tokens))} was to be rounded to {self.recipe.embedding_bits} bits, and "
                 f"{self.format.name} leaves embeddings in {FLOAT_BITS}: use --format compressed-tensors."
-            )
-        if self.recipe.trains and (mixture := next(find_experts(self.tree.model), None)):
-            raise RequestError(
-                f"{mixture[0]} holds {len(mixture[1])} experts, and block-ap trains blocks of 0: use --method gptq."
             )
         for matrix in (*self.tree.matrices, *self.tokens.values()):
             self.format.check(matrix.name, matrix.rows, matrix.columns, self.rule_of(matrix))

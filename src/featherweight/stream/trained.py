@@ -163,12 +163,14 @@ def _measured(
     deltas = {m.path: _original(view, m) - solutions[m.path].values() for m in view.matrices}
     losses = {m.path: torch.zeros(m.rows, device=sequences.device) for m in view.matrices}
     energies = {m.path: torch.zeros((), device=sequences.device) for m in view.matrices}
+    tokens = dict.fromkeys(losses, 0)  # an expert sees those that are sent to it, which may be none
     originals = {m.path: _original(view, m) for m in view.matrices}
 
     def add(path: str, inputs_STC: Tensor) -> None:
         inputs_NC = inputs_STC.flatten(0, -2).float()
-        losses[path] += (inputs_NC @ deltas[path].T).square().mean(0)
-        energies[path] += (inputs_NC @ originals[path].T).square().mean(0).sum()
+        losses[path] += (inputs_NC @ deltas[path].T).square().sum(0)
+        energies[path] += (inputs_NC @ originals[path].T).square().sum()
+        tokens[path] += len(inputs_NC)
 
     hooks = [
         view.module.get_submodule(m.path).register_forward_pre_hook(lambda _, args, path=m.path: add(path, args[0]))
@@ -183,10 +185,10 @@ def _measured(
         for hook in hooks:
             hook.remove()
     found = {}
-    count = view.world.add_up(len(batches))
     for path, solution in solutions.items():
         for sums in (losses[path], energies[path]):
             view.world.sum_(sums)
+        count = max(1, view.world.add_up(tokens[path]))
         loss_R, energy = losses[path] / count, float(energies[path]) / count
         metrics = {
             "relative_loss": float(loss_R.sum()) / energy if energy else 0.0,
