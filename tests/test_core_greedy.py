@@ -72,15 +72,15 @@ def prune_by_definition(weight_C: Tensor, damped_CC: Tensor, pattern: Pattern) -
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_exact_obs_is_its_definition(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "PENDING", 5)  # so that the matrix is brought up to date, and shrinks, many times
-    problem = layer()
+    problem = layer(3, 32)
     trace = prune_trace(problem, pattern, problem.factor("natural"))
-    damped_CC = damped(problem.hessian_CC, 0.01)
+    damped_CC, found = damped(problem.hessian_CC, 0.01), obs(problem, pattern)
     for row, weight_C in enumerate(problem.weight_RC):
         order, cost, values_C = prune_by_definition(weight_C, damped_CC, pattern)
         assert trace.order_RC[row].tolist() == order
         torch.testing.assert_close(trace.cost_RC[row], torch.tensor(cost, dtype=torch.float64), rtol=1e-9, atol=1e-12)
         if pattern.of:
-            torch.testing.assert_close(obs(problem, pattern).values_RC[row], values_C, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found.values_RC[row], values_C, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -232,7 +232,7 @@ def test_exact_obs_is_the_authors_code(name: str, pattern: Pattern) -> None:
     solution = obs(problem, pattern)
     assert solution.sparsity == pytest.approx(float((theirs_RC == 0).double().mean()), abs=1e-4)
     assert ((theirs_RC != 0) == solution.keep_RC).double().mean() > 0.99
-    assert undamped(problem, solution.values_RC) <= 1.0001 * undamped(problem, theirs_RC)
+    assert undamped(problem, solution.values_RC) <= undamped(problem, theirs_RC) * (1 if pattern.block > 1 else 1.0001)
 
 
 @pytest.mark.parametrize(
