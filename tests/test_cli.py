@@ -28,7 +28,7 @@ from runs import Ran, featherweight, journal, model_files, shards
 from tiny import add_tokenizer, make
 
 COMPRESS = {"out": str, "matrices": int, "bits_per_weight": float, "bytes": int, "seconds": float,
-            "peak_memory_bytes": int}  # fmt: skip
+            "peak_memory_bytes": int, "phase_seconds": dict}  # fmt: skip
 EVAL = {"model": str, "perplexity": float, "tokens": int, "context": int, "bits_per_weight": float}
 NONE = type(None)
 
