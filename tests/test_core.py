@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.core import scales
+from featherweight.core import products, scales
 from featherweight.core.problem import LayerProblem, Order, loss_R
 from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
@@ -273,3 +273,34 @@ def test_triangles_are_inverted_in_pieces(columns: int, layers: int | None, monk
     lower_CC = draw.tril(-1) / columns**0.5 + torch.diag_embed(draw.diagonal(dim1=-2, dim2=-1).abs() + 1)
     garbage_CC = lower_CC + draw.triu(1)  # what lies above the diagonal is nobody's
     torch.testing.assert_close(inverse_lower(garbage_CC), torch.linalg.inv(lower_CC))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in pieces, multiplied here as a tensor core does it: bfloat16 into float32."""
+    monkeypatch.setattr(products, "split_pays", lambda matrix: matrix.shape[-1] >= 16)
+    monkeypatch.setattr(products, "_multiplied", lambda one, other: one.float() @ other.float())
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["layer", "layers"])
+def test_products_in_pieces(lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "EXACT", 24)
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(*lead, *shape, generator=generator) for shape in ((30, 80), (80, 20)))
+    wanted = one.double() @ other.double()
+    for multiply, error in ((products.times, 3e-5), (products.exactly, 1e-6)):
+        assert float((multiply(one, other) - wanted).norm() / wanted.norm()) < error
+    assert float((one.bfloat16() @ other.bfloat16() - wanted).norm() / wanted.norm()) > 1e-3  # what one piece gives
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_pulls_follow_what_changes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hessian_ECC, delta_ECR = torch.randn(2, 48, 48, generator=generator), torch.randn(2, 48, 5, generator=generator)
+    pulls = products.Pulls(hessian_ECC, delta_ECR)
+    assert pulls.split
+    for at in (slice(0, 20), slice(20, 40), slice(40, 48)):
+        wanted = hessian_ECC[:, at] @ delta_ECR
+        assert float((pulls.of(at) - wanted).norm() / wanted.norm()) < 3e-5
+        delta_ECR[:, at] += torch.randn(2, at.stop - at.start, 5, generator=generator)
