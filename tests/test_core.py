@@ -60,10 +60,11 @@ def test_a_factor_solves(order: Order) -> None:
     torch.testing.assert_close(problem.factor(order).solve(rows_RC), expected_RC, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("group_size", [32, 128, None])
-@pytest.mark.parametrize("bits, symmetric", [(1.58, True), (2, False), (3, False), (4, True)])
-def test_sweep_is_elimination(bits: float, symmetric: bool, group_size: int | None, order: Order) -> None:
+@pytest.mark.parametrize("turn", range(3))
+@pytest.mark.parametrize("number, bits, symmetric", [(0, 1.58, True), (1, 2, False), (2, 3, False), (3, 4, True)])
+def test_sweep_is_elimination(number: int, bits: float, symmetric: bool, turn: int) -> None:
+    """Every grid with every group size and every order, and every order with every group size."""
+    order, group_size = ORDERS[turn], (32, 128, None)[(turn + number) % 3]
     problem, rule = layer(columns=256, seed=11), grid(bits, group_size, symmetric)
     solution = sweep(problem, rule, order)
     damped_CC = damped(problem.hessian_CC, 0.01)
