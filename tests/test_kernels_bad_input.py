@@ -47,7 +47,7 @@ def test_a_machine_without_triton_gets_the_next_kernel(monkeypatch: pytest.Monke
     monkeypatch.setattr(triton_linear, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match="triton does not take this layer: it needs triton, which is not installed"):
         pick(*LAYER, HALF, "cuda", wanted="triton")
-    assert pick(FORMAT, Grid(8, 64), 48, 256, HALF, "cuda").name == "dequantize"
+    assert pick(FORMAT, Grid(8, 64), 48, 256, torch.float32, "cuda").name == "dequantize"
 
 
 def test_groups_that_no_kernel_takes_go_through_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
