@@ -246,10 +246,10 @@ def test_exact_obs_is_the_authors_code(name: str, pattern: Pattern) -> None:
 )
 def test_obq_is_the_authors_code(name: str, grid: Grid) -> None:
     problem, theirs_RC = golden(name)
-    # In float32 a tie falls one way or the other with the order of a sum, and a row or two of 64 with it.
+    # Theirs is float32: a tie falls one way or the other with the order of a sum, and a row or two of 64 with it.
     in_full = replace(problem, weight_RC=problem.weight_RC.double(), hessian_CC=problem.hessian_CC.double())
     values_RC = obq(in_full, grid).values()
-    assert ((values_RC - theirs_RC).abs() < 1e-4 * theirs_RC.abs().max()).double().mean() > 0.99
+    assert ((values_RC - theirs_RC).abs() < 1e-4 * theirs_RC.abs().max()).double().mean() > 0.98
     assert undamped(problem, values_RC) == pytest.approx(undamped(problem, theirs_RC), rel=0.01)
 
 
