@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels of solvers and training to machine code for sm_ARGV[1] and prints their names; needs no
-GPU."""
+"""Compiles the Triton kernels of ARGV[2], solvers or training, to machine code for sm_ARGV[1] and prints their names;
+needs no GPU."""
 
 import sys
 
@@ -10,6 +10,7 @@ from triton.compiler import ASTSource
 from featherweight.core import triton_gram, triton_scales, triton_slabs
 from featherweight.train import triton_grid, triton_packed
 
+WHICH = sys.argv[2]
 FLOATS = {"low", "high", "levels", "least", "most", "top", "lowest_zero", "bottom", "least_scale"}
 CONSTANTS = {
     "TILE": 128,
@@ -38,25 +39,27 @@ def kind(name: str, kernel: str) -> str:
     if name.endswith("_ptr"):
         if (name, kernel) == ("zero_ptr", "asymmetric_search"):
             return "*u8"
-        known = POINTERS | (TRAINED if kernel in OF_TRAINING else {})
-        return known.get(name, "*fp32")
+        return (POINTERS | (TRAINED if WHICH == "training" else {})).get(name, "*fp32")
     return "fp32" if name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS) else "i32"
 
 
-KERNELS = (
-    (triton_slabs.sweep_slab, 1),
-    (triton_slabs.descend_slab, 1),
-    (triton_scales.symmetric_search, 4),
-    (triton_scales.asymmetric_search, 4),
-    (triton_gram.gram, 4),
-    (triton_grid.grid_values, 4),
-    (triton_grid.grid_step, 4),
-    (triton_packed.packed_values, 4),
-    (triton_packed.group_sums, 4),
-)
-OF_TRAINING = {kernel.__name__ for kernel, _ in KERNELS[5:]}
+KERNELS = {
+    "solvers": (
+        (triton_slabs.sweep_slab, 1),
+        (triton_slabs.descend_slab, 1),
+        (triton_scales.symmetric_search, 4),
+        (triton_scales.asymmetric_search, 4),
+        (triton_gram.gram, 4),
+    ),
+    "training": (
+        (triton_grid.grid_values, 4),
+        (triton_grid.grid_step, 4),
+        (triton_packed.packed_values, 4),
+        (triton_packed.group_sums, 4),
+    ),
+}
 
-for kernel, warps in KERNELS:
+for kernel, warps in KERNELS[WHICH]:
     signature = {name: kind(name, kernel.__name__) for name in kernel.arg_names}
     constants = {name: value for name, value in CONSTANTS.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)

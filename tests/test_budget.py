@@ -77,7 +77,9 @@ def test_a_size_is_met_from_below(share: float, source: Path, text: Path, tmp_pa
     assert size - 0.005 * size - step - headers <= result.bytes <= size
 
 
-@pytest.mark.parametrize("moment", [1, 4, 9])  # measuring, calibrating, compressing
+@pytest.mark.parametrize(
+    "moment", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(9, marks=pytest.mark.slow)]
+)  # measuring, calibrating, compressing
 def test_stopped_while_measuring_and_resumed(moment: int, source: Path, text: Path, made: Path, tmp_path: Path) -> None:
     """Stopped when progress is told of for the n-th time, the folder ends with the same bytes and the same database."""
     chosen, out, heard = recipe(text, **BUDGETS["bits"]), tmp_path / "out", 0

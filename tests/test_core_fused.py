@@ -65,7 +65,7 @@ def same(one: Solution, other: Solution) -> None:
 GRIDS = [Grid(4, 32), Grid(3, 32, symmetric=False), Grid(2, None, symmetric=False), Grid(1.58, 32), Grid(8, 16)]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", [*GRIDS[:3], *(pytest.param(g, marks=pytest.mark.slow) for g in GRIDS[3:])], ids=str)
 def test_the_kernels_are_the_loops(grid: Grid, launched: list[str]) -> None:
     given = problem(18, 32)  # rows are no multiple of a program's
     fast = refine(given, sweep(given, grid), 1)
@@ -200,12 +200,19 @@ def test_searches_of_layers_have_their_own_prices(launched: list[str]) -> None:
         assert torch.equal(together[layer], scales.fit(grid, weight_ERGN[layer], price_EGN[layer])[0])
 
 
+COMPILED = {
+    "solvers": ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search", "gram"],
+    "training": ["grid_values", "grid_step", "packed_values", "group_sums"],
+}
+
+
+@pytest.mark.parametrize("which", ["solvers", pytest.param("training", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_the_kernels_compile_without_a_gpu(arch: int, tmp_path: Path) -> None:
+def test_the_kernels_compile_without_a_gpu(arch: int, which: str, tmp_path: Path) -> None:
     """By Triton itself, in a process of its own: here it may be interpreting."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     code = (Path(__file__).parent / "compile_triton.py").read_text()
-    ran = subprocess.run([sys.executable, "-c", code, str(arch)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(arch), which]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.split()[:5] == ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search", "gram"]
-    assert ran.stdout.split()[5:] == ["grid_values", "grid_step", "packed_values", "group_sums"]
+    assert ran.stdout.split() == COMPILED[which]

@@ -226,7 +226,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [pytest.param("featherweight first", marks=pytest.mark.slow), "transformers first"])
 def test_either_import_may_come_first(order: str, folder: Path) -> None:
     first, second, early = ORDERS[order]
     program = PROGRAM.format(first=first, second=second, early=early)

@@ -225,7 +225,7 @@ def stopping(at: int) -> Any:
     return tell
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "to"])
+@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in place", "to"])
 def test_killed_and_resumed(
     in_place: bool, source: Path, text: Path, packed: Path, long_text: str, tmp_path: Path
 ) -> None:
