@@ -25,6 +25,7 @@ from featherweight.kernels import dequantize, triton_linear
 from featherweight.kernels.base import Case
 from featherweight.kernels.triton_linear import PLANE, Packed, TritonLinear, call, pack, register, splits
 from featherweight.linear import CompressedLinear
+from wna16_cases import solution
 
 FORMAT = FORMATS["compressed-tensors"]
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -40,16 +41,6 @@ GRIDS = [
     (8, 64, True, 128),
     (5, 128, False, 256),
 ]
-
-
-def solution(grid: Grid, rows: int, columns: int, dtype: torch.dtype = HALF) -> Solution:
-    draw = torch.Generator().manual_seed(5)
-    codes = torch.randint(grid.bottom, grid.top + 1, (rows, columns), dtype=torch.uint8, generator=draw)
-    scales = (torch.rand(rows, columns // grid.width(columns), generator=draw) * 0.1 + 0.01).to(dtype)
-    zeros = torch.full(scales.shape, grid.middle, dtype=torch.uint8)
-    if not grid.symmetric:
-        zeros = torch.randint(0, grid.top + 1, scales.shape, dtype=torch.uint8, generator=draw)
-    return Solution(codes, scales, zeros, grid, torch.zeros(rows))
 
 
 def require_close(got: Tensor, x: Tensor, weights: Solution, bias: Tensor | None) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.core.rules import Grid
-from featherweight.core.solution import Solution
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import FORMATS
 from featherweight.kernels import nvrtc, pick, w4a16_hopper, wna16
@@ -28,20 +27,11 @@ from featherweight.kernels.w4a16_hopper_plan import Tile, choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack
 from featherweight.linear import CompressedLinear
 from w4a16_hopper_emulation import block_at, operands, pieces, place, sharers_of
+from wna16_cases import solution
 
 FORMAT = FORMATS["compressed-tensors"]
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 PROCESSORS, BLOCK_BYTES = 132, 232448  # an H100
-
-
-def solution(grid: Grid, rows: int, columns: int, dtype: torch.dtype = HALF) -> Solution:
-    draw = torch.Generator().manual_seed(5)
-    codes = torch.randint(grid.bottom, grid.top + 1, (rows, columns), dtype=torch.uint8, generator=draw)
-    scales = (torch.rand(rows, columns // grid.width(columns), generator=draw) * 0.1 + 0.01).to(dtype)
-    zeros = torch.full(scales.shape, grid.middle, dtype=torch.uint8)
-    if not grid.symmetric:
-        zeros = torch.randint(1, grid.top + 1, scales.shape, dtype=torch.uint8, generator=draw)
-    return Solution(codes, scales, zeros, grid, torch.zeros(rows))
 
 
 # ---- operands and launches in emulation ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.NAMED, "toy", TOY)
     for name, value in (("ROUNDS_FROM_HOST", 1), ("HELD_ON_HOST", 6), ("WARM", 1), ("MICRO_TOKENS", {"cpu": 64})):
         monkeypatch.setattr(qat, name, value)
-    monkeypatch.setattr(qat, "matrix_peak", lambda device: 1.0)
+    monkeypatch.setattr(qat, "peak_tflops", lambda device: 1.0)
     first = ["qat"] if len(app.registered_commands) > 1 else []  # typer drops the name of an only command
     sizes = {"--group-size": "32", "--tokens": "8", "--tuned-tokens": "32"}
     ran = CliRunner().invoke(app, [*first, "--shapes", "toy", *(word for pair in sizes.items() for word in pair)])

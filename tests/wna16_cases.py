@@ -35,5 +35,5 @@ def solution(grid: Grid, rows: int, columns: int, dtype: torch.dtype = HALF) -> 
     scales = (torch.rand(rows, columns // grid.width(columns), generator=draw) * 0.1 + 0.01).to(dtype)
     zeros = torch.full(scales.shape, grid.middle, dtype=torch.uint8)
     if not grid.symmetric:
-        zeros = torch.randint(1, grid.top + 1, scales.shape, dtype=torch.uint8, generator=draw)
+        zeros = torch.randint(0, grid.top + 1, scales.shape, dtype=torch.uint8, generator=draw)
     return Solution(codes, scales, zeros, grid, torch.zeros(rows))

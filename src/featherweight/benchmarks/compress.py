@@ -11,7 +11,7 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 from featherweight.benchmarks.shapes import Shapes
+from featherweight.benchmarks.timing import peak_tflops
 from featherweight.recipe import Recipe
 from featherweight.stream.compress import Memory, Result, compress
 from featherweight.stream.device import peak_memory_bytes, pick_device
 from featherweight.stream.folder import JOURNAL
-
-PEAK_SIZE = {"cuda": 8192, "cpu": 1024}  # of the square products that the peaks are measured with
-PEAK_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def measure(
         write_model(shapes, blocks, model, on)
         draw = torch.Generator().manual_seed(0)
         ids_ST = torch.randint(shapes.vocabulary, (recipe.samples, recipe.tokens), generator=draw)
-        peaks = {dtype: _peak_tflops(on, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+        peaks = {dtype: peak_tflops(on, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
         if on.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         result = compress(model, out, recipe, device, ids_ST=ids_ST, memory=memory)
@@ -152,25 +150,6 @@ def floor_seconds(shapes: Shapes, recipe: Recipe, product_tflops: float, solve_t
         products += 2 * tokens * serves.get(name, 1) * columns**2
         solving += copies.get(name, 1) * (2 * columns**3 / 3 + rows * columns**2)
     return (products / product_tflops + solving / solve_tflops) / 1e12
-
-
-def _peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Of square products of random numbers, the best of a few."""
-    size = PEAK_SIZE[device.type]
-    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    torch.mm(one, other)
-    best = min(_seconds(device, lambda: torch.mm(one, other)) for _ in range(PEAK_REPEATS))
-    return 2 * size**3 / best / 1e12
-
-
-def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def _peer_seconds(model: Path, recipe: Recipe) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from featherweight import formats
 from featherweight.benchmarks.shapes import Shapes
+from featherweight.benchmarks.timing import peak_tflops
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.linear import CompressedLinear
@@ -49,7 +50,7 @@ def measure(
     """Times, rates and memory of both, and what they come to for the whole model and the paper's amount of text."""
     where = pick_device(device)
     grid = Grid(bits, group_size, symmetric=False, search="minmax", scale_dtype=torch.bfloat16)
-    peak = matrix_peak(where)
+    peak = peak_tflops(where)
     report = {
         "machine": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "bits": bits,
@@ -210,13 +211,6 @@ def _random_packed_layer(rows: int, columns: int, grid: Grid, device: torch.devi
     tensors = format.pack(one)
     tensors["weight_packed"].random_(-(2**31), 2**31 - 1)
     return CompressedLinear.from_tensors(format, grid, tensors, None, torch.bfloat16, "reference")
-
-
-def matrix_peak(device: torch.device) -> float:
-    """bf16 TFLOP/s of a large product of random matrices."""
-    size = 8192 if device.type == "cuda" else 512
-    one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return float(2 * size**3 / timed(lambda: one @ other, device, rounds=10) / 1e9)
 
 
 def timed(work: Callable[[], Any], device: torch.device, rounds: int = ROUNDS) -> float:

@@ -20,6 +20,7 @@ ROUNDS_S = 0.04  # of replays or rounds that are measured
 LEAST_ROUNDS = 5
 CPU_CACHE_BYTES = 32e6  # that calls rotate through where nothing says how large the cache is
 MOST_COPIES = 256
+PEAK_WIDTHS = {"cuda": 8192, "cpu": 1024}
 
 
 def median_us(calls: Sequence[Call], device: torch.device) -> float:
@@ -50,10 +51,10 @@ def read_gbps(device: torch.device) -> float:
     return nbytes / median_us([x.sum], device) / 1e3
 
 
-def peak_tflops(device: torch.device) -> float:
-    """What a product of random square matrices in bfloat16 reaches: 8192 wide on a GPU, 1024 on a CPU."""
-    width = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
+def peak_tflops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """What a product of random square matrices of this dtype, `PEAK_WIDTHS` wide, reaches."""
+    width = PEAK_WIDTHS[device.type]
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     return 2 * width**3 / median_us([lambda: a @ b], device) / 1e6
 
 

@@ -5,7 +5,6 @@ Shapes: E layers of one shape, N columns of a slab, R rows; of searches G groups
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core.rules import Grid
-from featherweight.errors import FallbackWarning
+from featherweight.core.triton_tried import tried
 
 ROWS = 16  # of a program: a warp holds a slab of them in registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
@@ -183,16 +182,4 @@ def _launch(
 
 
 def _tried(launch: Callable[[], None]) -> bool:
-    """Whether a launch worked; where it did not, one warning, and no kernel is tried again."""
-    try:
-        launch()
-    except Exception as error:  # a missing compiler, an old GPU, a driver: Triton raises a kind of its own for each
-        _failed.append(f"{type(error).__name__}: {error}")
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        warnings.warn(
-            f"Triton cannot run here ({reason}): layers are solved by torch, many times slower.",
-            FallbackWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+    return tried(launch, _failed, "layers are solved by torch, many times slower")

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from featherweight.errors import FallbackWarning, FeatherweightError
 
 DIGEST_BYTES = 32
@@ -39,6 +41,16 @@ def source(name: str) -> str:
     folder = Path(__file__).parent / "csrc"
     text = (folder / f"{name}.cu").read_text(encoding="utf-8")
     return re.sub(r'#include "(\w+\.cuh)"', lambda found: (folder / found[1]).read_text(encoding="utf-8"), text)
+
+
+def device_refusal(device: torch.device, oldest: tuple[int, int]) -> str | None:
+    """Why this machine's GPU runs no kernel made for `oldest` and later."""
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU, and torch sees 0"
+    found = torch.cuda.get_device_capability(device)
+    if found < oldest:
+        return f"it needs compute capability {oldest[0]}.{oldest[1]}, and the GPU has {found[0]}.{found[1]}"
+    return None
 
 
 def arch(major: int, minor: int) -> str:

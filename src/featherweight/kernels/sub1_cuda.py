@@ -48,12 +48,7 @@ class Sub1Cuda(Kernel):
         assert grid is not None
         if grid.width(case.columns) % PIECE:
             return f"it needs groups of a multiple of {PIECE}, and they have {grid.width(case.columns)}"
-        if not torch.cuda.is_available():
-            return "it needs an NVIDIA GPU, and torch sees 0"
-        found = torch.cuda.get_device_capability(case.device)
-        if found < OLDEST:
-            return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and the GPU has {found[0]}.{found[1]}"
-        return None
+        return nvrtc.device_refusal(case.device, OLDEST)
 
     def broken(self, case: Case) -> str | None:
         try:

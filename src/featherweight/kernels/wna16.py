@@ -55,7 +55,7 @@ class WNA16(Kernel):
             return f"it takes {' or '.join(map(str, DTYPES))}, and the activations are {case.dtype}"
         if width % GROUPS[0]:
             return f"it needs groups of a multiple of {GROUPS[0]}, and they have {width}"
-        return _device_refusal(case.device)
+        return nvrtc.device_refusal(case.device, OLDEST)
 
     def broken(self, case: Case) -> str | None:
         try:
@@ -208,16 +208,6 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     made = Kernels(device, layout, module, limits)
     made.load()
     return made
-
-
-def _device_refusal(device: torch.device) -> str | None:
-    """Why this machine's GPU does not run the kernel."""
-    if not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU, and torch sees 0"
-    found = torch.cuda.get_device_capability(device)
-    if found < OLDEST:
-        return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and the GPU has {found[0]}.{found[1]}"
-    return None
 
 
 @cache
