@@ -14,32 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
+from featherweight.benchmarks.timing import excess_error, median_us
 from featherweight.codec import encode
 from featherweight.kernels.sub1_bank import Bank, Entry, moved
 
 QMOE_INSTRUCTIONS, LANES = 26, 128
-DTYPE = torch.bfloat16
-
-
-def median_us(calls: list[Callable[[], object]]) -> float:
-    """Microseconds of one launch of a graph of `calls`."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    return float(do_bench(graph.replay, warmup=10, rep=60, return_mode="median")) * 1e3 / len(calls)
+DTYPE, GPU = torch.bfloat16, torch.device("cuda", 0)
 
 
 def draw(rows: int, columns: int, zero_share: float) -> Tensor:
@@ -66,24 +52,24 @@ def copied(entry: Entry) -> Entry:
     return Entry(again, entry.starts_R.clone(), entry.scales_RG.clone())
 
 
-def excess_error(got_NR: Tensor, x_NC: Tensor, dense: Tensor, expert_N: Tensor) -> float:
-    """The relative error beyond that of rounding the exact product once."""
-    exact = torch.stack([dense[e].double() @ x.double() for e, x in zip(expert_N.tolist(), x_NC, strict=True)])
-    rounded = (exact.to(got_NR.dtype).double() - exact).norm()
-    error = (got_NR.double() - exact).norm()
-    return float((error**2 - rounded**2).clamp_min(0).sqrt() / exact.norm())
+def exact_product(x_NC: Tensor, dense: Tensor, expert_N: Tensor) -> Tensor:
+    """In float64, token by token."""
+    return torch.stack([dense[e].double() @ x.double() for e, x in zip(expert_N.tolist(), x_NC, strict=True)])
 
 
 def rivals(dense: list[Tensor], x_ETC: Tensor) -> Iterator[tuple[str, float]]:
     x_ECT = x_ETC.transpose(1, 2)
-    yield "bmm", median_us([lambda w=w: torch.bmm(w, x_ECT) for w in dense])
-    yield "bmm^T", median_us([lambda w=w: torch.bmm(x_ETC, w.transpose(1, 2)) for w in dense])
+    yield "bmm", median_us([lambda w=w: torch.bmm(w, x_ECT) for w in dense], GPU)
+    yield "bmm^T", median_us([lambda w=w: torch.bmm(x_ETC, w.transpose(1, 2)) for w in dense], GPU)
     tokens = x_ETC.shape[1]
     if hasattr(torch, "_grouped_mm"):
         offsets = torch.arange(1, len(x_ETC) + 1, device="cuda", dtype=torch.int32) * tokens
         flat = x_ETC.flatten(0, 1)
         try:
-            yield "grouped", median_us([lambda w=w: torch._grouped_mm(flat, w.transpose(1, 2), offsets) for w in dense])
+            yield (
+                "grouped",
+                median_us([lambda w=w: torch._grouped_mm(flat, w.transpose(1, 2), offsets) for w in dense], GPU),
+            )
         except RuntimeError as error:  # not of every shape
             print("grouped_mm:", str(error)[:100])
 
@@ -109,8 +95,8 @@ def main() -> None:
         x_ETC = torch.randn(asked.experts, tokens, columns, device="cuda").to(DTYPE)
         expert_N = torch.arange(asked.experts, device="cuda").repeat_interleave(tokens)
         flat = x_ETC.flatten(0, 1)
-        error = excess_error(banks[0].products(flat, expert_N, 1)[:, 0], flat, dense, expert_N)
-        ours = median_us([partial(bank.products, flat, expert_N, 1) for bank in banks])
+        error = excess_error(banks[0].products(flat, expert_N, 1)[:, 0], exact_product(flat, dense, expert_N))
+        ours = median_us([partial(bank.products, flat, expert_N, 1) for bank in banks], GPU)
         others = {name: round(us, 1) for name, us in rivals(twice, x_ETC)}
         best = min(others.values())
         found.append({"tokens": tokens, "us": round(ours, 1), "error": error, **others, "times": round(best / ours, 2)})
