@@ -49,8 +49,9 @@ ABOVE = [
 TOP = {"__init__", "__main__"}
 # What `import featherweight` runs all the same: it imports the standard library alone.
 AT_IMPORT = "transformers_hook"
-# core is mathematics on tensors: beside the standard library it needs torch and nothing else.
-CORE_STRANGERS = {"numpy", "transformers", "safetensors", "huggingface_hub", "typer", "rich", "filelock", "scipy"}
+# core is mathematics on tensors: beside the standard library it needs torch, and NumPy where a call of torch's costs
+# more than its work (core/columns.py).
+CORE_STRANGERS = {"transformers", "safetensors", "huggingface_hub", "typer", "rich", "filelock", "scipy"}
 
 
 def allowed(room: str) -> set[str]:
