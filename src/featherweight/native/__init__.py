@@ -43,7 +43,7 @@ def cache_folder() -> Path:
 @cache
 def amx() -> Any:
     """The functions of `amx.c`; None where the CPU has no tiles of bfloat16, or, with a warning, nothing compiles."""
-    if not has_tiles() or ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA):
+    if not has_tiles() or not _permitted():
         return None
     try:
         return ctypes.CDLL(str(library(Path(__file__).with_name("amx.c"), cache_folder())))
@@ -66,6 +66,11 @@ def has_tiles() -> bool:
     except (OSError, IndexError):
         return False
     return set(words) >= NEEDED
+
+
+def _permitted() -> bool:
+    """Asks Linux, once for the whole process, to let it use tiles."""
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
 
 
 def library(source: Path, folder: Path) -> Path:
