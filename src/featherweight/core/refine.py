@@ -164,7 +164,7 @@ def _descended(
     if solution.keep_RC is not None:
         free_ECR = solution.keep_RC.transpose(1, 2).to(weight_RC.dtype, memory_format=torch.contiguous_format)
     pulls, bounds = Pulls(hessian_CC, delta_ECR), (solution.grid.bottom, solution.grid.top)
-    levels = columns.Levels.of(scale_EGR, zero_EGR, *bounds)
+    levels: columns.Levels | None = None  # made where they are needed: a GPU would have to be waited for
     group_EC = (torch.arange(weight_ECR.shape[1], device=weight_RC.device) // width).expand(len(weight_ECR), -1)
     for start in range(0, weight_ECR.shape[1], SLAB):
         at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
@@ -172,6 +172,7 @@ def _descended(
         state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR)
         if fused.descend_slab(pull_ENR, *state, at, bounds, price_E):
             continue
+        levels = levels or columns.Levels.of(scale_EGR, zero_EGR, *bounds)
         with one_thread(weight_RC.device):
             moved_ENR, codes_ENR = columns.descend_slab(
                 pull_ENR,

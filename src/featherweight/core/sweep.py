@@ -154,6 +154,7 @@ class _Pass:
         if fused.sweep_slab(*tensors, errors_ENR, self.codes_ECR, self.loss_ER, at, levels):
             return
         keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, at]
+        self.levels = self.levels or columns.Levels.of(self.scale_EGR, self.zero_EGR, *levels)
         with one_thread(self.weight_ECR.device):
             found_ENR, self.codes_ECR[:, at] = columns.sweep_slab(
                 self.weight_ECR[:, at], self.upper_ECC[:, at, at], self.levels, self.group_EC[:, at], keep_ENR
@@ -177,4 +178,4 @@ class _Pass:
             tensor.transpose(1, 2).to(self.weight_ECR.dtype).contiguous()  # `to` alone leaves what has the dtype
             for tensor in (self.scale_ERG, self.zero_ERG)
         )
-        self.levels = columns.Levels.of(self.scale_EGR, self.zero_EGR, self.grid.bottom, self.grid.top)
+        self.levels: columns.Levels | None = None  # made where they are needed: a GPU would have to be waited for

@@ -7,8 +7,8 @@ activations. Codes of any width up to 4 bits are moved to q = code - middle + 8,
 first, where the reference rounds each weight: the same relative step, but taken by a whole group together.
 
 The operator's time grows with the rows of x, and what it saves is the reading of the weights. Above `FEW_BESIDE_AMX`
-rows a CPU with a matrix unit has our own product (`cpu_amx`, where a C compiler is); elsewhere torch makes tiles of weights
-floats above `FEW_TOKENS` (`tiles`). Both orders of the codes are kept: twice 4 bits, and not 16.
+rows a CPU with a matrix unit has our own product (`cpu_amx`, where a C compiler is); elsewhere torch makes tiles of
+weights floats above `FEW_TOKENS` (`tiles`). Both orders of the codes are kept: twice 4 bits, and not 16.
 
 bfloat16 only: with float32 or float16 the same operator was measured 10 to 300 times slower than a dense product
 (torch 2.13, 4096 x 4096, 1 .. 256 tokens), with bfloat16 5 times faster at one token and 4 times slower at 256.
