@@ -120,6 +120,7 @@ class _Pass:
         self.grid, self.width, self.lowest_zero = grid, width, lowest_zero
         self.weight_ECR, self.upper_ECC, self.group_EC = weight_ECR, upper_ECC.contiguous(), order_EC // width
         self.scale_ERG, self.zero_ERG = scale_ERG, zero_ERG
+        self.levels: columns.Levels | None  # made where they are needed: a GPU would have to be waited for
         self._transpose_scales()
         self.codes_ECR = torch.empty_like(weight_ECR, dtype=torch.uint8)
         self.loss_ER = torch.zeros_like(weight_ECR[:, 0])
@@ -154,7 +155,8 @@ class _Pass:
         if fused.sweep_slab(*tensors, errors_ENR, self.codes_ECR, self.loss_ER, at, levels):
             return
         keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, at]
-        self.levels = self.levels or columns.Levels.of(self.scale_EGR, self.zero_EGR, *levels)
+        if self.levels is None:
+            self.levels = columns.Levels.of(self.scale_EGR, self.zero_EGR, *levels)
         with one_thread(self.weight_ECR.device):
             found_ENR, self.codes_ECR[:, at] = columns.sweep_slab(
                 self.weight_ECR[:, at], self.upper_ECC[:, at, at], self.levels, self.group_EC[:, at], keep_ENR
@@ -178,4 +180,4 @@ class _Pass:
             tensor.transpose(1, 2).to(self.weight_ECR.dtype).contiguous()  # `to` alone leaves what has the dtype
             for tensor in (self.scale_ERG, self.zero_ERG)
         )
-        self.levels: columns.Levels | None = None  # made where they are needed: a GPU would have to be waited for
+        self.levels = None
