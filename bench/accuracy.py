@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,13 +55,13 @@ def recipe_of(row: str) -> recipes.Recipe:
 @contextmanager
 def without(half: str | None) -> Iterator[None]:
     """Takes scales ("refit") or codes ("descend") out of `refine`, for an ablation."""
-    name = {"refit": "refit_scales", "descend": "descend", None: None}[half]
+    name = {"refit": "refit_scales", "descend": "_descended", None: None}[half]
     if name is None:
         yield
         return
 
-    def nothing(weight_RC: torch.Tensor, hessian_CC: torch.Tensor, solution: Solution) -> Solution:
-        return solution
+    def nothing(weight_RC: torch.Tensor, hessian_CC: torch.Tensor, solution: Solution, _: object) -> Any:
+        return solution if half == "refit" else (solution, refine.pull_on(weight_RC, hessian_CC, solution))
 
     before = getattr(refine, name)
     setattr(refine, name, nothing)

@@ -16,7 +16,7 @@ from featherweight.core import scales
 from featherweight.core.hessian import CrossSum, HessianSum
 from featherweight.core.problem import LayerProblem
 from featherweight.core.refine import refine
-from featherweight.core.rules import Grid
+from featherweight.core.rules import Grid, Search
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import round_to_nearest, sweep
 from featherweight.errors import RequestError
@@ -268,3 +268,17 @@ def test_sums_over_batches(dtype: torch.dtype) -> None:
     for mean, expected in ((hessian_CC, expected_CC / 357), (cross.mean(), expected_RC / 357)):
         assert mean.dtype == torch.float32
         torch.testing.assert_close(mean.double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse", "hessian"])
+def test_threads_find_the_scales_that_one_finds(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scales, "CHUNK_ELEMENTS", {"cpu": 512})
+    rule, weight_RGN = Grid(4, 32, search=search), torch.randn(40, 3, 32)
+    before, alone = torch.get_num_threads(), scales.fit(rule, weight_RGN)
+    torch.set_num_threads(3)
+    try:
+        together = scales.fit(rule, weight_RGN)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))

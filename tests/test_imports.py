@@ -13,14 +13,15 @@ PACKAGE = Path(__file__).parent.parent / "src" / "featherweight"
 # Room (a folder or file right under the package) -> the rooms it may import; everybody may import errors and itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "core": set(),
+    "native": set(),  # C for CPUs: products that core's sums and the kernels are made of
+    "core": {"native"},
     "codec": set(),
     "data": set(),
     "laws": set(),
     "models": set(),
     "report": set(),
     "formats": {"core", "codec"},
-    "kernels": {"formats", "codec"},
+    "kernels": {"formats", "codec", "native"},
     "linear": {"formats", "kernels"},
     "merged": {"formats", "kernels", "linear"},
     # what runs a model's experts together: their modules, and the layers and kernels of what is inside them
@@ -49,8 +50,9 @@ ABOVE = [
 TOP = {"__init__", "__main__"}
 # What `import featherweight` runs all the same: it imports the standard library alone.
 AT_IMPORT = "transformers_hook"
-# core is mathematics on tensors: beside the standard library it needs torch and nothing else.
-CORE_STRANGERS = {"numpy", "transformers", "safetensors", "huggingface_hub", "typer", "rich", "filelock", "scipy"}
+# core is mathematics on tensors: beside the standard library it needs torch, and NumPy where a call of torch's costs
+# more than its work (core/columns.py).
+CORE_STRANGERS = {"transformers", "safetensors", "huggingface_hub", "typer", "rich", "filelock", "scipy"}
 
 
 def allowed(room: str) -> set[str]:

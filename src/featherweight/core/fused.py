@@ -182,4 +182,4 @@ def _launch(
 
 
 def _tried(launch: Callable[[], None]) -> bool:
-    return tried(launch, _failed, "layers are solved by torch, many times slower")
+    return tried(launch, _failed, "columns are solved on the CPU, many times slower")

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from featherweight.native import gram
+
 PANEL_COLUMNS = {"cpu": 1024, "cuda": 4096}  # fewer are multiplied faster whole
 PANELS = 4
 
@@ -73,6 +75,9 @@ def _accumulate(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:
     half = a_TA.dtype in (torch.bfloat16, torch.float16)
     if a_TA.is_cuda and half:
         sum_AB += torch.mm(a_TA.T, b_TB, out_dtype=torch.float32)
+        return
+    if gram.takes(sum_AB, a_TA, b_TB):
+        gram.accumulate(sum_AB, a_TA, b_TB)
         return
     with _bf16_products(a_TA.dtype == torch.bfloat16 and not a_TA.is_cuda):
         sum_AB.addmm_(a_TA.T.float(), b_TB.float())

@@ -1,21 +1,27 @@
 """Choosing the scale and the zero of every group of weights.
 
-Shapes: R outputs, G groups, N inputs of one group; a leading E is allowed throughout.
+Shapes: R outputs, G groups, N inputs of one group, B groups of all layers; a leading E is allowed where it says so.
+Searches have the rows last (B x N x R): what a group's scale is multiplied by is then contiguous memory.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from featherweight.core import fused
 from featherweight.core.rules import Grid
-from featherweight.core.serial import one_thread
+from featherweight.core.serial import each
 
 SHRINKS = 80  # candidates of the paper's search: the range times 1.00, 0.99, ... 0.21
 PAPER_POWER = 2.4  # and the power of the error it adds up
 FINE = (-0.025, -0.0125, 0.0125, 0.025)  # steps around the best of the ladder
-CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}  # weights searched at a time: a CPU does it in its cache
+CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # weights searched at a time: a CPU does it in its cache
+
+Cost = Callable[[Tensor], Tensor]
+"""What errors (B x N x R, which it may write over) cost a group, B x R."""
 
 
 def fit(
@@ -29,23 +35,41 @@ def fit(
     `lowest_zero` is the smallest zero the file format can hold.
     """
     importance = torch.ones_like(weight_RGN[..., 0, :, :]) if importance_GN is None else importance_GN
-    importance = importance.unsqueeze(-3)
-    rows = max(1, CHUNK_ELEMENTS[weight_RGN.device.type] // weight_RGN[..., 0, :, :].numel())
-    with one_thread(weight_RGN.device):
-        parts = [_fit(grid, part, importance, lowest_zero) for part in weight_RGN.split(rows, -3)]
-    return torch.cat([scale for scale, _ in parts], -2), torch.cat([zero for _, zero in parts], -2)
+    if grid.search == "hessian":
+        found = fused.search(grid, weight_RGN, importance.unsqueeze(-3), ladder(grid), FINE, lowest_zero)
+        if found:
+            return found
+    weight_BNR, importance_B1N = weight_RGN.movedim(-3, -1).flatten(0, -3), importance.flatten(0, -2).unsqueeze(1)
+    groups, width, rows = weight_BNR.shape
+    most = CHUNK_ELEMENTS[weight_RGN.device.type]
+    wide = max(1, min(rows, most // width))
+    many = max(1, most // (width * wide))
+
+    def search(at: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        here = slice(at[0], at[0] + many)
+        part_BNR = weight_BNR[here, :, at[1] : at[1] + wide].contiguous()
+        return _fit(grid, part_BNR, importance_B1N[here].to(part_BNR), lowest_zero)
+
+    starts = [(first, row) for first in range(0, groups, many) for row in range(0, rows, wide)]
+    scale_BR = weight_BNR.new_empty(groups, rows, dtype=grid.scale_dtype)
+    zero_BR = torch.empty_like(scale_BR, dtype=torch.uint8)
+    for (first, row), (scale, zero) in zip(starts, each(search, starts, weight_RGN.device), strict=True):
+        scale_BR[first : first + many, row : row + wide] = scale
+        zero_BR[first : first + many, row : row + wide] = zero
+    shape = (*weight_RGN.shape[:-3], weight_RGN.shape[-2], rows)
+    return scale_BR.view(shape).mT.contiguous(), zero_BR.view(shape).mT.contiguous()
 
 
-def _fit(grid: Grid, weight_RGN: Tensor, importance: Tensor, lowest_zero: int) -> tuple[Tensor, Tensor]:
+def _fit(grid: Grid, weight_BNR: Tensor, importance_B1N: Tensor, lowest_zero: int) -> tuple[Tensor, Tensor]:
+    """Scales and zeros, B x R."""
+    low_BR, high_BR = _range(weight_BNR, grid)
     if grid.search == "minmax":
-        return _from_range(grid, *_range(weight_RGN, grid), lowest_zero)
+        return _from_range(grid, low_BR, high_BR, lowest_zero)
     if grid.search == "mse":
-        return _shrink_search(grid, weight_RGN, lowest_zero)
-    if found := fused.search(grid, weight_RGN, importance, ladder(grid), FINE, lowest_zero):
-        return found
+        return _shrink_search(grid, weight_BNR, low_BR, high_BR, lowest_zero)
     if grid.symmetric:
-        return _symmetric_search(grid, weight_RGN, importance)
-    return _asymmetric_search(grid, weight_RGN, importance, lowest_zero)
+        return _symmetric_search(grid, weight_BNR, importance_B1N)
+    return _asymmetric_search(grid, weight_BNR, importance_B1N, low_BR, high_BR, lowest_zero)
 
 
 def store(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,8 +78,8 @@ def store(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (sign * scale.abs().clamp(*fused.bounds(dtype))).to(dtype)
 
 
-def _range(weight_RGN: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    low, high = weight_RGN.amin(-1).clamp(max=0), weight_RGN.amax(-1).clamp(min=0)
+def _range(weight_BNR: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    low, high = weight_BNR.amin(-2).clamp(max=0), weight_BNR.amax(-2).clamp(min=0)
     if grid.symmetric:
         high = torch.maximum(-low, high)
         low = -high
@@ -76,81 +100,95 @@ def _from_range(grid: Grid, low: Tensor, high: Tensor, lowest_zero: int) -> tupl
     return scale, zero.to(torch.uint8)
 
 
-def _error(grid: Grid, weight_RGN: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """weight - its nearest level, for one candidate scale and zero of each group."""
-    scale = scale.unsqueeze(-1).to(weight_RGN.dtype)
-    step_RGN = torch.mul(weight_RGN, scale.reciprocal()).round_()
-    if grid.symmetric:  # bounds that are numbers are several times faster than bounds of each group
-        step_RGN.clamp_(grid.bottom - grid.middle, grid.top - grid.middle)
-    else:
-        zero = zero.unsqueeze(-1).to(weight_RGN.dtype)
-        step_RGN.add_(zero).clamp_(grid.bottom, grid.top).sub_(zero)
-    return torch.addcmul(weight_RGN, step_RGN, scale, value=-1, out=step_RGN)
+def _costs(cost: Cost, weight_BNR: Tensor, scale_KBR: Tensor, zero_KBR: Tensor, grid: Grid) -> Tensor:
+    """What each of K scales and zeros costs, K x B x R.
+
+    A scale below zero mirrors the grid: distances from zero, in steps of the scale's size, have the bounds mirrored.
+    Candidates of the size of the one before them are not divided and rounded again.
+    """
+    step_BNR, error_BNR = torch.empty_like(weight_BNR), torch.empty_like(weight_BNR)
+    size_KB1R = scale_KBR.abs().to(weight_BNR.dtype).unsqueeze(-2)
+    low_KBR, high_KBR = (bound - zero_KBR.to(weight_BNR.dtype) for bound in (grid.bottom, grid.top))
+    mirrored_KBR = scale_KBR < 0
+    low_KB1R = torch.where(mirrored_KBR, -high_KBR, low_KBR).unsqueeze(-2)
+    high_KB1R = torch.where(mirrored_KBR, -low_KBR, high_KBR).unsqueeze(-2)
+    found = []
+    for number, size_B1R in enumerate(size_KB1R):
+        if not number or not torch.equal(size_B1R, size_KB1R[number - 1]):
+            torch.mul(weight_BNR, size_B1R.reciprocal(), out=step_BNR).round_()
+        torch.clamp(step_BNR, low_KB1R[number], high_KB1R[number], out=error_BNR)
+        torch.addcmul(weight_BNR, error_BNR, size_B1R, value=-1, out=error_BNR)
+        found.append(cost(error_BNR))
+    return torch.stack(found)
 
 
-def _weighted(grid: Grid, weight_RGN: Tensor, importance: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The sum of error^2 x importance of each group."""
-    error_RGN = _error(grid, weight_RGN, scale, zero)
-    return error_RGN.square_().mul_(importance).sum(-1)
+def _power(error_BNR: Tensor) -> Tensor:
+    """The sum of |error|^2.4 of each group, B x R."""
+    return error_BNR.abs_().pow_(PAPER_POWER).sum(-2)
 
 
-class _Best:
-    """The best candidate so far of each group; the first one wins ties, so the result does not depend on luck."""
-
-    def __init__(self) -> None:
-        self.cost: Tensor | None = None
-
-    def offer(self, cost: Tensor, scale: Tensor, zero: Tensor) -> None:
-        if self.cost is None:
-            self.cost, self.scale, self.zero = cost, scale, zero
-            return
-        better = cost < self.cost
-        self.cost = torch.where(better, cost, self.cost)
-        self.scale, self.zero = torch.where(better, scale, self.scale), torch.where(better, zero, self.zero)
+def _weighted(importance_B1N: Tensor) -> Cost:
+    """The sum of error^2 x importance of each group, B x R."""
+    return lambda error_BNR: torch.bmm(importance_B1N, torch.mul(error_BNR, error_BNR, out=error_BNR)).squeeze(1)
 
 
-def _shrink_search(grid: Grid, weight_RGN: Tensor, lowest_zero: int) -> tuple[Tensor, Tensor]:
-    best, (low, high) = _Best(), _range(weight_RGN, grid)
-    for step in range(SHRINKS):
-        share = 1 - step / 100
-        scale, zero = _from_range(grid, share * low, share * high, lowest_zero)
-        best.offer(_error(grid, weight_RGN, scale, zero).abs().pow(PAPER_POWER).sum(-1), scale, zero)
-    return best.scale, best.zero
+def _least(costs_KBR: Tensor, *given_KBR: Tensor) -> list[Tensor]:
+    """The least of the costs, and what is given for it: the first wins ties, so the result does not depend on luck."""
+    places_K11 = torch.arange(len(costs_KBR), 0, -1, dtype=torch.int64, device=costs_KBR.device).view(-1, 1, 1)
+    least_KBR = costs_KBR <= costs_KBR.amin(0)
+    index_1BR = len(costs_KBR) - (least_KBR * places_K11).amax(0, keepdim=True)  # a CPU's argmin is 20 times slower
+    return [tensor_KBR.gather(0, index_1BR) for tensor_KBR in (costs_KBR, *given_KBR)]
 
 
-def _symmetric_search(grid: Grid, weight_RGN: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _shrink_search(
+    grid: Grid, weight_BNR: Tensor, low_BR: Tensor, high_BR: Tensor, lowest_zero: int
+) -> tuple[Tensor, Tensor]:
+    """The whole range, 0.99 of it, ... 0.21 of it."""
+    shares_K11 = (1 - torch.arange(SHRINKS, dtype=low_BR.dtype, device=low_BR.device) / 100).view(-1, 1, 1)
+    scale_KBR, zero_KBR = _from_range(grid, shares_K11 * low_BR, shares_K11 * high_BR, lowest_zero)
+    _, scale, zero = _least(_costs(_power, weight_BNR, scale_KBR, zero_KBR, grid), scale_KBR, zero_KBR)
+    return scale[0], zero[0]
+
+
+def _symmetric_search(grid: Grid, weight_BNR: Tensor, importance_B1N: Tensor) -> tuple[Tensor, Tensor]:
     """Scales from 1.08 down to 0.33 of the extreme over the middle code, and their mirror images; then finer steps."""
-    extreme = weight_RGN.abs().amax(-1)
-    extreme = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
-    levels = 1 if grid.ternary else grid.middle
-    zero = torch.full(extreme.shape, grid.middle, dtype=torch.uint8, device=extreme.device)
+    extreme_BR = weight_BNR.abs().amax(-2)
+    extreme_BR = torch.where(extreme_BR == 0, 1.0, extreme_BR) / (1 if grid.ternary else grid.middle)
     signs = (1.0, -1.0) if grid.mirror and not grid.ternary else (1.0,)
-    best = _Best()
+    factors = extreme_BR.new_tensor([sign * factor for factor in ladder(grid) for sign in signs])
+    cost, zero_BR = _weighted(importance_B1N), torch.full_like(extreme_BR, grid.middle, dtype=torch.uint8)
 
-    def offer(scale: Tensor) -> None:
-        scale = store(scale, grid.scale_dtype)
-        best.offer(_weighted(grid, weight_RGN, importance, scale, zero), scale, zero)
+    def costs(scale_KBR: Tensor) -> Tensor:
+        return _costs(cost, weight_BNR, scale_KBR, zero_BR.expand_as(scale_KBR), grid)
 
-    for factor in ladder(grid):
-        for sign in signs:
-            offer(sign * extreme * factor / levels)
-    centre = best.scale.to(weight_RGN.dtype)
-    for fine in FINE:
-        offer(centre + torch.copysign(fine * extreme / levels, fine * centre))
-    return best.scale, best.zero
+    scale_KBR = store(factors.view(-1, 1, 1) * extreme_BR, grid.scale_dtype)
+    best_1BR, scale_1BR = _least(costs(scale_KBR), scale_KBR)
+    centre_1BR = scale_1BR.to(weight_BNR.dtype)
+    fine_K11 = extreme_BR.new_tensor(FINE).view(-1, 1, 1)
+    finer_KBR = store(centre_1BR + torch.copysign(fine_K11 * extreme_BR, fine_K11 * centre_1BR), grid.scale_dtype)
+    _, scale = _least(torch.cat([best_1BR, costs(finer_KBR)]), torch.cat([scale_1BR, finer_KBR]))
+    return scale[0], zero_BR
 
 
-def _asymmetric_search(grid: Grid, weight_RGN: Tensor, importance: Tensor, lowest_zero: int) -> tuple[Tensor, Tensor]:
+def _asymmetric_search(
+    grid: Grid, weight_BNR: Tensor, importance_B1N: Tensor, low_BR: Tensor, high_BR: Tensor, lowest_zero: int
+) -> tuple[Tensor, Tensor]:
     """Scales from 1.04 down to 0.29 of the range, each with the three zeros that centre it best; then finer steps."""
-    low, high = _range(weight_RGN, grid)
-    full = (high - low) / grid.top
-    best = _Best()
-    for factor in ladder(grid):
-        _offer_zeros(best, grid, weight_RGN, importance, full * factor, low, high, lowest_zero)
-    centre = best.scale.to(weight_RGN.dtype)
-    for fine in FINE:
-        _offer_zeros(best, grid, weight_RGN, importance, centre + fine * full, low, high, lowest_zero)
-    return best.scale, best.zero
+    full_BR, cost = (high_BR - low_BR) / grid.top, _weighted(importance_B1N)
+
+    def offer(steps_KBR: Tensor) -> list[Tensor]:
+        """The least cost of these scales, each with three zeros; the scale and the zero."""
+        scale_KBR = store(steps_KBR.clamp(min=0), grid.scale_dtype)
+        middle_KBR = torch.round((grid.top - (low_BR + high_BR) / scale_KBR.to(low_BR.dtype)) / 2)  # clips both alike
+        shifts = middle_KBR.new_tensor([0, -1, 1]).view(-1, 1, 1)
+        zero_KBR = (middle_KBR.unsqueeze(1) + shifts).clamp(lowest_zero, grid.top).to(torch.uint8).flatten(0, 1)
+        scale_KBR = scale_KBR.repeat_interleave(3, 0)
+        return _least(_costs(cost, weight_BNR, scale_KBR, zero_KBR, grid), scale_KBR, zero_KBR)
+
+    first = offer(full_BR.new_tensor(ladder(grid)).view(-1, 1, 1) * full_BR)
+    finer = offer(first[1].to(weight_BNR.dtype) + full_BR.new_tensor(FINE).view(-1, 1, 1) * full_BR)
+    _, scale, zero = _least(*map(torch.cat, zip(first, finer, strict=True)))
+    return scale[0], zero[0]
 
 
 def ladder(grid: Grid) -> list[float]:
@@ -158,20 +196,3 @@ def ladder(grid: Grid) -> list[float]:
     highest = 1.08 if grid.symmetric else 1.04
     steps = {2: 16, 3: 13}.get(grid.stored_bits, 10)
     return [1.0, *(highest - 0.05 * step for step in range(steps))]  # 1.0: weights on such a grid stay there
-
-
-def _offer_zeros(
-    best: _Best,
-    grid: Grid,
-    weight_RGN: Tensor,
-    importance: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    high: Tensor,
-    lowest_zero: int,
-) -> None:
-    scale = store(scale.clamp(min=0), grid.scale_dtype)
-    middle = torch.round((grid.top - (low + high) / scale.to(low.dtype)) / 2)  # clips both ends alike
-    for shift in (0, -1, 1):
-        zero = (middle + shift).clamp(lowest_zero, grid.top).to(torch.uint8)
-        best.offer(_weighted(grid, weight_RGN, importance, scale, zero), scale, zero)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from featherweight.core import fused, scales
+from featherweight.core import columns, fused, scales
 from featherweight.core.problem import Factor, LayerProblem, Order
 from featherweight.core.products import split_pays, subtract_
 from featherweight.core.rules import Grid
@@ -120,19 +120,20 @@ class _Pass:
         self.grid, self.width, self.lowest_zero = grid, width, lowest_zero
         self.weight_ECR, self.upper_ECC, self.group_EC = weight_ECR, upper_ECC.contiguous(), order_EC // width
         self.scale_ERG, self.zero_ERG = scale_ERG, zero_ERG
+        self.levels: columns.Levels | None  # made where they are needed: a GPU would have to be waited for
         self._transpose_scales()
         self.codes_ECR = torch.empty_like(weight_ECR, dtype=torch.uint8)
         self.loss_ER = torch.zeros_like(weight_ECR[:, 0])
 
     def run(self, slab: int, refit: bool) -> None:
-        columns = self.weight_ECR.shape[1]
+        count = self.weight_ECR.shape[1]
         if refit:
             self.scale_ERG, self.zero_ERG = self.scale_ERG.clone(), self.zero_ERG.clone()
-        work = self.weight_ECR.numel() * columns
+        work = self.weight_ECR.numel() * count
         # a group that is fitted has to be up to date to its end
         span = slab if refit or not split_pays(self.upper_ECC) or work < LAZY_WORK else LAZY * slab
-        for begin in range(0, columns, span):
-            end = min(begin + span, columns)
+        for begin in range(0, count, span):
+            end = min(begin + span, count)
             errors_ECR = self.weight_ECR.new_empty(len(self.weight_ECR), end - begin, self.weight_ECR.shape[-1])
             for start in range(begin, end, slab):
                 stop = min(start + slab, end)
@@ -143,7 +144,7 @@ class _Pass:
                 if stop < end:
                     rest = self.upper_ECC[:, start:stop, stop:end].transpose(1, 2)
                     self.weight_ECR[:, stop:end].baddbmm_(rest, errors_ENR, alpha=-1)
-            if end < columns:
+            if end < count:
                 rest = self.upper_ECC[:, begin:end, end:].transpose(1, 2)
                 subtract_(self.weight_ECR[:, end:], rest, errors_ECR)
 
@@ -153,13 +154,12 @@ class _Pass:
         tensors = (self.weight_ECR, self.upper_ECC, self.scale_EGR, self.zero_EGR, self.group_EC, self.keep_ECR)
         if fused.sweep_slab(*tensors, errors_ENR, self.codes_ECR, self.loss_ER, at, levels):
             return
-        each_E1 = torch.arange(len(self.weight_ECR), device=self.weight_ECR.device).unsqueeze(1)
-        group_EN = self.group_EC[:, at]
         keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, at]
-        scale_ENR, zero_ENR = self.scale_EGR[each_E1, group_EN], self.zero_EGR[each_E1, group_EN]
+        if self.levels is None:
+            self.levels = columns.Levels.of(self.scale_EGR, self.zero_EGR, *levels)
         with one_thread(self.weight_ECR.device):
-            found_ENR, self.codes_ECR[:, at] = _sweep_slab(
-                self.weight_ECR[:, at], self.upper_ECC[:, at, at], scale_ENR, zero_ENR, keep_ENR, levels
+            found_ENR, self.codes_ECR[:, at] = columns.sweep_slab(
+                self.weight_ECR[:, at], self.upper_ECC[:, at, at], self.levels, self.group_EC[:, at], keep_ENR
             )
             errors_ENR.copy_(found_ENR)
             self.loss_ER += found_ENR.square().sum(1)
@@ -180,41 +180,4 @@ class _Pass:
             tensor.transpose(1, 2).to(self.weight_ECR.dtype).contiguous()  # `to` alone leaves what has the dtype
             for tensor in (self.scale_ERG, self.zero_ERG)
         )
-
-
-def _sweep_slab(
-    weight_ENR: Tensor,
-    upper_ENN: Tensor,
-    scale_ENR: Tensor,
-    zero_ENR: Tensor,
-    keep_ENR: Tensor | None,
-    levels: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """Scaled errors and codes of a slab, column by column."""
-    low_ENR, high_ENR = levels[0] - zero_ENR, levels[1] - zero_ENR
-    if keep_ENR is not None:  # a pruned weight has one level left, zero
-        low_ENR, high_ENR = low_ENR * keep_ENR, high_ENR * keep_ENR
-    errors_ENR, steps_ENR = torch.empty_like(weight_ENR), torch.empty_like(weight_ENR)
-    columns = zip(
-        *(
-            tensor.split(1, 1)
-            for tensor in (
-                weight_ENR,
-                scale_ENR,
-                scale_ENR.reciprocal(),
-                low_ENR,
-                high_ENR,
-                upper_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1),
-                errors_ENR,
-                steps_ENR,
-            )
-        ),
-        strict=True,
-    )
-    for j, (now_E1R, scale_E1R, inverse_E1R, low_E1R, high_E1R, pivot_E11, error_E1R, step_E1R) in enumerate(columns):
-        if j:  # what the columns before owe to this one: left-looking, so each weight is written once
-            now_E1R = torch.baddbmm(now_E1R, upper_ENN[:, :j, j].unsqueeze(1), errors_ENR[:, :j], alpha=-1)
-        torch.mul(now_E1R, inverse_E1R, out=step_E1R).round_()
-        torch.maximum(torch.minimum(step_E1R, high_E1R, out=step_E1R), low_E1R, out=step_E1R)
-        torch.addcmul(now_E1R, step_E1R, scale_E1R, value=-1, out=error_E1R).mul_(pivot_E11)
-    return errors_ENR, (steps_ENR + zero_ENR).to(torch.uint8)
+        self.levels = None

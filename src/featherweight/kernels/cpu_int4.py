@@ -6,8 +6,9 @@ activations. Codes of any width up to 4 bits are moved to q = code - middle + 8,
 2-bit weights were small differences of large rounded terms, and 2 % wrong.) Scales and offsets are rounded to bfloat16
 first, where the reference rounds each weight: the same relative step, but taken by a whole group together.
 
-Above `FEW_TOKENS` rows of x, tiles of weights are made floats (`tiles`): the operator's time grows with the rows, and
-what it saves is the reading of the weights. Both orders of the codes are kept: twice 4 bits, and not 16.
+The operator's time grows with the rows of x, and what it saves is the reading of the weights. Above `FEW_BESIDE_AMX`
+rows a CPU with a matrix unit has our own product (`cpu_amx`, where a C compiler is); elsewhere torch makes tiles of
+weights floats above `FEW_TOKENS` (`tiles`). Both orders of the codes are kept: twice 4 bits, and not 16.
 
 bfloat16 only: with float32 or float16 the same operator was measured 10 to 300 times slower than a dense product
 (torch 2.13, 4096 x 4096, 1 .. 256 tokens), with bfloat16 5 times faster at one token and 4 times slower at 256.
@@ -19,7 +20,7 @@ Shapes: R outputs, C inputs, G groups, T tokens (any leading axes).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,11 @@ from torch import Tensor
 from featherweight.errors import RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels import tiles
+from featherweight.kernels import cpu_amx, tiles
 from featherweight.kernels.base import Case, Kernel, Run, require_input
+from featherweight.native import amx
 
-FEW_TOKENS = 32
+FEW_TOKENS, FEW_BESIDE_AMX = 32, 4
 WIDTHS = (256, 128, 64, 32)
 ROW_MULTIPLE = 16
 MIDDLE = 8
@@ -65,21 +67,32 @@ class CpuInt4(Kernel):
         assert isinstance(solution, Solution)
         rows, columns = solution.codes_RC.shape
         packed, scales_GR2, width = _repack(solution, dtype)
-        many = tiles.pack(solution)
-        tiles.register()
+        few, many = _for_many(solution)
 
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
             if torch.is_grad_enabled() and x_TC.requires_grad:
                 raise RequestError("the cpu-int4 kernel has no backward pass: choose reference or dense.")
             require_input(x_TC, columns, dtype, packed.device)
             flat_TC = x_TC.reshape(-1, columns)
-            if len(flat_TC) > FEW_TOKENS:
-                return tiles.call(x_TC, many, bias_R)
+            if len(flat_TC) > few:
+                y_TR = many(x_TC)
+                return y_TR if bias_R is None else y_TR + bias_R
             y_TR = torch._weight_int4pack_mm_for_cpu(flat_TC, packed, width, scales_GR2)
             y_TR = y_TR.view(*x_TC.shape[:-1], rows)
             return y_TR if bias_R is None else y_TR + bias_R
 
         return run
+
+
+def _for_many(solution: Solution) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """What multiplies more tokens than the operator should have, and how many it should."""
+    if amx() is not None:
+        cpu_amx.register()
+        panels = cpu_amx.pack(solution)
+        return FEW_BESIDE_AMX, lambda x_TC: cpu_amx.call(x_TC, panels)
+    tiles.register()
+    packed = tiles.pack(solution)
+    return FEW_TOKENS, lambda x_TC: tiles.call(x_TC, packed, None)
 
 
 def _repack(solution: Solution, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:

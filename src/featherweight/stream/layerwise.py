@@ -136,8 +136,12 @@ def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor,
     answer is W + W (sum (x* - x) x^T) inv(H). Those that write to the residual stream are to bring it to where the
     original model has it, g away: W + (sum g x^T) inv(H). `gap` is the sum (as a mean), C x C or R x C.
     """
-    toward_RC = gap if group.writes else times(problem.weight_RC, gap)
-    return problem.weight_RC + pull * factor.solve(toward_RC)
+    weight_RC = problem.weight_RC
+    if group.writes:
+        return weight_RC + pull * factor.solve(gap)
+    if weight_RC.shape[0] > len(gap):  # fewer rows go through the factor
+        return weight_RC + pull * times(weight_RC, factor.solve(gap))
+    return weight_RC + pull * factor.solve(times(weight_RC, gap))
 
 
 def _rtn_problem(view: BlockView, matrix: Matrix) -> LayerProblem:
