@@ -174,6 +174,9 @@ def tune(
     zeros: Annotated[bool, typer.Option("--zeros", help="Train zero points too.")] = False,
     norms: Annotated[bool, typer.Option("--norms", help="Train norms too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the windows and their order.")] = 0,
+    shard: Annotated[
+        bool | None, typer.Option(help="Of several processes each holds a part of the models (if too large for one).")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train the scales of OUT on text, its codes as they are."""
@@ -184,11 +187,11 @@ def tune(
     settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed)
     with joined() as world:
         if not world.leads:  # process 0 tells
-            api.tune(out, text, to, against, settings, device)
+            api.tune(out, text, to, against, settings, device, shard=shard)
             return
         try:
             with console.progress() as tell:
-                report = api.tune(out, text, to, against, settings, device, tell)
+                report = api.tune(out, text, to, against, settings, device, tell, shard)
         except KeyboardInterrupt:
             console.say("stopped; repeat the command to go on.")
             raise typer.Exit(1) from None

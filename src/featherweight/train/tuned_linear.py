@@ -92,6 +92,8 @@ class TunedLinear(nn.Module):
     scales, and for zeros where they cannot be stored.
     """
 
+    unit_RG: Tensor
+
     def __init__(self, layer: CompressedLinear, name: str, zeros: bool) -> None:
         super().__init__()
         solution = layer.solution()
@@ -135,8 +137,7 @@ class TunedLinear(nn.Module):
 
     def scales(self) -> Tensor:
         """The scales as they will be stored, float32 with gradients, R x G."""
-        unit_RG = self.get_buffer("unit_RG")
-        return stored(self.scale * unit_RG, self.stored_dtype)
+        return stored(self.scale * self.unit_RG, self.stored_dtype)
 
     def zeros(self) -> Tensor:
         """The zeros as they will be stored, float32 with gradients where they are trained, R x G."""
