@@ -25,7 +25,7 @@ from featherweight.stream.tune import MICRO_TOKENS
 from featherweight.train.adam import paces
 from featherweight.train.block_ap import Schedule, block_loss
 from featherweight.train.e2e_qp import Schedule as TuningSchedule
-from featherweight.train.e2e_qp import Tuner, divergence
+from featherweight.train.e2e_qp import Trained, Tuner, divergence
 from featherweight.train.keeping import Keeping
 from featherweight.train.sequences import Sequences
 from featherweight.train.step import ALONE, Run, Stepper
@@ -127,8 +127,8 @@ def tuning_step(shapes: Shapes, grid: Grid, tokens: int, device: torch.device, p
             found_STV = logits(ids_ST)
             divergence(found_STV, None, ids_ST.to(device))[1].backward()  # type: ignore[no-untyped-call]
 
-    schedule = TuningSchedule(1, micro, micro, 1e-5)
-    tuner = Tuner(logits, None, parameters, [None] * len(parameters), ids_ST, ids_ST, schedule)
+    trained = [Trained(parameter, 1e-5) for parameter in parameters]
+    tuner = Tuner(logits, None, trained, ids_ST, ids_ST, TuningSchedule(1, micro, micro))
     held = _allocated(device) - before
     micro_ms = timed(there_and_back, device, rounds=3)
     state = tuner.state

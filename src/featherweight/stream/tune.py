@@ -43,7 +43,10 @@ class Tuning:
     Attributes:
         samples, tokens: windows of text, held-out ones among them, and their length (None: 2048 or the model's
             positions); held_out: the share of each text and of the windows that chooses the state that is kept.
-        epochs, batch, rate: see `train.e2e_qp.Schedule`; steps are epochs x windows / batch.
+        epochs, batch: steps of the optimizer are epochs x windows / batch; rate: Adam's first one, relative to each
+            scale, of zeros and norms in their own unit.
+        weights: train the weights too (of pruned layers those that were kept), at `weight_rate`, in steps of their
+            scale: codes then move. It takes the memory of training a float model.
         zeros, norms: train these too; zeros only where the format stores them.
         seed: of the windows and of their order.
     """
@@ -57,6 +60,8 @@ class Tuning:
     zeros: bool = False
     norms: bool = False
     seed: int = 0
+    weights: bool = False
+    weight_rate: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
@@ -69,8 +74,9 @@ class Tuning:
             )
         if not 0 < self.held_out < 1:
             raise RequestError(f"held_out must lie between 0 and 1, not {self.held_out}.")
-        if not 0 < self.rate < 1:
-            raise RequestError(f"rate must lie between 0 and 1, not {self.rate}.")
+        for name in ("rate", "weight_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise RequestError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
 
     @property
     def held_out_samples(self) -> int:
@@ -174,7 +180,7 @@ class _Job:
         self.teacher = None if original is None else original.fingerprint()
         dtype = compute_dtype(checkpoint_dtype(self.checkpoint), device)
         dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # gradients vanish in float16
-        wanted = Wanted(self.checkpoint, original, settings.zeros, settings.norms, dtype, device)
+        wanted = Wanted(self.checkpoint, original, settings.weights, settings.zeros, settings.norms, dtype, device)
         self.tuned = TunedModel(wanted, sharded(shard, wanted, world))
 
     def windows(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -202,17 +208,17 @@ class _Job:
     ) -> tuple[list[tuple[int, float | None, float]], tuple[int, float | None, float]]:
         """Trains to the end; the state is on disk after every look. Returns all looks and the best."""
         settings, tuned, leads = self.settings, self.tuned, self.world.leads
-        parameters, floors = zip(*tuned.parameters(), strict=True)
+        trained = tuned.parameters(settings.rate, settings.weight_rate)
         micro = max(1, MICRO_TOKENS[self.device.type] // training_ST.shape[1])
-        schedule = Schedule(settings.steps, settings.batch, micro, settings.rate, seed=settings.seed)
+        schedule = Schedule(settings.steps, settings.batch, micro, seed=settings.seed)
         passes = settings.steps * settings.batch / micro / self.world.size
         Keeping(tuned.blocks(), self.device, compile=passes > WORTH_COMPILING)
         self.world.wait()  # for the folder
-        state = read_state(work, parameters)
+        state = read_state(work, [each.parameter for each in trained])
         tuner = Tuner(
             lambda ids_ST: _logits(tuned.model, ids_ST),
             None if tuned.dense is None else lambda ids_ST: _logits(tuned.dense, ids_ST),
-            parameters, floors, training_ST, held_ST, schedule, state, self.world,
+            trained, training_ST, held_ST, schedule, state, self.world,
         )  # fmt: skip
 
         def keep() -> None:

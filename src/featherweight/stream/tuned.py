@@ -18,8 +18,10 @@ from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.load import load_apart, load_dense, load_with
 from featherweight.models.tree import disk_names, find_blocks
 from featherweight.stream.parallel import World
+from featherweight.train.e2e_qp import Trained
 from featherweight.train.sharding import gathered, mesh_of, shard
 from featherweight.train.tuned_linear import Rounded, TunedLinear
+from featherweight.train.tuned_weights import TunedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +36,7 @@ class Wanted:
 
     checkpoint: Checkpoint
     original: Checkpoint | None
+    weights: bool
     zeros: bool
     norms: bool
     dtype: torch.dtype
@@ -77,7 +80,7 @@ class TunedModel:
         if quantization is None:
             raise RequestError(f"{wanted.checkpoint.path} is dense: tune takes a folder that compress wrote.")
         self.format, self.rules = formats.from_config(quantization)
-        self.layers: dict[str, TunedLinear] = {}
+        self.layers: dict[str, TunedLinear | TunedWeights] = {}
         self.norms: dict[str, nn.Module] = {}
         self.tables: set[str] = set()  # names of rounded embeddings
         self.mesh = mesh_of(wanted.device) if shared else None
@@ -109,7 +112,10 @@ class TunedModel:
         layer = CompressedLinear.from_tensors(self.format, rule, tensors, bias, dtype, "reference")
         if name in self.tables:  # a head tied to the embedding, which stays as it is
             return layer
-        self.layers[name] = TunedLinear(layer, name, self.wanted.zeros).prepare()
+        if self.wanted.weights:
+            self.layers[name] = TunedWeights(layer, self.wanted.zeros)
+        else:
+            self.layers[name] = TunedLinear(layer, name, self.wanted.zeros).prepare()
         return self.layers[name]
 
     def _filled(self, model: PreTrainedModel, path: str) -> None:
@@ -136,14 +142,19 @@ class TunedModel:
                 owner.original = nn.Parameter(value)
                 self.norms[on_disk] = owner
 
-    def parameters(self) -> list[tuple[nn.Parameter, float | None]]:
-        """What is trained, and the least value of each."""
-        found: list[tuple[nn.Parameter, float | None]] = []
+    def parameters(self, rate: float, weight_rate: float) -> list[Trained]:
+        """What is trained, how fast, and the least value of each."""
+        found: list[Trained] = []
         for layer in self.layers.values():
-            found.append((layer.scale, LEAST_SCALE))
+            if isinstance(layer, TunedWeights):
+                found += [Trained(weights, weight_rate) for weights in layer.weights]
+                found += [Trained(scale, rate, LEAST_SCALE) for scale in layer.scales]
+                found += [Trained(zero, rate) for zero in layer.zeros]
+                continue
+            found.append(Trained(layer.scale, rate, LEAST_SCALE))
             if self.wanted.zeros:
-                found.append((layer.zero, None))
-        return found + [(owner.get_parameter("original"), None) for owner in self.norms.values()]
+                found.append(Trained(layer.zero, rate))
+        return found + [Trained(owner.get_parameter("original"), rate) for owner in self.norms.values()]
 
     def blocks(self) -> nn.ModuleList:
         """Of the model in training."""
@@ -163,8 +174,10 @@ class TunedModel:
         return found
 
     def _tensors_of(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        if isinstance(module, TunedLinear):
+        if isinstance(module, TunedLinear | TunedWeights):
             found = {f"{name}.{suffix}": tensor for suffix, tensor in module.tensors().items()}
         else:
             found = {name: module.get_parameter("original").to(self.wanted.checkpoint.dtype(name))}
-        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in found.items()}  # what is gathered goes away
+        return {
+            key: tensor.detach().to("cpu", copy=True) for key, tensor in found.items()
+        }  # what is gathered goes away

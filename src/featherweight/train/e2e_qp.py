@@ -22,14 +22,26 @@ SLICE_LOGITS = 1 << 24  # numbers of the vocabulary compared at once in float32
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A parameter in training.
+
+    Attributes:
+        rate: Adam's first rate, in the parameter's own unit.
+        floor: the least value, for a scale that vanishes cannot come back; or None.
+    """
+
+    parameter: nn.Parameter
+    rate: float
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """How a model is tuned.
+    """How a model is tuned; after a warm-up a cosine takes all rates to 0.
 
     Attributes:
         steps: of the optimizer, in all.
         batch: sequences in a step; `micro` of them go through the model at a time.
-        rate: Adam's first rate, relative to each scale (of zeros and norms: in their own unit); a cosine ends it at 0
-            after a warm-up.
         checks: how often in all the held-out text is looked at; training stops when `patience` looks in a row were no
             better.
         norm: gradients are shortened to this length.
@@ -39,7 +51,6 @@ class Schedule:
     steps: int
     batch: int
     micro: int
-    rate: float
     checks: int = 8
     patience: int = 3
     norm: float = 0.3
@@ -110,21 +121,20 @@ class Tuner:
         self,
         model: Logits,
         dense: Logits | None,
-        parameters: Sequence[nn.Parameter],
-        floors: Sequence[float | None],
+        trained: Sequence[Trained],
         training_ST: Tensor,
         held_ST: Tensor,
         schedule: Schedule,
         state: State | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        """`model` and `dense` give logits for ids; without `dense` the loss is the cross-entropy. `floors`: the least
-        value of each parameter (a scale that vanishes cannot come back), or None. Of several processes
-        each takes some of the sequences of every step and look, and all do the same with the sum, or, where parameters
-        are sharded (`sharding`), each with the part that it holds and has in its state."""
+        """`model` and `dense` give logits for ids; without `dense` the loss is the cross-entropy. Of several
+        processes each takes some of the sequences of every step and look, and all do the same with the sum, or, where
+        parameters are sharded (`sharding`), each with the part that it holds and has in its state."""
         self.processes = processes
-        self.sharded = any(is_sharded(parameter) for parameter in parameters)
-        self.model, self.dense, self.parameters, self.floors = model, dense, list(parameters), list(floors)
+        self.sharded = any(is_sharded(each.parameter) for each in trained)
+        self.model, self.dense, self.trained = model, dense, list(trained)
+        self.parameters = [each.parameter for each in trained]
         self.training_ST, self.held_ST, self.schedule = training_ST, held_ST, schedule
         if state is None:
             self.state = State.fresh(self.parameters)
@@ -188,11 +198,11 @@ class Tuner:
                 loss = (entropy if self.dense is None else kl) * (times * share)
                 loss.backward()  # type: ignore[no-untyped-call]
         gradients = self._gradients()
-        state, rate = self.state, self.schedule.rate * rate_at(self.state.step, self.schedule.steps)
+        state, share = self.state, rate_at(self.state.step, self.schedule.steps)
         state.step += 1
         for index, (value, gradient) in enumerate(zip(state.parameters, gradients, strict=True)):
             averages = state.mean[index], state.square[index]
-            _adam(value, gradient, *averages, state.step, rate, self.floors[index])
+            _adam(value, gradient, *averages, state.step, share * self.trained[index].rate, self.trained[index].floor)
 
     def _parts(self, ids_ST: Tensor) -> list[tuple[Tensor, float]]:
         """This process's sequences, as many at a time as go through the model, and the share of all that they are.

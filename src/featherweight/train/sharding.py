@@ -35,22 +35,29 @@ def mesh_of(device: torch.device) -> DeviceMesh:
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Leaves this process a part of every tensor of the module that is not sharded yet: blocks first, then the model.
 
-    What a tuned layer has in buffers, which are never sharded, becomes parameters that are not trained.
+    What a tuned layer has in buffers, which are never sharded, becomes parameters that are not trained; words become
+    floats of the same bits, for PyTorch 2.11 shards no integers.
     """
     from torch.distributed.fsdp import fully_shard
 
     for layer in module.modules():
         if isinstance(layer, TunedLinear):
-            for owner in (layer, layer.layer):
-                _without_buffers(owner)
+            _without_buffers(layer)
+            layer.layer.words = _without_buffers(layer.layer)
     fully_shard(module, mesh=mesh)
 
 
-def _without_buffers(module: nn.Module) -> None:
+def _without_buffers(module: nn.Module) -> dict[str, torch.dtype]:
+    """Makes parameters of matrices in buffers; the dtypes of those that were words, by name."""
+    words = {}
     for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.dim() > 1:
-            del module._buffers[name]
-            module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+        if buffer.dim() < 2 or buffer.dtype not in (torch.int32, torch.bfloat16, torch.float16, torch.float32):
+            continue  # shapes and masks: small, and no word of four bytes
+        del module._buffers[name]
+        if buffer.dtype == torch.int32:
+            words[name], buffer = torch.int32, buffer.view(torch.float32)
+        module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+    return words
 
 
 def mine(parameter: Any) -> Tensor:
