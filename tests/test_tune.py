@@ -237,11 +237,15 @@ def test_weights_too(changes_: dict[str, Any], source: Path, text: Path, long_te
     settings = replace(SETTINGS, weights=True, weight_rate=0.05)
     arguments: dict[str, Any] = {"to": tmp_path / "new", "against": source, "settings": settings, "device": "cpu"}
     report = api.tune(tmp_path / "out", [long_text], **arguments)
-    after = held_kl(source, tmp_path / "new", long_text, SETTINGS)
+    after = held_kl(source, tmp_path / "new", long_text, settings)
     assert after == pytest.approx((report["kl_nats"], report["cross_entropy"]), rel=1e-3)
     changed = {name.rpartition(".")[2] for name in changes(tmp_path / "out", tmp_path / "new")}
     if report["best_step"]:
-        assert report["kl_nats"] < report["kl_nats_before"] and changed <= {"weight_packed", "weight_scale", "weight_values"}
+        assert report["kl_nats"] < report["kl_nats_before"] and changed <= {
+            "weight_packed",
+            "weight_scale",
+            "weight_values",
+        }
     else:
         assert changed == set()
 

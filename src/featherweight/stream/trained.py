@@ -106,8 +106,7 @@ def _start(
     solutions = layerwise(view, rules, replace(recipe, method=recipe.start), choices, tick)
     if recipe.start == "rtn":  # which runs nothing
         assert view.dense is not None
-        for at, dense_STD in view.dense.batches(view.batch):
-            view.dense.states_STD[at] = view.run(dense_STD)
+        view.dense.advance(view.batch, view.run)
     return solutions
 
 
