@@ -32,7 +32,9 @@ from featherweight.train.e2e_qp import Schedule, Tuner
 from featherweight.train.keeping import Keeping
 
 TOKENS = 2048
-MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}  # in one pass forward and back
+MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}  # in one pass forward and back, or more where they fit
+MOST_MICRO_TOKENS = 16384  # of a small model on a GPU, whose kernels are started one by one
+MICRO_SHARE = 0.4  # of the memory of a GPU
 WORTH_COMPILING = 200  # passes forward and back
 
 
@@ -203,13 +205,24 @@ class _Job:
             "text": [data.digest(training_ST), data.digest(held_ST)],
         }
 
+    def _micro_tokens(self) -> int:
+        """How many tokens go through the model at a time."""
+        least = MICRO_TOKENS[self.device.type]
+        if self.device.type != "cuda":
+            return least
+        config = self.tuned.model.config.get_text_config()
+        # bfloat16 that a block keeps of a token (some 34 numbers for each of its width), logits and what follows them
+        token_bytes = config.num_hidden_layers * config.hidden_size * 68 + config.vocab_size * 16
+        room = MICRO_SHARE * torch.cuda.mem_get_info(self.device)[0]
+        return int(min(MOST_MICRO_TOKENS, max(least, room / token_bytes)))
+
     def train(
         self, work: Path, training_ST: Tensor, held_ST: Tensor, tell: Tell
     ) -> tuple[list[tuple[int, float | None, float]], tuple[int, float | None, float]]:
         """Trains to the end; the state is on disk after every look. Returns all looks and the best."""
         settings, tuned, leads = self.settings, self.tuned, self.world.leads
         trained = tuned.parameters(settings.rate, settings.weight_rate)
-        micro = max(1, MICRO_TOKENS[self.device.type] // training_ST.shape[1])
+        micro = max(1, self.world.first(self._micro_tokens()) // training_ST.shape[1])
         schedule = Schedule(settings.steps, settings.batch, micro, seed=settings.seed)
         passes = settings.steps * settings.batch / micro / self.world.size
         Keeping(tuned.blocks(), self.device, compile=passes > WORTH_COMPILING)

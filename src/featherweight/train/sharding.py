@@ -43,7 +43,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     for layer in module.modules():
         if isinstance(layer, TunedLinear):
             _without_buffers(layer)
-            layer.layer.words = _without_buffers(layer.layer)
+            layer.layer.words |= _without_buffers(layer.layer)  # nothing where its block has been here
     fully_shard(module, mesh=mesh)
 
 
