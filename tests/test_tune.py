@@ -402,7 +402,7 @@ def test_going_on_with_another_request_is_refused(source: Path, packed: Path, lo
 
 def test_the_command_line(source: Path, packed: Path, long_text: str, tmp_path: Path) -> None:
     numbers = {"--samples": 8, "--tokens": 32, "--held-out": 0.25, "--batch": 2, "--rate": 0.01}
-    options = [*(part for pair in numbers.items() for part in pair), "--norms", "--device", "cpu"]
+    options = [*(part for pair in numbers.items() for part in pair), "--norms", "--weights", "--device", "cpu"]
     ran = command("tune", packed, "--text", long_text, "--to", tmp_path / "out", "--against", source, *options)
     assert ran.code == 0, ran.err
     assert ran.last["out"] == str(tmp_path / "out") and ran.last["kl_nats"] <= ran.last["kl_nats_before"]

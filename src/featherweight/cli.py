@@ -173,6 +173,8 @@ def tune(
     rate: Annotated[float, typer.Option(help="The first rate, relative to each scale.")] = 1e-3,
     zeros: Annotated[bool, typer.Option("--zeros", help="Train zero points too.")] = False,
     norms: Annotated[bool, typer.Option("--norms", help="Train norms too.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Train weights too, as floats; masks stay.")] = False,
+    weight_rate: Annotated[float, typer.Option(help="Their first rate, in steps of the grid.")] = 0.03,
     seed: Annotated[int, typer.Option(help="Of the windows and their order.")] = 0,
     shard: Annotated[
         bool | None, typer.Option(help="Of several processes each holds a part of the models (if too large for one).")
@@ -184,7 +186,7 @@ def tune(
     from featherweight.stream.parallel import joined
     from featherweight.stream.tune import Tuning
 
-    settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed)
+    settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed, weights, weight_rate)
     with joined() as world:
         if not world.leads:  # process 0 tells
             api.tune(out, text, to, against, settings, device, shard=shard)

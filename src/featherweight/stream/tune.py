@@ -63,7 +63,7 @@ class Tuning:
     norms: bool = False
     seed: int = 0
     weights: bool = False
-    weight_rate: float = 0.01
+    weight_rate: float = 0.03
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
