@@ -80,6 +80,9 @@ def compress(
     true_sequential: Annotated[
         bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
     ] = None,
+    diverged: Annotated[
+        str | None, typer.Option(help="A block trained to a loss that is not finite: restore (it) or error.")
+    ] = None,
     starved: Annotated[
         str | None,
         typer.Option(help="Experts with fewer tokens than inputs: shared (others' count too), round or error."),
@@ -130,6 +133,7 @@ def compress(
         true_sequential=true_sequential,
         embedding_bits=_whole(embedding_bits),
         starved=starved,
+        diverged=diverged,
         route_all=route_all,
         seed=seed,
     )
