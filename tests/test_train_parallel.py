@@ -172,6 +172,7 @@ def shared(source: Path, folder: Path, work: Path, text: Path, settings: Tuning,
     return report, sizes, all(map(is_sharded, words))
 
 
+@pytest.mark.slow
 def test_two_share_one_model(source: Path, long_text: Path, tmp_path: Path) -> None:
     """Scales, norms, codes and the original in parts on two processes: the numbers are those of one process, which
     goes on where two were stopped."""

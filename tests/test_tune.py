@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,11 +26,14 @@ from featherweight.core.rules import Grid, Joint, Pattern
 from featherweight.core.solve import Choices, solve
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedLinear
+from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.load import load_dense
 from featherweight.stream import tune as module
 from featherweight.stream import tuning
 from featherweight.stream.tune import Tuning
+from featherweight.stream.tuned import TunedModel, Wanted
 from featherweight.train.e2e_qp import Schedule, Trained, Tuner, divergence, rate_at
+from featherweight.train.sharding import is_sharded, mine, whole
 from featherweight.train.tuned_linear import TunedLinear
 from featherweight.train.tuned_weights import TunedWeights
 from runs import MANIFEST, model_files, recipe, same_bytes, tensors_of
@@ -230,7 +235,10 @@ def test_other_formats(changes_: dict[str, Any], source: Path, text: Path, long_
     assert {n for n in before if not same_bytes(before[n], after[n])} == {n for n in before if "scale" in n}
 
 
-@pytest.mark.parametrize("changes_", [{"bits": 4, "sparsity": "2:4"}, {"bits": 16, "sparsity": "0.5"}], ids=str)
+FLOATS = pytest.param({"bits": 16, "sparsity": "0.5"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("changes_", [{"bits": 4, "sparsity": "2:4"}, FLOATS], ids=str)
 def test_weights_too(changes_: dict[str, Any], source: Path, text: Path, long_text: str, tmp_path: Path) -> None:
     """What is stored is what was trained; where nothing is better, every tensor is what it was."""
     api.compress(source, tmp_path / "out", recipe(text, search="hessian", **changes_))
@@ -322,6 +330,33 @@ def test_killed_while_the_result_is_put_in_place(
     api.tune(packed, [long_text], to=tmp_path / "whole", against=source, settings=SETTINGS, device="cpu")
     assert model_files(folder) == model_files(tmp_path / "whole")
     assert not (tmp_path / "out.tuning").exists()
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """Of one process: what it shares it has all of, and everything else is as among many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_shared_model_is_what_it_was(group: None, source: Path, packed: Path) -> None:
+    """Codes, scales, norms and the original as parts of parameters: the same outputs, gradients and files. (Among two
+    processes: `test_train_parallel`.)"""
+    wanted = Wanted(Checkpoint.open(packed), Checkpoint.open(source), False, False, True, torch.float32, CPU)
+    plain, shared = TunedModel(wanted, False), TunedModel(wanted, True)
+    ids_ST = torch.arange(24).view(2, 12)
+    for model in (plain, shared):
+        logits_STV, dense_STV = model.model(input_ids=ids_ST).logits, model.dense(input_ids=ids_ST).logits
+        divergence(logits_STV, dense_STV, ids_ST)[0].backward()
+    for one, other in zip(*(model.parameters(0.1, 0.1) for model in (plain, shared)), strict=True):
+        assert is_sharded(other.parameter) and not is_sharded(one.parameter)
+        torch.testing.assert_close(mine(other.parameter.grad), one.parameter.grad)
+        assert torch.equal(whole(mine(other.parameter), other.parameter), one.parameter)
+    assert all(is_sharded(layer.layer.weight_packed) for layer in shared.layers.values())
+    stored, found = plain.tensors(here=True), shared.tensors(here=True)
+    assert stored.keys() == found.keys() and all(torch.equal(found[name], stored[name]) for name in stored)
+    assert shared.tensors(here=False) == {}
 
 
 # --- bad requests
