@@ -64,7 +64,7 @@ def run_row(args: argparse.Namespace) -> dict[str, Any]:
     try:
         result = api.compress(args.model, scratch / "out", recipe, args.device)
         journal = [json.loads(line) for line in (scratch / "out" / "journal.jsonl").read_text().splitlines()]
-        blocks = {line["block"]: line for line in journal}.values()
+        blocks = {line["block"]: line for line in journal if "block_loss" in line}.values()
         report: dict[str, Any] = {
             "row": row,
             "texts": measure(args, scratch / "out"),
@@ -72,7 +72,7 @@ def run_row(args: argparse.Namespace) -> dict[str, Any]:
             "compress_s": round(result.seconds, 1),
             "peak_memory_bytes": result.peak_memory_bytes,
             "block_loss": [[round(line[k], 5) for k in ("block_loss_before", "block_loss")] + [line["epoch"]]
-                           for line in blocks if "block_loss" in line],
+                           for line in blocks],
         }  # fmt: skip
         if tuning:
             settings = tuning_of(tuning, args)

@@ -27,6 +27,7 @@ from featherweight.recipe import Recipe
 from featherweight.recipes import RECIPES
 from featherweight.recipes import by_name as recipe_by_name
 from featherweight.stream import compress as pipeline
+from featherweight.stream import hidden
 from featherweight.stream import trained as glue
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.tune import Tuning
@@ -287,7 +288,7 @@ def test_held_out_sequences_are_not_trained_on() -> None:
 CASES: dict[str, dict[str, Any]] = {
     "2 asymmetric": {},
     "3 symmetric": {"bits": 3, "symmetric": True, "group_size": 64},
-    "4 asymmetric, gptq": {"bits": 4, "format": "gptq"},
+    "4 asymmetric, gptq": {"bits": 4, "format": "gptq_v2"},
     "ternary": {"bits": 1.58, "symmetric": True},
     "from rounding": {"start": "rtn"},
     "as published": {"start": "rtn", "units": "absolute", "search": "minmax"},
@@ -343,8 +344,16 @@ def first_block_loss(source: Path, out: Path, chosen: Recipe) -> float:
     return float((error_ST / power_ST if chosen.units == "steps" else error_ST).mean())
 
 
-def test_resumed_as_uninterrupted(source: Path, text: Path, tmp_path: Path) -> None:
-    chosen = training_recipe(text)
+def test_resumed_as_uninterrupted(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that was stopped has its hidden states in files, the other one in memory."""
+    chosen, places = training_recipe(text), set()
+    inner = hidden.room
+
+    def room(*arguments: Any) -> str:
+        places.add(inner(*arguments))
+        return inner(*arguments)
+
+    monkeypatch.setattr(hidden, "room", room)
 
     class Stop(Exception):
         pass
@@ -354,10 +363,13 @@ def test_resumed_as_uninterrupted(source: Path, text: Path, tmp_path: Path) -> N
             raise Stop
 
     api.compress(source, tmp_path / "whole", chosen)
+    assert places == {"memory"}
+    monkeypatch.setattr(hidden, "MOST_MEMORY_BYTES", 0)
     with pytest.raises(Stop):
         api.compress(source, tmp_path / "out", chosen, tell=stopping)
     assert len(shards(tmp_path / "out")) == 2
     api.compress(source, tmp_path / "out", chosen)
+    assert places == {"memory", "disk"} and not list((tmp_path / "out").glob("*scratch"))
     assert model_files(tmp_path / "out") == model_files(tmp_path / "whole")
 
 
@@ -391,6 +403,10 @@ def test_a_loss_that_is_not_finite_leaves_the_block_as_it_was(
     assert all(row["epoch"] == 0 and row["block_loss"] == row["block_loss_before"] for row in rows[7:])
     assert [row["block_loss"] for row in rows[:7]] == [row["block_loss"] for row in calm[:7]]
     assert shards(tmp_path / "out").keys() == shards(tmp_path / "calm").keys()
+    blocks[0] = 0
+    with pytest.raises(RequestError, match=r"layers\.1\.self_attn\.q_proj .* not finite: .* or use --diverged restore"):
+        api.compress(source, tmp_path / "stopped", chosen.but(diverged="error"))
+    assert len(shards(tmp_path / "stopped")) == 2
 
 
 def test_recipes_of_the_paper() -> None:

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from featherweight.bench_cli import app
-from featherweight.benchmarks import qat, shapes
+from featherweight.benchmarks import flow, qat, shapes
 from featherweight.train.tuned_linear import TunedLinear
 
 TOY = shapes.Shapes(64, 192, 2, 4, 2, 16, 256)
@@ -17,8 +17,13 @@ TOY = shapes.Shapes(64, 192, 2, 4, 2, 16, 256)
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.NAMED, "toy", TOY)
-    for name, value in (("ROUNDS_FROM_HOST", 1), ("HELD_ON_HOST", 6), ("WARM", 1), ("MICRO_TOKENS", {"cpu": 64})):
-        monkeypatch.setattr(qat, name, value)
+    for module, name, value in (
+        (flow, "HELD", 6),
+        (flow, "WARM", 1),
+        (qat, "WARM", 1),
+        (qat, "MICRO_TOKENS", {"cpu": 64}),
+    ):
+        monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(qat, "peak_tflops", lambda device: 1.0)
     first = ["qat"] if len(app.registered_commands) > 1 else []  # typer drops the name of an only command
     sizes = {"--group-size": "32", "--tokens": "8", "--tuned-tokens": "32"}
@@ -30,6 +35,11 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert block["tflops"] == pytest.approx(6 * weights * 16 / block["step_ms"] / 1e9)
     assert block["steps_minutes"] == pytest.approx(2 * 4096 * block["step_ms"] / 6e4)
     assert block["with_passes_minutes"] > block["steps_minutes"] and not block["captured"]
+    for place in ("memory", "files"):
+        minutes = (8192 * block[f"from_{place}_ms"] + 8192 * block[f"pass_from_{place}_ms"]) / 6e4
+        assert block[f"minutes_from_{place}"] == pytest.approx(minutes)
+        share = 1 - block["with_passes_minutes"] / minutes
+        assert block[f"idle_share_from_{place}"] == pytest.approx(share) and block["peak_host_bytes"] > 0
     assert whole["minutes"] == pytest.approx(4096 / whole["shape"][0] * whole["micro_batch_ms"] / 6e4)
 
 

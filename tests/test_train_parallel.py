@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,11 +26,14 @@ from featherweight.core.rules import Grid
 from featherweight.core.sweep import round_to_nearest
 from featherweight.errors import RequestError
 from featherweight.recipe import Recipe
+from featherweight.stream import tune as module
 from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.trained import dealt
 from featherweight.stream.tune import Tuning
 from featherweight.train.block_ap import Schedule, block_ap, block_loss
+from featherweight.train.e2e_qp import Tuner
 from featherweight.train.sequences import Sequences
+from featherweight.train.sharding import is_sharded, mine
 from featherweight.train.step import Stepper
 from featherweight.train.trainable import NEAR, Trainable, TrainedGrid, beginning
 from runs import journal, model_files, processes, recipe, tensors_of
@@ -135,9 +139,60 @@ def compressed(source: Path, out: Path, chosen: Recipe, _world: World) -> int:
     return api.compress(source, out, chosen, "cpu").matrices
 
 
-def tuned(source: Path, folder: Path, to: Path, text: Path, settings: Tuning, _world: World) -> dict[str, Any]:
+class Stop(BaseException):
+    """Stands in for SIGKILL."""
+
+
+def tuned(
+    source: Path, folder: Path, to: Path, text: Path, settings: Tuning, _world: World, **named: Any
+) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return api.tune(folder, [str(text)], to=to, against=source, settings=settings, device="cpu")
+    return api.tune(folder, [str(text)], to=to, against=source, settings=settings, device="cpu", **named)
+
+
+def after_a_look(tuner: Tuner, tick: Any, whole: Any = Tuner.advance) -> None:
+    if tuner.state.step:
+        raise Stop
+    whole(tuner, tick)
+
+
+def shared(source: Path, folder: Path, work: Path, text: Path, settings: Tuning, world: World) -> Any:
+    """Two runs of which each process holds a part: one to its end, one that is stopped. The bytes held here of a model
+    and its original, those of all of both, and whether the packed codes are shared as well."""
+    arguments = (source, folder, work / "shared", text, settings, world)
+    report = tuned(*arguments, shard=True)
+    with pytest.MonkeyPatch.context() as patch, suppress(Stop):
+        patch.setattr(Tuner, "advance", after_a_look)
+        tuned(source, folder, work / "stopped", text, settings, world, shard=True)
+    job = module._Job(folder, settings, source, torch.device("cpu"), world, shard=True)
+    assert job.tuned.dense is not None
+    tensors = [*job.tuned.model.parameters(), *job.tuned.dense.parameters()]
+    words = [layer.layer.weight_packed for layer in job.tuned.layers.values()]
+    sizes = [sum(t.numel() * t.element_size() for t in each) for each in (map(mine, tensors), tensors)]
+    return report, sizes, all(map(is_sharded, words))
+
+
+@pytest.mark.slow
+def test_two_share_one_model(source: Path, long_text: Path, tmp_path: Path) -> None:
+    """Scales, norms, codes and the original in parts on two processes: the numbers are those of one process, which
+    goes on where two were stopped."""
+    api.compress(source, tmp_path / "out", recipe(long_text, bits=2, symmetric=False, search="hessian"), "cpu")
+    settings = Tuning(samples=11, tokens=32, held_out=0.28, epochs=2, batch=3, rate=0.01, norms=True)  # uneven shares
+    work = partial(shared, source, tmp_path / "out", tmp_path, long_text, settings)
+    (report, sizes, words_too), other = together(tmp_path / "a", work)
+    assert report["kl_nats"] == other[0]["kl_nats"] < report["kl_nats_before"]
+    assert words_too and sizes[0] < 0.55 * sizes[1] and sizes[0] + other[1][0] >= sizes[1]
+    assert (tmp_path / "stopped.tuning").exists() and not (tmp_path / "shared.tuning").exists()
+    for name in ("stopped", "one"):
+        tuned(source, tmp_path / "out", tmp_path / name, long_text, settings, ALONE)
+    expected = tensors_of(tmp_path / "one")
+    for name in ("stopped", "shared"):
+        for tensor, found in tensors_of(tmp_path / name).items():
+            if tensor.endswith("scale") or "norm" in tensor:
+                torch.testing.assert_close(found.float(), expected[tensor].float(), rtol=2**-7, atol=0)
+            else:
+                assert torch.equal(found, expected[tensor])
+    assert model_files(tmp_path / "shared").keys() == model_files(tmp_path / "one").keys()
 
 
 @pytest.mark.slow
@@ -188,5 +243,7 @@ def test_what_cannot_be_dealt() -> None:
     chosen, ids_ST = Recipe(method="block-ap", samples=8, batch=4, tokens=32), torch.zeros(8, 1)
     with pytest.raises(RequestError, match=r"3 processes were to share steps of 4 .* evenly: use --batch 6"):
         dealt(ids_ST, chosen, World(0, 3))
+    with pytest.raises(RequestError, match=r"--shard shares a model among processes and 1 was started"):
+        api.tune("feather-tiny", [], to="nowhere", shard=True)
     with pytest.raises(RequestError, match=r"process 0 of 2 has 2 sequences to train on and a step takes 4 from each"):
         dealt(torch.zeros(4, 1), chosen.but(samples=4, batch=8), World(0, 2))

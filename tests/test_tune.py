@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,12 +26,16 @@ from featherweight.core.rules import Grid, Joint, Pattern
 from featherweight.core.solve import Choices, solve
 from featherweight.errors import RequestError
 from featherweight.linear import CompressedLinear
+from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.load import load_dense
 from featherweight.stream import tune as module
 from featherweight.stream import tuning
 from featherweight.stream.tune import Tuning
-from featherweight.train.e2e_qp import Schedule, Tuner, divergence, rate_at
+from featherweight.stream.tuned import TunedModel, Wanted
+from featherweight.train.e2e_qp import Schedule, Trained, Tuner, divergence, rate_at
+from featherweight.train.sharding import is_sharded, mine, whole
 from featherweight.train.tuned_linear import TunedLinear
+from featherweight.train.tuned_weights import TunedWeights
 from runs import MANIFEST, model_files, recipe, same_bytes, tensors_of
 from runs import featherweight as command
 from tiny import add_tokenizer, make, write_text
@@ -96,6 +103,29 @@ def test_gradients_are_those_of_the_dense_weight(format: str) -> None:
     if format != "sparse":
         assert tuned.zero.grad is not None
         torch.testing.assert_close(tuned.zero.grad, zero_RG1.grad.squeeze(-1))
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq_v2", "sparse"])
+def test_weights_in_training_are_stored_as_they_are(format: str) -> None:
+    """Weights that moved by more than a step have other codes; a mask stays as it was."""
+    layer = layer_of(format, symmetric=format != "gptq_v2")
+    x_TC, before = drawn(5, 96, seed=3), layer.solution()
+    tuned = TunedWeights(layer, zeros=False)
+    torch.testing.assert_close(tuned(x_TC), functional.linear(x_TC, before.values(), layer.bias))
+    tuned(x_TC).square().sum().backward()
+    (weights,) = tuned.weights
+    assert weights.grad is not None and not tuned.zeros and len(tuned.scales) == 1
+    if before.keep_RC is not None:
+        assert not weights.grad.flatten(-2)[~before.keep_RC].any()
+    with torch.no_grad():
+        weights += 1.2 * drawn(*weights.shape, seed=5)
+    rule = before.rule
+    stored = CompressedLinear.from_tensors(layer.format, rule, tuned.tensors(), layer.bias, torch.float32, "reference")
+    torch.testing.assert_close(stored(x_TC), tuned(x_TC))
+    after = stored.solution()
+    assert int((after.codes_RC != before.codes_RC).sum()) > 200
+    if before.keep_RC is not None:
+        assert torch.equal(after.keep_RC, before.keep_RC)
 
 
 def test_nothing_of_the_size_of_the_weights_is_kept() -> None:
@@ -205,6 +235,29 @@ def test_other_formats(changes_: dict[str, Any], source: Path, text: Path, long_
     assert {n for n in before if not same_bytes(before[n], after[n])} == {n for n in before if "scale" in n}
 
 
+FLOATS = pytest.param({"bits": 16, "sparsity": "0.5"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("changes_", [{"bits": 4, "sparsity": "2:4"}, FLOATS], ids=str)
+def test_weights_too(changes_: dict[str, Any], source: Path, text: Path, long_text: str, tmp_path: Path) -> None:
+    """What is stored is what was trained; where nothing is better, every tensor is what it was."""
+    api.compress(source, tmp_path / "out", recipe(text, search="hessian", **changes_))
+    settings = replace(SETTINGS, weights=True, weight_rate=0.05)
+    arguments: dict[str, Any] = {"to": tmp_path / "new", "against": source, "settings": settings, "device": "cpu"}
+    report = api.tune(tmp_path / "out", [long_text], **arguments)
+    after = held_kl(source, tmp_path / "new", long_text, settings)
+    assert after == pytest.approx((report["kl_nats"], report["cross_entropy"]), rel=1e-3)
+    changed = {name.rpartition(".")[2] for name in changes(tmp_path / "out", tmp_path / "new")}
+    if report["best_step"]:
+        assert report["kl_nats"] < report["kl_nats_before"] and changed <= {
+            "weight_packed",
+            "weight_scale",
+            "weight_values",
+        }
+    else:
+        assert changed == set()
+
+
 def test_tuning_that_only_harms_leaves_every_tensor(source: Path, packed: Path, long_text: str, tmp_path: Path) -> None:
     settings = Tuning(samples=16, tokens=32, held_out=0.25, batch=2, rate=0.9)
     report = api.tune(packed, [long_text], to=tmp_path / "out", against=source, settings=settings, device="cpu")
@@ -279,6 +332,33 @@ def test_killed_while_the_result_is_put_in_place(
     assert not (tmp_path / "out.tuning").exists()
 
 
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """Of one process: what it shares it has all of, and everything else is as among many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_shared_model_is_what_it_was(group: None, source: Path, packed: Path) -> None:
+    """Codes, scales, norms and the original as parts of parameters: the same outputs, gradients and files. (Among two
+    processes: `test_train_parallel`.)"""
+    wanted = Wanted(Checkpoint.open(packed), Checkpoint.open(source), False, False, True, torch.float32, CPU)
+    plain, shared = TunedModel(wanted, False), TunedModel(wanted, True)
+    ids_ST = torch.arange(24).view(2, 12)
+    for model in (plain, shared):
+        logits_STV, dense_STV = model.model(input_ids=ids_ST).logits, model.dense(input_ids=ids_ST).logits
+        divergence(logits_STV, dense_STV, ids_ST)[0].backward()
+    for one, other in zip(*(model.parameters(0.1, 0.1) for model in (plain, shared)), strict=True):
+        assert is_sharded(other.parameter) and not is_sharded(one.parameter)
+        torch.testing.assert_close(mine(other.parameter.grad), one.parameter.grad)
+        assert torch.equal(whole(mine(other.parameter), other.parameter), one.parameter)
+    assert all(is_sharded(layer.layer.weight_packed) for layer in shared.layers.values())
+    stored, found = plain.tensors(here=True), shared.tensors(here=True)
+    assert stored.keys() == found.keys() and all(torch.equal(found[name], stored[name]) for name in stored)
+    assert shared.tensors(here=False) == {}
+
+
 # --- bad requests
 
 
@@ -312,6 +392,7 @@ def test_bad_requests(source: Path, packed: Path, text: Path, long_text: str, tm
         ({"batch": 0}, "batch must be 1 or more, not 0"),
         ({"held_out": 1.0}, r"held_out must lie between 0 and 1, not 1\.0"),
         ({"rate": 0.0}, r"rate must lie between 0 and 1, not 0\.0"),
+        ({"weight_rate": 1.0}, r"weight_rate must lie between 0 and 1, not 1\.0"),
     ):
         with pytest.raises(RequestError, match=match):
             Tuning(**changes_)
@@ -335,8 +416,8 @@ def test_a_loss_that_is_no_number_ends_tuning_with_the_best_state() -> None:
         return functional.one_hot(ids_ST, 3) * parameter * broken
 
     ids_ST = torch.randint(0, 3, (4, 8), generator=torch.Generator().manual_seed(0))
-    schedule = Schedule(steps=8, batch=2, micro=2, rate=0.1)
-    tuner = Tuner(logits, None, [parameter], [None], ids_ST, ids_ST, schedule)
+    schedule = Schedule(steps=8, batch=2, micro=2)
+    tuner = Tuner(logits, None, [Trained(parameter, 0.1)], ids_ST, ids_ST, schedule)
     while not tuner.done:
         tuner.advance(lambda step: None)
     tuner.finish()
@@ -356,7 +437,7 @@ def test_going_on_with_another_request_is_refused(source: Path, packed: Path, lo
 
 def test_the_command_line(source: Path, packed: Path, long_text: str, tmp_path: Path) -> None:
     numbers = {"--samples": 8, "--tokens": 32, "--held-out": 0.25, "--batch": 2, "--rate": 0.01}
-    options = [*(part for pair in numbers.items() for part in pair), "--norms", "--device", "cpu"]
+    options = [*(part for pair in numbers.items() for part in pair), "--norms", "--weights", "--device", "cpu"]
     ran = command("tune", packed, "--text", long_text, "--to", tmp_path / "out", "--against", source, *options)
     assert ran.code == 0, ran.err
     assert ran.last["out"] == str(tmp_path / "out") and ran.last["kl_nats"] <= ran.last["kl_nats_before"]

@@ -80,6 +80,9 @@ def compress(
     true_sequential: Annotated[
         bool | None, typer.Option("--true-sequential", help="Re-collect inputs inside a block.")
     ] = None,
+    diverged: Annotated[
+        str | None, typer.Option(help="A block trained to a loss that is not finite: restore (it) or error.")
+    ] = None,
     starved: Annotated[
         str | None,
         typer.Option(help="Experts with fewer tokens than inputs: shared (others' count too), round or error."),
@@ -130,6 +133,7 @@ def compress(
         true_sequential=true_sequential,
         embedding_bits=_whole(embedding_bits),
         starved=starved,
+        diverged=diverged,
         route_all=route_all,
         seed=seed,
     )
@@ -173,7 +177,12 @@ def tune(
     rate: Annotated[float, typer.Option(help="The first rate, relative to each scale.")] = 1e-3,
     zeros: Annotated[bool, typer.Option("--zeros", help="Train zero points too.")] = False,
     norms: Annotated[bool, typer.Option("--norms", help="Train norms too.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Train weights too, as floats; masks stay.")] = False,
+    weight_rate: Annotated[float, typer.Option(help="Their first rate, in steps of the grid.")] = 0.03,
     seed: Annotated[int, typer.Option(help="Of the windows and their order.")] = 0,
+    shard: Annotated[
+        bool | None, typer.Option(help="Of several processes each holds a part of the models (if too large for one).")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train the scales of OUT on text, its codes as they are."""
@@ -181,14 +190,14 @@ def tune(
     from featherweight.stream.parallel import joined
     from featherweight.stream.tune import Tuning
 
-    settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed)
+    settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed, weights, weight_rate)
     with joined() as world:
         if not world.leads:  # process 0 tells
-            api.tune(out, text, to, against, settings, device)
+            api.tune(out, text, to, against, settings, device, shard=shard)
             return
         try:
             with console.progress() as tell:
-                report = api.tune(out, text, to, against, settings, device, tell)
+                report = api.tune(out, text, to, against, settings, device, tell, shard)
         except KeyboardInterrupt:
             console.say("stopped; repeat the command to go on.")
             raise typer.Exit(1) from None

@@ -18,7 +18,8 @@ from featherweight.kernels import Kernel, Run, dequantize, pick
 
 
 class Stored(nn.Module):
-    """A matrix held as the tensors of a format, in buffers that bear their names on disk.
+    """A matrix held as the tensors of a format, in buffers that bear their names on disk. (Where processes share a
+    model, `train.sharding`, these are parameters, and `words` says which hold integers as floats of the same bits.)
 
     Those buffers are bytes of a file: moving the module moves them, but casting it (`.half()`, `.to(torch.bfloat16)`)
     changes only the dtype it computes in, never a stored scale. What is made of them for speed is kept out of the state
@@ -31,6 +32,7 @@ class Stored(nn.Module):
         self.format, self.rule, self.dtype = format, rule, dtype
         for suffix in format.suffixes(rule):
             self.register_buffer(suffix, tensors[suffix])
+        self.words: dict[str, torch.dtype] = {}
         self._run: Any = None
 
     @property
@@ -55,12 +57,14 @@ class Stored(nn.Module):
         return f"format={self.format.name}, {', '.join(what)}"
 
     def _stored(self) -> dict[str, Tensor]:
-        return {suffix: self.get_buffer(suffix) for suffix in self.format.suffixes(self.rule)}
+        found = {suffix: getattr(self, suffix) for suffix in self.format.suffixes(self.rule)}
+        return found | {suffix: found[suffix].view(dtype) for suffix, dtype in self.words.items()}
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self.get_buffer(self.format.suffixes(self.rule)[0]).device
+        device: torch.device = getattr(self, self.format.suffixes(self.rule)[0]).device
+        return device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
         before = self._stored()

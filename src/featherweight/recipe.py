@@ -30,6 +30,7 @@ CHOICES = {
     "scales_from": get_args(ScalesFrom),
     "target": ("drifted", "original"),
     "starved": ("shared", "round", "error"),
+    "diverged": ("restore", "error"),
 }
 
 
@@ -67,6 +68,8 @@ class Recipe:
         true_sequential: collect each group's inputs after the groups before it in the block are compressed.
         starved: what to do for an expert that is sent fewer tokens than it has inputs: let the layer's other tokens
             count too ("shared"), round it to nearest ("round"), or stop ("error").
+        diverged: what to do where block-ap's loss is no longer finite: give the block the solution it began with
+            ("restore"), or stop ("error").
         route_all: calibrate every expert on every token; where tokens go in the model stays as it is.
         size_bytes: a size for all shards; average_bits: bits per weight of the matrices, from bytes on disk;
             non_uniform: with sparsity, the share of zeros of the whole. With one of these each matrix gets a rule of
@@ -112,6 +115,7 @@ class Recipe:
     embedding_bits: float = FLOAT_BITS
     true_sequential: bool = False
     starved: Literal["shared", "round", "error"] = "shared"
+    diverged: Literal["restore", "error"] = "restore"
     route_all: bool = False
     format: str = "auto"
     calibration: tuple[str, ...] = ("builtin",)

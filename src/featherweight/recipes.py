@@ -102,6 +102,13 @@ def best_3bit() -> Recipe:
     return best_2bit().but(bits=3)
 
 
+def best_2of4_4bit() -> Recipe:
+    """Two of four weights, at 4 bits, groups of 64: the default's masks and codes. `featherweight tune --weights`
+    afterwards trains what the masks kept towards the original as a whole, which takes away more than training block by
+    block does (docs/log.md)."""
+    return Recipe(sparsity="2:4", bits=4, group_size=64)
+
+
 RECIPES = {
     "default": default,
     "best": best,
@@ -109,6 +116,7 @@ RECIPES = {
     "rtn": rtn,
     "best_2bit": best_2bit,
     "best_3bit": best_3bit,
+    "best_2of4_4bit": best_2of4_4bit,
     "sub1": sub1,
     "papers.rtn": papers_rtn,
     "papers.gptq": papers_gptq,

@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight import formats
+from featherweight.benchmarks.flow import PLACES, fed
 from featherweight.benchmarks.shapes import Shapes
 from featherweight.benchmarks.timing import peak_tflops
 from featherweight.core.rules import Grid
@@ -25,16 +28,14 @@ from featherweight.stream.tune import MICRO_TOKENS
 from featherweight.train.adam import paces
 from featherweight.train.block_ap import Schedule, block_loss
 from featherweight.train.e2e_qp import Schedule as TuningSchedule
-from featherweight.train.e2e_qp import Tuner, divergence
+from featherweight.train.e2e_qp import Trained, Tuner, divergence
 from featherweight.train.keeping import Keeping
-from featherweight.train.sequences import Sequences
 from featherweight.train.step import ALONE, Run, Stepper
 from featherweight.train.trainable import NEAR, Trainable, TrainedGrid, TrainedRounding, beginning
 from featherweight.train.tuned_linear import TunedLinear
 
 PAPERS_SAMPLES, PAPERS_EPOCHS = 4096, 2
 WARM, ROUNDS = 6, 30
-HELD_ON_HOST, ROUNDS_FROM_HOST = 16, 5  # sequences in memory, to see whether the device waits for them; passes
 
 
 def measure(
@@ -51,29 +52,31 @@ def measure(
     where = pick_device(device)
     grid = Grid(bits, group_size, symmetric=False, search="minmax", scale_dtype=torch.bfloat16)
     peak = peak_tflops(where)
+    with TemporaryDirectory() as scratch:
+        block = block_step(shapes, grid, sequences, tokens, tune, where, peak, Path(scratch))
     report = {
         "machine": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "bits": bits,
         "group_size": group_size,
         "peak_tflops": peak,
-        "block_ap": block_step(shapes, grid, sequences, tokens, tune, where, peak),
+        "block_ap": block,
         "e2e_qp": tuning_step(shapes, grid, tuned_tokens, where, peak),
     }
     return report
 
 
 def block_step(
-    shapes: Shapes, grid: Grid, sequences: int, tokens: int, tune: str, device: torch.device, peak: float
+    shapes: Shapes, grid: Grid, sequences: int, tokens: int, tune: str, device: torch.device, peak: float, scratch: Path
 ) -> dict[str, Any]:
-    """One step of Block-AP, its parts, and the extrapolation to PAPERS_EPOCHS x PAPERS_SAMPLES for all blocks."""
+    """One step of Block-AP, its parts, and the extrapolation to PAPERS_EPOCHS x PAPERS_SAMPLES for all blocks: with
+    hidden states on the GPU, and coming from memory and from files in `scratch`."""
     _forget_peak(device)
     block, run = random_block(shapes, tokens, device)
     layers = {path: _layer(module, grid, tune) for path, module in _linears(block)}
     schedule = Schedule(1, sequences, 1e-4, 1e-4, True, 0)
     stepper = Stepper(block, layers, run, partial(block_loss, each_token_alike=True), ALONE)
     table = paces(WARM + ROUNDS, 1e-4, 1e-4, device)
-    host_STD = torch.randn(HELD_ON_HOST, tokens, shapes.hidden, dtype=torch.bfloat16)
-    inputs_STD = host_STD[:sequences].to(device)
+    inputs_STD = torch.randn(sequences, tokens, shapes.hidden, dtype=torch.bfloat16, device=device)
     with torch.no_grad():
         targets_STD = run(inputs_STD)
         forward_ms = timed(lambda: run(inputs_STD), device)
@@ -81,13 +84,15 @@ def block_step(
         step_ms = timed(lambda: stepper.step(inputs_STD, targets_STD, table[0], 0.0), device)
         run_ms = timed(lambda: stepper.replayed(inputs_STD, targets_STD), device)
         write_ms = timed(lambda: stepper.write(table[0], True), device)
-        from_mapped_ms = _steps_from(stepper, host_STD, sequences, table[0], device)
-        pinned_STD = host_STD.pin_memory() if device.type == "cuda" else host_STD
-        from_memory_ms = _steps_from(stepper, pinned_STD, sequences, table[0], device)
+        flow = fed(stepper, run, inputs_STD, table[0], scratch)
     weights = sum(layer.weights[0].numel() for layer in layers.values())
     flops = 6 * weights * sequences * tokens
     steps = shapes.layers * PAPERS_EPOCHS * PAPERS_SAMPLES // sequences
     passes = shapes.layers * 2 * PAPERS_SAMPLES // sequences
+    here = (steps * step_ms + passes * forward_ms) / 6e4
+    minutes_from = {
+        place: (steps * flow[f"from_{place}_ms"] + passes * flow[f"pass_from_{place}_ms"]) / 6e4 for place in PLACES
+    }
     return {
         "shape": [schedule.batch, tokens],
         "tune": tune,
@@ -95,12 +100,13 @@ def block_step(
         "run_ms": run_ms,
         "write_ms": write_ms,
         "forward_ms": forward_ms,
-        "from_memory_ms": from_memory_ms,
-        "from_mapped_ms": from_mapped_ms,
+        **flow,
         "tflops": flops / step_ms / 1e9,
         "share_of_peak": flops / step_ms / 1e9 / peak,
         "steps_minutes": steps * step_ms / 6e4,
-        "with_passes_minutes": (steps * step_ms + passes * forward_ms) / 6e4,
+        "with_passes_minutes": here,
+        **{f"minutes_from_{place}": minutes for place, minutes in minutes_from.items()},
+        **{f"idle_share_from_{place}": 1 - here / minutes for place, minutes in minutes_from.items()},
         "peak_gpu_bytes": peak_memory_bytes(device),
         "peak_host_bytes": peak_memory_bytes(torch.device("cpu")),
         "captured": stepper.replayed.graph is not None,
@@ -127,8 +133,8 @@ def tuning_step(shapes: Shapes, grid: Grid, tokens: int, device: torch.device, p
             found_STV = logits(ids_ST)
             divergence(found_STV, None, ids_ST.to(device))[1].backward()  # type: ignore[no-untyped-call]
 
-    schedule = TuningSchedule(1, micro, micro, 1e-5)
-    tuner = Tuner(logits, None, parameters, [None] * len(parameters), ids_ST, ids_ST, schedule)
+    trained = [Trained(parameter, 1e-5) for parameter in parameters]
+    tuner = Tuner(logits, None, trained, ids_ST, ids_ST, TuningSchedule(1, micro, micro))
     held = _allocated(device) - before
     micro_ms = timed(there_and_back, device, rounds=3)
     state = tuner.state
@@ -241,19 +247,6 @@ def rows(report: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         yield name, one.get(name), other.get(name)
 
 
-def _steps_from(stepper: Stepper, states_STD: Tensor, batch: int, pace: Tensor, device: torch.device) -> float:
-    """Milliseconds of a step whose sequences come from this memory, once they flow."""
-    picks = ROUNDS_FROM_HOST * torch.arange(len(states_STD)).split(batch)
-    began = 0.0
-    for number, pair in enumerate(Sequences(states_STD, states_STD, 0, device).batches(picks)):
-        if number == WARM:
-            _wait(device)
-            began = time.perf_counter()
-        stepper.step(*pair, pace, 0.0)
-    _wait(device)
-    return 1e3 * (time.perf_counter() - began) / (len(picks) - WARM)
-
-
 def _layer(module: nn.Linear, grid: Grid, tune: str) -> Trainable:
     """A matrix that begins on the min-max grid of random weights."""
     weight_RC = module.weight.detach().float()
@@ -290,8 +283,3 @@ def _forget_peak(device: torch.device) -> None:
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

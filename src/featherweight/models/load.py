@@ -17,13 +17,15 @@ from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.experts import find_experts
 from featherweight.models.names import Source, disk_names, lookup, renamed
 from featherweight.models.offload import Remote, Shelf
-from featherweight.models.tree import checkpoint_dtype, is_matrix, skeleton
+from featherweight.models.tree import checkpoint_dtype, find_blocks, is_matrix, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # (module name on disk, the Linear or Conv1D on meta, its tensors by suffix) -> the module to put in its place
 Replace = Callable[[str, nn.Module, dict[str, Tensor]], nn.Module]
+# (the model, the path of a block that has just been filled, at last "" for the model itself)
+Filled = Callable[["PreTrainedModel", str], None]
 READ_BYTES = 256 << 20
 
 
@@ -44,14 +46,18 @@ def load_dense(
 
 
 def load_apart(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    filled: Filled | None = None,
 ) -> PreTrainedModel:
-    """The same model with its experts taken apart, so that every matrix of the tree is a module."""
+    """The same model with its experts taken apart, so that every matrix of the tree is a module; `filled` as
+    `load_with` has it."""
 
     def replace(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         raise RequestError(f"{name} is compressed: give the original checkpoint.")
 
-    return load_with(path, replace, device, dtype)
+    return load_with(path, replace, device, dtype, filled=filled)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -75,6 +81,7 @@ def load_with(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     expert_bytes: int | None = None,
+    filled: Filled | None = None,
 ) -> PreTrainedModel:
     """The model of a compressed checkpoint, with what `replace` returns in place of compressed matrices.
 
@@ -86,6 +93,8 @@ def load_with(
         device, dtype: of the model; None = the checkpoint's dtype. Modules from `replace` are only moved.
         expert_bytes: leave the experts of mixtures in the files and hold so many bytes of them at most (`offload`);
             None holds them all.
+        filled: hears of every block when it is there and the next one is not, and of the model in the end, so that what
+            is too large for the device as a whole can be shared out as it comes.
 
     Raises RequestError naming the parameters no tensor was found for, or an expert that is not compressed and so cannot
     be left in the files.
@@ -96,18 +105,37 @@ def load_with(
     for module in model.modules():
         fill_buffers(model, module, device)
     disk = disk_names(checkpoint, model)
-    filled = _Filled(checkpoint, replace, device, *_compressed(checkpoint, model))
+    source = _Filled(checkpoint, replace, device, *_compressed(checkpoint, model))
     if expert_bytes is not None:
-        _leave_experts(model, filled, Shelf(expert_bytes))
-    for path, module in filled.modules(filled.owners):
-        model.set_submodule(path, module)
-        model.all_tied_weights_keys.pop(f"{path}.weight", None)
-    _assign(checkpoint, model, disk, device)
+        _leave_experts(model, source, Shelf(expert_bytes))
+    if filled:
+        for part in _blocks(model):
+            _fill(model, source, disk, part + ".")
+            filled(model, part)
+    _fill(model, source, disk, "")
     # Nothing is called missing: twins left out on disk were given one tensor already, unequal ones stay apart.
     model.tie_weights(missing_keys=set(), recompute_mapping=False)
     _require_none_on_meta(checkpoint, model)
     _set_generation_config(checkpoint.path, model)
+    if filled:
+        filled(model, "")
     return model.eval()
+
+
+def _blocks(model: PreTrainedModel) -> list[str]:
+    path, blocks = find_blocks(model)
+    return [f"{path}.{number}" for number in range(len(blocks))]
+
+
+def _fill(model: PreTrainedModel, source: _Filled, disk: dict[str, Source], prefix: str) -> None:
+    """Everything below a prefix that is still on meta."""
+    owners = {name: places for name, places in source.owners.items() if places[0][0].startswith(prefix)}
+    for path, module in source.modules(owners):
+        model.set_submodule(path, module)
+        model.all_tied_weights_keys.pop(f"{path}.weight", None)
+    for name in owners:
+        source.owners.pop(name)
+    _assign(source.checkpoint, model, disk, source.device, prefix)
 
 
 Owners = dict[str, list[tuple[str, nn.Module]]]  # module name on disk -> the paths and modules (on meta) it is for
@@ -187,11 +215,13 @@ def _fetched(filled: _Filled, path: str, expert: nn.Module, owners: Owners) -> n
     return made.eval()
 
 
-def _assign(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Source], device: torch.device) -> None:
+def _assign(
+    checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str, Source], device: torch.device, prefix: str
+) -> None:
     """Every tensor that is still on meta and on disk, a few at a time; tied twins get one tensor between them."""
     users: dict[str, dict[Source, list[str]]] = {}
     for name, _ in meta_tensors(model):
-        if name in disk:
+        if name in disk and name.startswith(prefix):
             users.setdefault(disk[name].name, {}).setdefault(disk[name], []).append(name)
     for batch in _batches({name: checkpoint.nbytes(name) for name in users}):
         tensors = checkpoint.read(batch)

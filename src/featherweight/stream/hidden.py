@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import RequestError
+from featherweight.stream.back import Back
+from featherweight.train.sequences import ahead
 
 SHARE = 0.4  # of the free memory that hidden states may take before they move one place further out
 MOST_MEMORY_BYTES = 6 << 30  # of one stream, however much memory is free: mapped from disk, the system keeps what fits
+
+
+Place = Literal["device", "memory", "disk"]
 
 
 class HiddenStates:
@@ -30,25 +35,24 @@ class HiddenStates:
         scratch: Path,
         sharers: int = 1,
         low: bool = False,
+        place: Place | None = None,
     ) -> None:
-        """Takes the nearest place with room; `scratch` is the file to map if neither device nor memory has it.
+        """Takes the nearest place with room, or `place`; `scratch` is the file to map if it is the disk.
 
         `sharers` processes are each about to keep as much in the memory of this machine. `low` on memory, a GPU is not
         such a place.
         """
         size_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
         self.device, self.scratch, self.beside, self.sharers, self.low = device, None, scratch, sharers, low
-        self.place = room(size_bytes, device, sharers, low)
+        self.place = place or room(size_bytes, device, sharers, low)
         if self.place == "device":
             self.states_STD = torch.empty(shape, dtype=dtype, device=device)
         elif self.place == "memory":
             self.states_STD = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         else:
             self.scratch = scratch
-            elements = shape[0] * shape[1] * shape[2]
             try:
-                _reserve(scratch, size_bytes)
-                self.states_STD = torch.from_file(str(scratch), shared=True, size=elements, dtype=dtype).view(shape)
+                self.states_STD = mapped(scratch, shape, dtype)
             except (OSError, RuntimeError) as error:
                 scratch.unlink(missing_ok=True)
                 raise RequestError(
@@ -75,6 +79,18 @@ class HiddenStates:
             at = slice(start, min(start + size, self.states_STD.shape[0]))
             self.states_STD[at] = make(at).to(self.states_STD.dtype)
 
+    def advance(self, size: int, make: Callable[[Tensor], Tensor]) -> None:
+        """Replaces the states by make(states), `size` sequences at a time; what comes and goes does so beside it."""
+        if self.device.type != "cuda" or self.states_STD.is_cuda:
+            for at, states_STD in self.batches(size):
+                self.states_STD[at] = make(states_STD)
+            return
+        starts = range(0, self.states_STD.shape[0], size)
+        picks = torch.arange(self.states_STD.shape[0]).split(size)
+        with Back(self.states_STD, self.device) as back:
+            for start, (states_STD,) in zip(starts, ahead((self.states_STD,), picks, self.device), strict=True):
+                back.put(slice(start, start + len(states_STD)), make(states_STD))
+
     def close(self) -> None:
         """Removes the scratch file, if there is one."""
         self.states_STD = torch.empty(0)
@@ -82,13 +98,18 @@ class HiddenStates:
             self.scratch.unlink(missing_ok=True)
 
 
-def room(
-    size_bytes: int, device: torch.device, sharers: int = 1, low: bool = False
-) -> Literal["device", "memory", "disk"]:
+def room(size_bytes: int, device: torch.device, sharers: int = 1, low: bool = False) -> Place:
     """The nearest place with room for so many bytes, by `HiddenStates`' arguments."""
     if device.type == "cuda" and not low and size_bytes < SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
     return "memory" if sharers * size_bytes < min(SHARE * free_memory_bytes(), MOST_MEMORY_BYTES) else "disk"
+
+
+def mapped(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """A new file of this name as a tensor: what is written to it the system brings to disk, and forgets as it must."""
+    elements = shape[0] * shape[1] * shape[2]
+    _reserve(path, elements * dtype.itemsize)
+    return torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(shape)
 
 
 def _reserve(path: Path, size_bytes: int) -> None:

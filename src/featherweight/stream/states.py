@@ -87,8 +87,7 @@ class States:
 
     def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:
         """Replaces the states by the block's outputs, batch by batch."""
-        for at, hidden_STD in states.batches(self.batch):
-            states.states_STD[at] = self.runner.run(index, module, hidden_STD)
+        states.advance(self.batch, lambda hidden_STD: self.runner.run(index, module, hidden_STD))
 
     def close(self) -> None:
         for states in (self.hidden, self.dense, self.ending):

@@ -35,8 +35,9 @@ def trained(
 
     Inputs are those the compressed model brings, targets the outputs of the original block on the original model's
     inputs. What is kept is the state with the least held-out loss, the start among them; where a loss is not finite it
-    is the start, with a FallbackWarning and a mark in the journal. `loss_R` of every solution is tr(D H D^T) as the
-    held-out sequences have it: H undamped, of the trained block's inputs; D to the original weights.
+    is the start, with a FallbackWarning and a mark in the journal, or a RequestError (`recipe.diverged`). `loss_R` of
+    every solution is tr(D H D^T) as the held-out sequences have it: H undamped, of the trained block's inputs; D to the
+    original weights.
     """
     start = _start(view, rules, recipe, choices, lambda share: tick(START * share))
     layers = {m.path: _trainable(view, m, start[m.path], recipe, choices) for m in view.matrices}
@@ -51,7 +52,7 @@ def trained(
 
     outcome = block_ap(view.module, view.run, layers, sequences, schedule, told, view.world)
     if not outcome.finite:
-        _warn(view)
+        _tell_diverged(view, recipe)
     solutions = outcome.solutions if outcome.epoch else start
     for matrix in view.matrices:
         view.put(matrix, solutions[matrix.path].values())
@@ -106,8 +107,7 @@ def _start(
     solutions = layerwise(view, rules, replace(recipe, method=recipe.start), choices, tick)
     if recipe.start == "rtn":  # which runs nothing
         assert view.dense is not None
-        for at, dense_STD in view.dense.batches(view.batch):
-            view.dense.states_STD[at] = view.run(dense_STD)
+        view.dense.advance(view.batch, view.run)
     return solutions
 
 
@@ -132,11 +132,12 @@ def _trainable(view: BlockView, matrix: Matrix, start: AnySolution, recipe: Reci
     return layer
 
 
-def _warn(view: BlockView) -> None:
-    name = view.matrices[0].name
+def _tell_diverged(view: BlockView, recipe: Recipe) -> None:
+    said = f"the block of {view.matrices[0].name} was trained to a loss that is not finite"
+    if recipe.diverged == "error":
+        raise RequestError(f"{said}: lower --weight-rate or --scale-rate, or use --diverged restore.")
     warnings.warn(
-        f"the block of {name} was trained to a loss that is not finite: it keeps the solution it began with; lower "
-        "--weight-rate or --scale-rate.",
+        f"{said}: it keeps the solution it began with; lower --weight-rate or --scale-rate.",
         FallbackWarning,
         stacklevel=2,
     )

@@ -12,32 +12,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from featherweight import data, formats
+from featherweight import data
 from featherweight.errors import RequestError
-from featherweight.linear import CompressedEmbedding, CompressedLinear
 from featherweight.models.checkpoint import Checkpoint, resolve
-from featherweight.models.load import load_dense, load_tokenizer, load_with
-from featherweight.models.tree import checkpoint_dtype, disk_names, find_blocks
+from featherweight.models.load import load_tokenizer
+from featherweight.models.tree import checkpoint_dtype
 from featherweight.stream.calibration import Tell, windows_apart
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import LOCK
 from featherweight.stream.parallel import ALONE, World, joined
+from featherweight.stream.tuned import TunedModel, Wanted, sharded
 from featherweight.stream.tuning import RESULT, begin, locked, note, read_state, swap, swapped, write_state
 from featherweight.train.e2e_qp import Schedule, Tuner
 from featherweight.train.keeping import Keeping
-from featherweight.train.tuned_linear import Rounded, TunedLinear
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-LEAST_SCALE = 0.05  # of the one it began with
 TOKENS = 2048
-MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}  # in one pass forward and back
+MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}  # in one pass forward and back, or more where they fit
+MOST_MICRO_TOKENS = 16384  # of a small model on a GPU, whose kernels are started one by one
+MICRO_SHARE = 0.4  # of the memory of a GPU
 WORTH_COMPILING = 200  # passes forward and back
 
 
@@ -48,7 +45,10 @@ class Tuning:
     Attributes:
         samples, tokens: windows of text, held-out ones among them, and their length (None: 2048 or the model's
             positions); held_out: the share of each text and of the windows that chooses the state that is kept.
-        epochs, batch, rate: see `train.e2e_qp.Schedule`; steps are epochs x windows / batch.
+        epochs, batch: steps of the optimizer are epochs x windows / batch; rate: Adam's first one, relative to each
+            scale, of zeros and norms in their own unit.
+        weights: train the weights too (of pruned layers those that were kept), at `weight_rate`, in steps of their
+            scale: codes then move. It takes the memory of training a float model.
         zeros, norms: train these too; zeros only where the format stores them.
         seed: of the windows and of their order.
     """
@@ -62,6 +62,8 @@ class Tuning:
     zeros: bool = False
     norms: bool = False
     seed: int = 0
+    weights: bool = False
+    weight_rate: float = 0.03
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
@@ -74,8 +76,9 @@ class Tuning:
             )
         if not 0 < self.held_out < 1:
             raise RequestError(f"held_out must lie between 0 and 1, not {self.held_out}.")
-        if not 0 < self.rate < 1:
-            raise RequestError(f"rate must lie between 0 and 1, not {self.rate}.")
+        for name in ("rate", "weight_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise RequestError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
 
     @property
     def held_out_samples(self) -> int:
@@ -96,6 +99,7 @@ def tune(
     settings: Tuning | None = None,
     device: str = "auto",
     tell: Tell | None = None,
+    shard: bool | None = None,
 ) -> dict[str, Any]:
     """Trains the scales of the compressed folder `path` and writes the folder `to` (None: `path` itself, at once).
 
@@ -105,10 +109,12 @@ def tune(
     RequestError for a folder that has no scales or cannot hold what is asked for, and for too little text.
 
     Of several processes (`stream.parallel`), all call it with the same arguments; each takes some of the windows of
-    every step, and one writes and tells.
+    every step, and one writes and tells. With `shard` each holds a part of the models, without it all of them; None
+    shards what is too large for one GPU (`stream.tuned`). Numbers are those of one process up to the order of sums, and
+    a run that was stopped goes on with any number of processes.
     """
     with joined() as world:
-        return _tune(path, text, to, against, settings or Tuning(), device, tell, world)
+        return _tune(path, text, to, against, settings or Tuning(), device, tell, shard, world)
 
 
 def _tune(
@@ -119,6 +125,7 @@ def _tune(
     settings: Tuning,
     device: str,
     tell: Tell | None,
+    shard: bool | None,
     world: World,
 ) -> dict[str, Any]:
     started = time.perf_counter()
@@ -130,7 +137,7 @@ def _tune(
     folder, torch_device = resolve(path), world.device(device)
     if to is not None and target.exists() and any(target.iterdir()):
         raise RequestError(f"{target} is not empty: choose a new folder, or leave --to out to tune in place.")
-    job = _Job(folder, settings, against, torch_device, world)
+    job = _Job(folder, settings, against, torch_device, world, shard)
     training_ST, held_ST = job.windows(text)
     with locked(work) if world.leads else nullcontext():
         if world.leads:
@@ -148,8 +155,9 @@ def _tune(
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": peak_memory_bytes(torch_device),
         }
+        new = job.tuned.tensors(here=world.leads)
         if world.leads:
-            job.write(work / RESULT, {**job.request(training_ST, held_ST), "looks": looks, "report": report})
+            job.write(work / RESULT, new, {**job.request(training_ST, held_ST), "looks": looks, "report": report})
             swap(target, work)
     if world.leads:
         shutil.rmtree(work)
@@ -167,67 +175,20 @@ class _Job:
         against: str | Path | None,
         device: torch.device,
         world: World = ALONE,
+        shard: bool | None = None,
     ) -> None:
-        self.checkpoint, self.settings, self.device = Checkpoint.open(folder), settings, device
-        self.world = world
-        quantization = formats.config_of(self.checkpoint.config, self.checkpoint.names)
-        if quantization is None:
-            raise RequestError(f"{folder} is dense: tune takes a folder that compress wrote.")
-        self.format, self.rules = formats.from_config(quantization)
+        self.checkpoint, self.settings, self.device, self.world = Checkpoint.open(folder), settings, device, world
+        original = None if against is None else Checkpoint.open(resolve(against))
+        self.teacher = None if original is None else original.fingerprint()
         dtype = compute_dtype(checkpoint_dtype(self.checkpoint), device)
-        self.dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # gradients vanish in float16
-        self.layers: dict[str, TunedLinear] = {}
-        self.tables: set[str] = set()  # names of rounded embeddings
-        self.model = load_with(folder, self._replace, device, self.dtype)
-        self.norms = self._norms() if settings.norms else {}
-        self.dense: PreTrainedModel | None = None
-        self.teacher: str | None = None
-        if against is not None:
-            self.dense = load_dense(resolve(against), device, self.dtype).requires_grad_(False)
-            self.teacher = Checkpoint.open(resolve(against)).fingerprint()
-            sizes = [model.get_input_embeddings().num_embeddings for model in (self.dense, self.model)]
-            if sizes[0] != sizes[1]:
-                raise RequestError(f"{against} knows {sizes[0]} tokens and {folder} {sizes[1]}: give its own original.")
-
-    def _replace(self, name: str, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-        rule = self.rules.of(name)
-        self.format.shape(tensors, rule, name)  # for an error that names the matrix
-        if isinstance(module, nn.Embedding):
-            self.tables.add(name)
-            return CompressedEmbedding(self.format, rule, tensors, module, self.dtype)
-        bias = tensors.pop("bias", None)
-        layer = CompressedLinear.from_tensors(self.format, rule, tensors, bias, self.dtype, "reference")
-        if name in self.tables:  # a head tied to the embedding, which stays as it is
-            return layer
-        self.layers[name] = TunedLinear(layer, name, self.settings.zeros).prepare()
-        return self.layers[name]
-
-    def _norms(self) -> dict[str, nn.Parameter]:
-        """The norms' vectors by name on disk, in float32 behind what the model computes with."""
-        from torch.nn.utils import parametrize
-
-        disk = disk_names(self.checkpoint, self.model)
-        found: dict[str, nn.Parameter] = {}
-        for path, module in list(self.model.named_modules()):
-            if "norm" not in type(module).__name__.lower():
-                continue
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                on_disk = disk[f"{path}.{name}"].name
-                parametrize.register_parametrization(
-                    module, name, Rounded(self.checkpoint.dtype(on_disk), self.dtype), unsafe=True
-                )
-                original = module.parametrizations[name].original  # type: ignore[index,union-attr]
-                assert isinstance(original, nn.Parameter)
-                value = self.checkpoint.read([on_disk])[on_disk].float().to(parameter.device)
-                original.data = value
-                original.requires_grad = True
-                found[on_disk] = original
-        return found
+        dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # gradients vanish in float16
+        wanted = Wanted(self.checkpoint, original, settings.weights, settings.zeros, settings.norms, dtype, device)
+        self.tuned = TunedModel(wanted, sharded(shard, wanted, world))
 
     def windows(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Windows to train on and windows held out, of the folder's own tokenizer."""
         settings = self.settings
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
+        longest = getattr(self.tuned.model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
         tokens = settings.tokens or min(TOKENS, longest)
         if not 2 <= tokens <= longest:
             raise RequestError(f"--tokens {tokens} must lie between 2 and the model's {longest} positions.")
@@ -244,51 +205,52 @@ class _Job:
             "text": [data.digest(training_ST), data.digest(held_ST)],
         }
 
+    def _micro_tokens(self) -> int:
+        """How many tokens go through the model at a time."""
+        least = MICRO_TOKENS[self.device.type]
+        if self.device.type != "cuda":
+            return least
+        config = self.tuned.model.config.get_text_config()
+        # bfloat16 that a block keeps of a token (some 34 numbers for each of its width), logits and what follows them
+        token_bytes = config.num_hidden_layers * config.hidden_size * 68 + config.vocab_size * 16
+        room = MICRO_SHARE * torch.cuda.mem_get_info(self.device)[0]
+        return int(min(MOST_MICRO_TOKENS, max(least, room / token_bytes)))
+
     def train(
         self, work: Path, training_ST: Tensor, held_ST: Tensor, tell: Tell
     ) -> tuple[list[tuple[int, float | None, float]], tuple[int, float | None, float]]:
         """Trains to the end; the state is on disk after every look. Returns all looks and the best."""
-        settings = self.settings
-        parameters: list[nn.Parameter] = []
-        floors: list[float | None] = []
-        for layer in self.layers.values():
-            parameters.append(layer.scale)
-            floors.append(LEAST_SCALE)
-            if settings.zeros:
-                parameters.append(layer.zero)
-                floors.append(None)
-        parameters += self.norms.values()
-        floors += [None] * len(self.norms)
-        micro = max(1, MICRO_TOKENS[self.device.type] // training_ST.shape[1])
-        schedule = Schedule(settings.steps, settings.batch, micro, settings.rate, seed=settings.seed)
+        settings, tuned, leads = self.settings, self.tuned, self.world.leads
+        trained = tuned.parameters(settings.rate, settings.weight_rate)
+        micro = max(1, self.world.first(self._micro_tokens()) // training_ST.shape[1])
+        schedule = Schedule(settings.steps, settings.batch, micro, seed=settings.seed)
         passes = settings.steps * settings.batch / micro / self.world.size
-        Keeping(find_blocks(self.model)[1], self.device, compile=passes > WORTH_COMPILING)
+        Keeping(tuned.blocks(), self.device, compile=passes > WORTH_COMPILING)
         self.world.wait()  # for the folder
-        state = read_state(work, self.device)
+        state = read_state(work, [each.parameter for each in trained])
         tuner = Tuner(
-            lambda ids_ST: _logits(self.model, ids_ST),
-            None if self.dense is None else lambda ids_ST: _logits(self.dense, ids_ST),
-            parameters, floors, training_ST, held_ST, schedule, state, self.world,
+            lambda ids_ST: _logits(tuned.model, ids_ST),
+            None if tuned.dense is None else lambda ids_ST: _logits(tuned.dense, ids_ST),
+            trained, training_ST, held_ST, schedule, state, self.world,
         )  # fmt: skip
-        leads = self.world.leads
-        if leads:
-            write_state(work, tuner.state)
+
+        def keep() -> None:
+            whole = tuner.whole_state()
+            if leads:
+                write_state(work, whole)
+
+        keep()
         while not tuner.done:
             tuner.advance(lambda step: tell(step, settings.steps, f"step {step}") if leads else None)
-            if leads:
-                write_state(work, tuner.state)
+            keep()
         tuner.finish()
         return tuner.state.looks, tuner.best_look
 
-    @torch.no_grad()
-    def write(self, out: Path, record: Mapping[str, Any]) -> None:
-        """The whole result folder: shards with new scales (zeros, norms), everything else as it was."""
+    def write(self, out: Path, new: dict[str, Tensor], record: Mapping[str, Any]) -> None:
+        """The whole result folder: shards with the new tensors, everything else as it was."""
         from safetensors import safe_open
         from safetensors.torch import save_file
 
-        new = {name: value.to(self.checkpoint.dtype(name)).cpu() for name, value in self.norms.items()}
-        for name, layer in self.layers.items():
-            new |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in layer.tensors().items()}
         shutil.rmtree(out, ignore_errors=True)
         skipped = shutil.ignore_patterns(*self.checkpoint.shards, LOCK)
         shutil.copytree(self.checkpoint.path, out, ignore=skipped)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from featherweight.errors import RequestError
 from featherweight.stream.folder import JOURNAL, LOCK, MANIFEST
-from featherweight.train.e2e_qp import State
+from featherweight.train.e2e_qp import GROUPS, State
+from featherweight.train.sharding import my_part
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -56,27 +56,27 @@ def begin(work: Path, request: dict[str, Any]) -> None:
 
 
 def write_state(work: Path, state: State) -> None:
-    """The state on disk, whole or as it was before."""
+    """The state on disk, of whole parameters; whole or as it was before."""
     from safetensors.torch import save_file
 
-    groups = {"parameters": state.parameters, "best": state.best, "mean": state.mean, "square": state.square}
-    tensors = {f"{group}.{i}": tensor.cpu() for group, values in groups.items() for i, tensor in enumerate(values)}
+    tensors = {f"{group}.{i}": tensor.cpu() for group in GROUPS for i, tensor in enumerate(getattr(state, group))}
     part = work / (STATE + ".part")
     save_file(tensors, part, metadata={"step": str(state.step), "looks": json.dumps(state.looks)})
     os.replace(part, work / STATE)
 
 
-def read_state(work: Path, device: torch.device) -> State | None:
-    """The state of a run that was stopped, None of one that begins."""
+def read_state(work: Path, parameters: Sequence[Tensor]) -> State | None:
+    """The state of a run that was stopped, of what this process holds of the parameters; None of one that begins."""
     from safetensors import safe_open
 
     if not (work / STATE).exists():
         return None
-    with safe_open(work / STATE, framework="pt", device=str(device)) as file:
+    with safe_open(work / STATE, framework="pt") as file:
         step, looks = int(file.metadata()["step"]), json.loads(file.metadata()["looks"])
-        groups: dict[str, list[Tensor]] = {name: [] for name in ("parameters", "best", "mean", "square")}
-        for name in sorted(file.keys(), key=lambda name: int(name.rpartition(".")[2])):
-            groups[name.partition(".")[0]].append(file.get_tensor(name))
+        groups: dict[str, list[Tensor]] = {name: [] for name in GROUPS}
+        for number, parameter in enumerate(parameters):
+            for name, group in groups.items():
+                group.append(my_part(file.get_tensor(f"{name}.{number}"), parameter))
     return State(step, **groups, looks=[tuple(look) for look in looks])
 
 

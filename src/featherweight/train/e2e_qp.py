@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featherweight.train.sharding import is_sharded, mine, whole
 from featherweight.train.step import ALONE, Processes
 
 Logits = Callable[[Tensor], Tensor]
@@ -21,14 +22,26 @@ SLICE_LOGITS = 1 << 24  # numbers of the vocabulary compared at once in float32
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A parameter in training.
+
+    Attributes:
+        rate: Adam's first rate, in the parameter's own unit.
+        floor: the least value, for a scale that vanishes cannot come back; or None.
+    """
+
+    parameter: nn.Parameter
+    rate: float
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """How a model is tuned.
+    """How a model is tuned; after a warm-up a cosine takes all rates to 0.
 
     Attributes:
         steps: of the optimizer, in all.
         batch: sequences in a step; `micro` of them go through the model at a time.
-        rate: Adam's first rate, relative to each scale (of zeros and norms: in their own unit); a cosine ends it at 0
-            after a warm-up.
         checks: how often in all the held-out text is looked at; training stops when `patience` looks in a row were no
             better.
         norm: gradients are shortened to this length.
@@ -38,7 +51,6 @@ class Schedule:
     steps: int
     batch: int
     micro: int
-    rate: float
     checks: int = 8
     patience: int = 3
     norm: float = 0.3
@@ -74,6 +86,9 @@ def divergence(logits_STV: Tensor, dense_STV: Tensor | None, ids_ST: Tensor) -> 
     return kl / len(targets_N), entropy / len(targets_N)
 
 
+GROUPS = ("parameters", "best", "mean", "square")  # of tensors, one for each parameter
+
+
 @dataclass
 class State:
     """Where tuning stands: all that is needed to go on, and the best of what was seen.
@@ -93,8 +108,8 @@ class State:
 
     @classmethod
     def fresh(cls, parameters: Iterable[Tensor]) -> State:
-        """The state before the first step."""
-        now = [parameter.detach() for parameter in parameters]
+        """The state before the first step, of what is held here."""
+        now = [mine(parameter) for parameter in parameters]
         zeros = [torch.zeros_like(value) for value in now]
         return cls(0, now, [v.clone() for v in now], zeros, [torch.zeros_like(v) for v in now], [])
 
@@ -106,19 +121,20 @@ class Tuner:
         self,
         model: Logits,
         dense: Logits | None,
-        parameters: Sequence[nn.Parameter],
-        floors: Sequence[float | None],
+        trained: Sequence[Trained],
         training_ST: Tensor,
         held_ST: Tensor,
         schedule: Schedule,
         state: State | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        """`model` and `dense` give logits for ids; without `dense` the loss is the cross-entropy. `floors`: the least
-        value of each parameter (a scale that vanishes cannot come back), or None. Of several processes each takes some
-        of the sequences of every step and look, and all do the same with the sum."""
+        """`model` and `dense` give logits for ids; without `dense` the loss is the cross-entropy. Of several
+        processes each takes some of the sequences of every step and look, and all do the same with the sum, or, where
+        parameters are sharded (`sharding`), each with the part that it holds and has in its state."""
         self.processes = processes
-        self.model, self.dense, self.parameters, self.floors = model, dense, list(parameters), list(floors)
+        self.sharded = any(is_sharded(each.parameter) for each in trained)
+        self.model, self.dense, self.trained = model, dense, list(trained)
+        self.parameters = [each.parameter for each in trained]
         self.training_ST, self.held_ST, self.schedule = training_ST, held_ST, schedule
         if state is None:
             self.state = State.fresh(self.parameters)
@@ -126,8 +142,18 @@ class Tuner:
         else:
             self.state = state
             for parameter, value in zip(self.parameters, state.parameters, strict=True):
-                parameter.data.copy_(value)
-        self.state.parameters = [parameter.data for parameter in self.parameters]
+                mine(parameter).copy_(value)
+        self.state.parameters = [mine(parameter) for parameter in self.parameters]
+
+    def whole_state(self) -> State:
+        """The state as one process would have it, on the CPU."""
+
+        def wholes(parts: list[Tensor]) -> list[Tensor]:
+            return [whole(part, parameter).cpu() for part, parameter in zip(parts, self.parameters, strict=True)]
+
+        state = self.state
+        values = wholes(state.parameters), wholes(state.best)
+        return State(state.step, *values, wholes(state.mean), wholes(state.square), state.looks)
 
     @property
     def done(self) -> bool:
@@ -165,30 +191,50 @@ class Tuner:
         return torch.cat([torch.randperm(count, generator=draw) for _ in range(-(-wanted // count))])
 
     def _step(self, ids_ST: Tensor) -> None:
+        times = self.processes.size if self.sharded else 1  # sharded, a mean over processes is what comes back
         with torch.enable_grad():
-            for part_ST in self._parts(ids_ST):
+            for part_ST, share in self._parts(ids_ST):
                 kl, entropy = self._losses(part_ST)
-                loss = (entropy if self.dense is None else kl) * (len(part_ST) / len(ids_ST))
+                loss = (entropy if self.dense is None else kl) * (times * share)
                 loss.backward()  # type: ignore[no-untyped-call]
-        self._add_up_gradients()
-        nn.utils.clip_grad_norm_(self.parameters, self.schedule.norm)
-        state, rate = self.state, self.schedule.rate * rate_at(self.state.step, self.schedule.steps)
+        gradients = self._gradients()
+        state, share = self.state, rate_at(self.state.step, self.schedule.steps)
         state.step += 1
-        for index, parameter in enumerate(self.parameters):
-            _adam(parameter, state.mean[index], state.square[index], state.step, rate, self.floors[index])
+        for index, (value, gradient) in enumerate(zip(state.parameters, gradients, strict=True)):
+            averages = state.mean[index], state.square[index]
+            _adam(value, gradient, *averages, state.step, share * self.trained[index].rate, self.trained[index].floor)
 
-    def _parts(self, ids_ST: Tensor) -> tuple[Tensor, ...]:
-        """This process's sequences, as many at a time as go through the model."""
-        mine_ST = ids_ST[self.processes.rank :: self.processes.size]
-        return mine_ST.split(self.schedule.micro) if len(mine_ST) else ()
+    def _parts(self, ids_ST: Tensor) -> list[tuple[Tensor, float]]:
+        """This process's sequences, as many at a time as go through the model, and the share of all that they are.
 
-    def _add_up_gradients(self) -> None:
-        """Over all processes, as one tensor; a process that had no sequence adds nothing."""
-        if self.processes.size == 1:
-            return
+        Where the model is sharded all processes run it as often as any: one that has nothing left runs a sequence that
+        counts nothing.
+        """
+        size, micro = self.processes.size, self.schedule.micro
+        own_ST = ids_ST[self.processes.rank :: size]
+        found = [(part_ST, len(part_ST) / len(ids_ST)) for part_ST in own_ST.split(micro) if len(part_ST)]
+        most = -(-len(ids_ST[::size]) // micro) if self.sharded else 0
+        return found + [(ids_ST[:1], 0.0)] * (most - len(found))
+
+    @torch.no_grad()
+    def _gradients(self) -> list[Tensor]:
+        """What is held here of the gradients over all processes, shortened; no parameter has one afterwards."""
+        found = []
         for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            found.append(torch.zeros_like(mine(parameter)) if parameter.grad is None else mine(parameter.grad))
+            parameter.grad = None
+        if self.processes.size > 1 and not self.sharded:
+            self._add_up(found)
+        length = nn.utils.get_total_norm(found)
+        if self.sharded:
+            length = length.square()
+            self.processes.sum_(length)
+            length.sqrt_()
+        torch._foreach_mul_(found, (self.schedule.norm / (length + 1e-6)).clamp(max=1.0))
+        return found
+
+    def _add_up(self, gradients: list[Tensor]) -> None:
+        """Over all processes, as one tensor."""
         joined_N = torch.cat([gradient.flatten() for gradient in gradients])
         self.processes.sum_(joined_N)
         for gradient, part_N in zip(gradients, joined_N.split([g.numel() for g in gradients]), strict=True):
@@ -204,29 +250,29 @@ class Tuner:
     def look(self) -> None:
         """Measures the held-out text and keeps the parameters if they are the best so far."""
         total = torch.zeros(2, device=self.parameters[0].device)
-        for part_ST in self._parts(self.held_ST):
-            total += torch.stack(self._losses(part_ST)) * (len(part_ST) / len(self.held_ST))
+        for part_ST, share in self._parts(self.held_ST):
+            total += torch.stack(self._losses(part_ST)) * share
         self.processes.sum_(total)
         kl, entropy = total.tolist()
         self.state.looks.append((self.state.step, None if self.dense is None else kl, entropy))
         if self.best_look == self.state.looks[-1]:
-            self.state.best = [parameter.detach().clone() for parameter in self.parameters]
+            self.state.best = [mine(parameter).clone() for parameter in self.parameters]
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Gives the model the best parameters seen."""
         for parameter, value in zip(self.parameters, self.state.best, strict=True):
-            parameter.data.copy_(value)
+            mine(parameter).copy_(value)
 
 
 @torch.no_grad()
-def _adam(parameter: nn.Parameter, mean: Tensor, square: Tensor, step: int, rate: float, floor: float | None) -> None:
+def _adam(
+    parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: int, rate: float, floor: float | None
+) -> None:
     """One step of Adam (betas 0.9 and 0.999) in place; the averages are the caller's, to be stored and read back."""
-    gradient = parameter.grad
-    assert gradient is not None
     mean.lerp_(gradient, 0.1)
     square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
     scale = (square / (1 - 0.999**step)).sqrt_().add_(1e-8)
     parameter.addcdiv_(mean, scale, value=-rate / (1 - 0.9**step))
     if floor is not None:
         parameter.clamp_(min=floor)
-    parameter.grad = None

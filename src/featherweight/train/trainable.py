@@ -6,6 +6,7 @@ Shapes: R outputs, C inputs, G groups, N inputs of one group.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Literal
@@ -193,7 +194,9 @@ class TrainedFloats(Trainable):
         super().__init__()
         self.start, self.dtype = start, dtype or start.values_RC.dtype
         values_RC = start.values().float()
-        self.unit = values_RC.square().mean().sqrt().item() if relative else 1.0
+        # a power of two near their size: what is not trained further is what it was, to the last bit
+        size = values_RC.square().mean().sqrt().item() if relative else 1.0
+        self.unit = 2.0 ** round(math.log2(size)) if size else 1.0
         self.weight = nn.Parameter(values_RC / self.unit)
         self.weights, self.steps = [self.weight], []
 

@@ -1,11 +1,13 @@
 """A compressed layer in training: its codes as they are, its scales (and zeros) parameters (2407.11062, section 3.3).
 
-Weights stay packed. Every call unpacks one matrix, multiplies, and lets go of it; so does the way back.
+Weights stay packed. Every call unpacks one matrix, multiplies, and lets go of it; so does the way back. Only where they
+are pruned, and unpacking takes longer than multiplying, are codes kept as bytes.
 Shapes: T tokens, R outputs, C inputs, G groups, N inputs of one group, W words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,20 +22,22 @@ from featherweight.linear import CompressedLinear
 from featherweight.train import packed, triton_tried
 from featherweight.train.fake_quant import stored, whole
 
+Codes = Callable[[], Tensor]
+
 
 class _Multiply(Function):
     """y = x ((codes - zero) scale)^T; keeps x, scales and zeros, and unpacks the codes again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, scale_RG: Tensor, zero_RG: Tensor, layer: CompressedLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x_TC: Tensor, scale_RG: Tensor, zero_RG: Tensor, codes: Codes) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x_TC, scale_RG, zero_RG)
-        ctx.layer = layer
-        return functional.linear(x_TC, _weight(_steps(layer, zero_RG), scale_RG, x_TC.dtype))
+        ctx.codes = codes
+        return functional.linear(x_TC, _weight(_steps(codes(), zero_RG), scale_RG, x_TC.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient_TR: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:  # type: ignore[override]
         x_TC, scale_RG, zero_RG = ctx.saved_tensors
-        steps_RGN = _steps(ctx.layer, zero_RG)
+        steps_RGN = _steps(ctx.codes(), zero_RG)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = gradient_TR @ _weight(steps_RGN, scale_RG, gradient_TR.dtype)
@@ -72,11 +76,9 @@ class _MultiplyPacked(Function):
         return to_x, to_scale, to_zero, None, None
 
 
-def _steps(layer: CompressedLinear, zero_RG: Tensor) -> Tensor:
+def _steps(codes_RC: Tensor, zero_RG: Tensor) -> Tensor:
     """codes - zero, float32, R x G x N."""
-    solution = layer.solution()
-    assert isinstance(solution, Solution)
-    return solution.codes_RC.unflatten(-1, (zero_RG.shape[-1], -1)).float() - zero_RG.unsqueeze(-1)
+    return codes_RC.unflatten(-1, (zero_RG.shape[-1], -1)).float() - zero_RG.unsqueeze(-1)
 
 
 def _weight(steps_RGN: Tensor, scale_RG: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,6 +93,9 @@ class TunedLinear(nn.Module):
     dtype they are stored in, and zeros to whole numbers the format holds. Raises RequestError for a layer without
     scales, and for zeros where they cannot be stored.
     """
+
+    unit_RG: Tensor
+    codes_RC: Tensor | None
 
     def __init__(self, layer: CompressedLinear, name: str, zeros: bool) -> None:
         super().__init__()
@@ -110,6 +115,16 @@ class TunedLinear(nn.Module):
         self.scale = nn.Parameter(torch.ones_like(solution.scales_RG, dtype=torch.float32))
         self.zero = nn.Parameter(solution.zeros_RG.float(), requires_grad=zeros)
         self.bits = solution.grid.stored_bits
+        kept = solution.codes_RC if layer.code_words() is None else None
+        self.register_buffer("codes_RC", kept, persistent=False)
+
+    def codes(self) -> Tensor:
+        """Of the layer, uint8, R x C."""
+        if self.codes_RC is not None:
+            return self.codes_RC
+        solution = self.layer.solution()
+        assert isinstance(solution, Solution)
+        return solution.codes_RC
 
     def forward(self, x_TC: Tensor) -> Tensor:
         """y_TR for x_TC."""
@@ -117,7 +132,7 @@ class TunedLinear(nn.Module):
         if packed.usable(words_RW):
             y_TR: Tensor = _MultiplyPacked.apply(x_TC, self.scales(), self.zeros(), words_RW, self.bits)
         else:
-            y_TR = _Multiply.apply(x_TC, self.scales(), self.zeros(), self.layer)
+            y_TR = _Multiply.apply(x_TC, self.scales(), self.zeros(), self.codes)
         return y_TR if self.layer.bias is None else y_TR + self.layer.bias
 
     def prepare(self) -> TunedLinear:
@@ -135,8 +150,7 @@ class TunedLinear(nn.Module):
 
     def scales(self) -> Tensor:
         """The scales as they will be stored, float32 with gradients, R x G."""
-        unit_RG = self.get_buffer("unit_RG")
-        return stored(self.scale * unit_RG, self.stored_dtype)
+        return stored(self.scale * self.unit_RG, self.stored_dtype)
 
     def zeros(self) -> Tensor:
         """The zeros as they will be stored, float32 with gradients where they are trained, R x G."""
