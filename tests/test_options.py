@@ -232,6 +232,24 @@ def test_hidden_states_on_disk_give_the_same_bytes(
     assert model_files(tmp_path / "out") == model_files(expected)  # the scratch file is gone, too
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["device", "memory", "disk"])
+def test_a_pass_there_and_back_on_a_gpu(place: hidden_states.Place, tmp_path: Path) -> None:
+    """More batches than are on their way at a time, the last of them smaller."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: its streams and pinned memory are what is tested")
+    device = torch.device("cuda", 0)
+    first_STD = torch.randn(21, 64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states = hidden_states.HiddenStates((21, 64, 256), torch.bfloat16, device, tmp_path / "scratch", place=place)
+    states.states_STD.copy_(first_STD)
+    expected_STD = first_STD.to(device)
+    for _ in range(3):
+        states.advance(2, lambda states_STD: torch.tanh(states_STD) * 2)
+        expected_STD = torch.tanh(expected_STD) * 2
+    assert torch.equal(states.states_STD.to(device), expected_STD)
+    states.close()
+
+
 def test_batches_do_not_matter(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_option: dict[str, Path]
 ) -> None:

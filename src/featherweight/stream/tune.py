@@ -225,7 +225,8 @@ class _Job:
         micro = max(1, self.world.first(self._micro_tokens()) // training_ST.shape[1])
         schedule = Schedule(settings.steps, settings.batch, micro, seed=settings.seed)
         passes = settings.steps * settings.batch / micro / self.world.size
-        Keeping(tuned.blocks(), self.device, compile=passes > WORTH_COMPILING)
+        pays = passes > WORTH_COMPILING and tuned.mesh is None  # compiling parameters that come and go is untried
+        Keeping(tuned.blocks(), self.device, compile=pays)
         self.world.wait()  # for the folder
         state = read_state(work, [each.parameter for each in trained])
         tuner = Tuner(
