@@ -73,6 +73,12 @@ def test_products_of_many_tokens(tokens: int, threads: int, tiles: None, monkeyp
     assert got.dtype == torch.bfloat16 and (got.double() - exact).norm() < 2**-7 * exact.norm()
 
 
+def test_threads_that_are_not_to_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.Path, "read_text", lambda path: "7f00 r-xp 0 0 0 /lib/libc.so.6\n7f01 rw-p 0 0 0\n")
+    with pytest.warns(FallbackWarning, match="GOMP_parallel.*one thread"):
+        assert native.openmp.__wrapped__() is None
+
+
 def test_a_process_without_a_compiler_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "has_tiles", lambda: True)
     monkeypatch.setattr(native, "_permitted", lambda: True)

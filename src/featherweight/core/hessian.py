@@ -35,6 +35,9 @@ class HessianSum:
         """Adds the inputs of one batch, ... x C in any float dtype."""
         x_TC = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x_TC.shape[0]
+        if gram.takes(self.sum_CC, x_TC, x_TC):
+            gram.accumulate(self.sum_CC, x_TC, x_TC)  # whole, since it is laid out but once
+            return
         for start, stop in itertools.pairwise(self.edges):
             _accumulate(self.sum_CC[start:stop, start:], x_TC[:, start:stop], x_TC[:, start:])
 

@@ -22,7 +22,7 @@ from featherweight.core.serial import each, one_thread
 from featherweight.core.solution import Solution
 
 SLAB = 128
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 28}  # of the temporaries in `refit_scales`; a CPU's in its cache
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}  # of the temporaries in `refit_scales`; a CPU's in its cache
 
 
 def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Solution:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.formats.base import Solution
-from featherweight.native import address, amx, number, shared
+from featherweight.native import run
 
 PANEL, HALF, WORD = 32, 16, 8  # outputs of a panel and of a tile; codes of a word
 TOGETHER = 4  # panels that are floats at a time: 1 MB of 4096 inputs, half a core's cache
@@ -85,15 +85,8 @@ def _some(x_TC: Tensor, packed: Packed, y_TR: Tensor) -> None:
     """One pass over the weights."""
     tokens, columns = x_TC.shape
     group = columns // packed.scales.shape[1]
-    tiles = x_TC.new_empty(-(-tokens // PANEL) * PANEL * columns)
-    amx().lay_out(address(x_TC), number(tokens), number(columns), address(tiles))
-
-    def work(begin: int, end: int) -> None:
-        room = x_TC.new_empty(TOGETHER * PANEL * columns)
-        amx().multiply(
-            *(address(tiles), number(tokens), number(columns)),
-            *(address(packed.codes), address(packed.scales), address(packed.zeros), number(group)),
-            *(number(packed.rows), number(begin), number(end), address(y_TR), address(room), number(TOGETHER)),
-        )
-
-    shared(work, len(packed.codes), most=packed.rows * columns // LEAST_WORK)
+    blocks = -(-tokens // PANEL)
+    tiles = x_TC.new_empty(blocks * PANEL * columns)
+    run("lay_out", (x_TC, tokens, columns, tiles), blocks, tokens * columns // LEAST_WORK)
+    arguments = (tiles, tokens, columns, packed.codes, packed.scales, packed.zeros, group, packed.rows, y_TR, TOGETHER)
+    run("multiply", arguments, len(packed.codes), packed.rows * columns // LEAST_WORK)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ FLAGS = (
 NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
 COMPILERS = ("cc", "gcc", "clang")
 DIGEST_BYTES = 32
+OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b")
 COMPILE_S = 60.0
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux' numbers for asking to use tiles
 
@@ -102,21 +103,48 @@ def _sound(stored: bytes) -> bool:
     return hashlib.sha256(stored[:-DIGEST_BYTES]).digest() == stored[-DIGEST_BYTES:]
 
 
-def address(tensor: Tensor) -> ctypes.c_void_p:
-    """Where a tensor lies, for a C function; the caller keeps it alive."""
-    return ctypes.c_void_p(tensor.data_ptr())
+class _Call(ctypes.Structure):
+    """`Call` of amx.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("work", "number", "threads")),
+        ("count", ctypes.c_int64),
+        ("arguments", ctypes.c_void_p),
+    )
 
 
-def number(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)
+def run(name: str, arguments: Sequence[Tensor | int], count: int, most: int) -> None:
+    """A function of `amx.c` for 0 .. count - 1, dealt out to as many threads as torch has, at most `most`.
 
-
-def shared(work: Callable[[int, int], object], count: int, most: int) -> None:
-    """`work` of begin .. end - 1 on as many threads as torch has (at most `most`), 0 .. count - 1 dealt out to them."""
+    Tensors are passed as their addresses. The threads are torch's own, since others would share the cores with these,
+    which go on turning for some milliseconds after their work.
+    """
+    functions = amx()
+    work = getattr(functions, name)
+    given = (ctypes.c_int64 * len(arguments))(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
     threads = min(torch.get_num_threads(), count, most)
-    if threads <= 1:
-        work(0, count)
+    if threads <= 1 or openmp() is None:
+        work(given, ctypes.c_int64(0), ctypes.c_int64(count))
         return
-    edges = [count * n // threads for n in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, edges[:-1], edges[1:]))
+    library = openmp()
+    pointers = (
+        ctypes.cast(f, ctypes.c_void_p) for f in (work, library.omp_get_thread_num, library.omp_get_num_threads)
+    )
+    call = _Call(*pointers, count, ctypes.cast(given, ctypes.c_void_p))
+    library.GOMP_parallel(ctypes.cast(functions.part, ctypes.c_void_p), ctypes.byref(call), threads, 0)
+
+
+@cache
+def openmp() -> Any:
+    """The OpenMP library that torch has loaded; None, with a warning, where it has none with GNU's entry points."""
+    words = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    paths = {part[-1] for part in words if len(part) > 5 and OPENMP.match(Path(part[-1]).name)}
+    found = [ctypes.CDLL(path) for path in sorted(paths)]
+    usable = next((library for library in found if hasattr(library, "GOMP_parallel")), None)
+    if usable is None:
+        warnings.warn(
+            "torch has loaded no OpenMP library with GOMP_parallel: products in C run on one thread; use its wheels.",
+            FallbackWarning,
+            stacklevel=3,
+        )
+    return usable

@@ -13,6 +13,7 @@
      pairs  [panel][token / 32][half][16 pairs of tokens][16 columns][2], zeros behind the last column */
 #include <immintrin.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define STEP 32                 /* columns of one instruction */
@@ -86,20 +87,42 @@ static void block(const uint16_t *x, const uint16_t *v, int64_t columns, uint16_
     }
 }
 
-/* x (tokens x columns) in tiles. */
-void lay_out(const uint16_t *x, int64_t tokens, int64_t columns, uint16_t *to) {
-    for (int64_t first = 0; first < tokens; first += 32)
+/* Blocks begin .. end-1 of 32 tokens of x (tokens x columns) in tiles. */
+void lay_out(const int64_t *arguments, int64_t begin, int64_t end) {
+    const uint16_t *x = (const uint16_t *)arguments[0];
+    const int64_t tokens = arguments[1], columns = arguments[2];
+    uint16_t *to = (uint16_t *)arguments[3] + begin * columns * 32;
+    for (int64_t first = 32 * begin; first < 32 * end; first += 32)
         for (int64_t step = 0; step < columns / STEP; step++)
             for (int64_t row = 0; row < 32; row++, to += STEP)
                 if (first + row < tokens) memcpy(to, x + (first + row) * columns + step * STEP, 2 * STEP);
                 else memset(to, 0, 2 * STEP);
 }
 
-/* Panels begin .. end-1 of y (tokens x rows); `scratch` holds `together` panels as bfloat16. */
-void multiply(const uint16_t *x, int64_t tokens, int64_t columns, const uint32_t *codes, const float *scale,
-              const uint8_t *zero, int64_t group, int64_t rows, int64_t begin, int64_t end, uint16_t *y,
-              uint16_t *scratch, int64_t together) {
-    const int64_t groups = columns / group;
+/* What one of several threads does of a call: `number` and `threads` are OpenMP's, which this library does not link. */
+typedef struct {
+    void (*work)(const int64_t *arguments, int64_t begin, int64_t end);
+    int (*number)(void), (*threads)(void);
+    int64_t count;
+    const int64_t *arguments;
+} Call;
+
+void part(void *call) {
+    const Call *c = call;
+    const int64_t number = c->number(), threads = c->threads();
+    c->work(c->arguments, c->count * number / threads, c->count * (number + 1) / threads);
+}
+
+/* Panels begin .. end-1 of y (tokens x rows), `together` panels at a time. */
+void multiply(const int64_t *arguments, int64_t begin, int64_t end) {
+    const uint16_t *x = (const uint16_t *)arguments[0];
+    const int64_t tokens = arguments[1], columns = arguments[2], group = arguments[6], rows = arguments[7];
+    const uint32_t *codes = (const uint32_t *)arguments[3];
+    const float *scale = (const float *)arguments[4];
+    const uint8_t *zero = (const uint8_t *)arguments[5];
+    uint16_t *y = (uint16_t *)arguments[8];
+    const int64_t together = arguments[9], groups = columns / group;
+    uint16_t *scratch = aligned_alloc(64, 64 * together * columns); /* 32 rows of 2 bytes */
     configure();
     for (int64_t panel = begin; panel < end; panel += together) {
         const int64_t stop = panel + together < end ? panel + together : end;
@@ -112,11 +135,14 @@ void multiply(const uint16_t *x, int64_t tokens, int64_t columns, const uint32_t
                       tokens - first < 32 ? tokens - first : 32, rows - 32 * p > 16 ? 2 : 1);
     }
     _tile_release();
+    free(scratch);
 }
 
 /* Panels begin .. end-1 of a (tokens x columns, tokens a multiple of 32) as pairs. */
-void pair_up(const uint16_t *a, int64_t tokens, int64_t columns, int64_t begin, int64_t end, uint16_t *to) {
-    to += begin * tokens * 32;
+void pair_up(const int64_t *arguments, int64_t begin, int64_t end) {
+    const uint16_t *a = (const uint16_t *)arguments[0];
+    const int64_t tokens = arguments[1], columns = arguments[2];
+    uint16_t *to = (uint16_t *)arguments[3] + begin * tokens * 32;
     for (int64_t panel = begin; panel < end; panel++)
         for (int64_t token = 0; token < tokens; token += 32)
             for (int64_t column = 32 * panel; column < 32 * panel + 32; column += 16)
@@ -130,19 +156,37 @@ void pair_up(const uint16_t *a, int64_t tokens, int64_t columns, int64_t begin, 
                 }
 }
 
-/* Rows of a tile of pairs as columns. */
+/* Rows of a tile of pairs as columns (a gather for each column takes twice as long). */
 static void turn(const uint16_t *pairs, uint16_t *to) {
-    const __m512i rows = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16));
-    for (int column = 0; column < 16; column++)
-        _mm512_store_si512(to + 32 * column, _mm512_i32gather_epi32(rows, (const int32_t *)pairs + column, 4));
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(pairs + 32 * i);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) { /* r[i + j]: columns j, 4 + j, 8 + j, 12 + j of rows i .. i + 3 */
+        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_si512(to + 32 * j, _mm512_shuffle_i32x4(a, b, 0x88));
+        _mm512_storeu_si512(to + 32 * (4 + j), _mm512_shuffle_i32x4(c, d, 0x88));
+        _mm512_storeu_si512(to + 32 * (8 + j), _mm512_shuffle_i32x4(a, b, 0xdd));
+        _mm512_storeu_si512(to + 32 * (12 + j), _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
 }
 
 #define SPAN 16 /* steps of tokens at a time: two panels of them fit a core's nearest cache */
 
 /* Rows 32 begin .. of sum (ca x cb, `ld` apart; both multiples of 16), of pairs of a and of b. */
-void accumulate(const uint16_t *a, const uint16_t *b, int64_t tokens, int64_t ca, int64_t cb, int64_t begin, int64_t end,
-                float *sum, int64_t ld) {
+void accumulate(const int64_t *arguments, int64_t begin, int64_t end) {
+    const uint16_t *a = (const uint16_t *)arguments[0], *b = (const uint16_t *)arguments[1];
+    const int64_t tokens = arguments[2], ca = arguments[3], cb = arguments[4], ld = arguments[6];
+    float *sum = (float *)arguments[5];
     uint16_t turned[SPAN * 2 * TILE] __attribute__((aligned(64)));
     const int64_t steps = tokens / STEP, size = steps * 2 * TILE;
     configure();

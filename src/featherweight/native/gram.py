@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.native import address, amx, number, shared
+from featherweight.native import amx, run
 
 PANEL, STEP, LEAST = 32, 32, 16  # columns laid out together, tokens of one instruction, columns of a tile
 LEAST_WORK, LEAST_COPY = 1 << 26, 1 << 18  # products, and numbers laid out, for each thread: less than waking it takes
@@ -27,27 +27,17 @@ def accumulate(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:
     """sum += a^T b, in place; `takes` says when."""
     pairs_b = _pairs(b_TB)
     pairs_a = pairs_b if a_TA is b_TB else _pairs(a_TA)
-    sizes = [number(size) for size in (-(-len(a_TA) // STEP) * STEP, *sum_AB.shape)]
-    shared(
-        lambda begin, end: amx().accumulate(
-            *(address(pairs_a), address(pairs_b), *sizes, number(begin), number(end)),
-            *(address(sum_AB), number(sum_AB.stride(0))),
-        ),
-        -(-sum_AB.shape[0] // PANEL),
-        len(a_TA) * sum_AB.numel() // LEAST_WORK,
-    )
+    tokens = -(-len(a_TA) // STEP) * STEP
+    arguments = (pairs_a, pairs_b, tokens, *sum_AB.shape, sum_AB, sum_AB.stride(0))
+    run("accumulate", arguments, -(-sum_AB.shape[0] // PANEL), tokens * sum_AB.numel() // LEAST_WORK)
 
 
 def _pairs(a_TA: Tensor) -> Tensor:
     """As tiles want the second factor; tokens filled up with zeros to whole steps."""
     tokens, columns = a_TA.shape
-    whole_TA = functional.pad(a_TA, (0, 0, 0, -tokens % STEP)).contiguous()
+    missing = -tokens % STEP
+    whole_TA = functional.pad(a_TA, (0, 0, 0, missing)) if missing else a_TA.contiguous()
     panels = -(-columns // PANEL)
     pairs = torch.empty(panels * PANEL * len(whole_TA), dtype=torch.bfloat16)
-    sizes = number(len(whole_TA)), number(columns)
-    shared(
-        lambda begin, end: amx().pair_up(address(whole_TA), *sizes, number(begin), number(end), address(pairs)),
-        panels,
-        whole_TA.numel() // LEAST_COPY,
-    )
+    run("pair_up", (whole_TA, len(whole_TA), columns, pairs), panels, whole_TA.numel() // LEAST_COPY)
     return pairs
