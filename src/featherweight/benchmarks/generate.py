@@ -21,7 +21,8 @@ from featherweight.benchmarks.timing import machine
 from featherweight.codec import words_for
 from featherweight.core.rules import Grid
 from featherweight.errors import RequestError
-from featherweight.evaluate.decode import Decoder
+from featherweight.evaluate import fused
+from featherweight.evaluate.decode import Decoder, How
 from featherweight.evaluate.size import read_bytes
 from featherweight.formats import by_name
 from featherweight.linear import CompressedLinear
@@ -45,7 +46,7 @@ class Plan:
         grid: of the compressed matrices of the blocks; head_bits those of the head, 16 leaves it.
         kernel: that multiplies by them.
         context: tokens before the first that is timed; tokens that are.
-        compile: whether torch.compile fuses what is between the matrices.
+        how: a token's step is made (`Decoder`).
     """
 
     shapes: str
@@ -56,7 +57,7 @@ class Plan:
     head_bits: int = 16
     context: int = 1024
     tokens: int = 64
-    compile: bool = False
+    how: How = "fused"
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "shapes": plan.shapes,
         "blocks": plan.blocks or named(plan.shapes).layers,
         "context": plan.context,
-        "compiled": plan.compile,
+        "step": plan.how,
         "rows": rows,
         "speedup": rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"],
     }
@@ -129,7 +130,7 @@ def _measured(plan: Plan, compressed: bool) -> dict[str, Any]:
     model = build(plan, compressed)
     kernels = sorted({module.kernel.name for module in model.modules() if isinstance(module, CompressedLinear)})
     ids_T = torch.randint(model.config.vocab_size, (plan.context,), device=plan.device)
-    decoder = Decoder(model, plan.context + plan.tokens + ROUND, plan.compile)
+    decoder = Decoder(model, plan.context + plan.tokens + ROUND, plan.how)
     token = decoder.begin(ids_T).argmax()
     token, _ = _decode(decoder, token, ROUND, plan.device)
     ready = time.perf_counter() - began
@@ -145,7 +146,9 @@ def _measured(plan: Plan, compressed: bool) -> dict[str, Any]:
         "ms_per_token": 1e3 * per_token,
         "read_bytes": nbytes,
         "read_gbps": nbytes / per_token / 1e9,
+        "fused": isinstance(decoder.step, fused.Step),
         "graph": decoder.graph is not None,
+        "memory_bytes": torch.cuda.memory_allocated(plan.device) if plan.device.type == "cuda" else None,
         "until_ready_s": ready,
     }
 

@@ -1,7 +1,8 @@
 """One sequence, token by token, with keys and values in memory of fixed size; on a GPU a token is one CUDA graph.
 
 Of the small launches between the matrices, a graph takes away what it costs to start them, which is several times the
-GPU's work for one token. `compile` also fuses them, for the minute or so that torch.compile takes.
+GPU's work for one token. What is left of them is fused where the model is found to be made of known pieces (`fused`),
+and else runs as the model's own modules do.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -9,17 +10,20 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from featherweight.errors import FallbackWarning
+from featherweight.evaluate import fused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WARM_UP = 2
+How = Literal["fused", "modules", "compiled"]
 
 
 def unsuited(model: PreTrainedModel) -> str | None:
@@ -42,24 +46,32 @@ class Decoder:
     Args:
         model: a causal language model of transformers, for which `unsuited` is None.
         length: the most tokens, the prompt's among them.
-        compile: fuse what is between the matrices, too.
+        how: what a token is made of: "fused" takes few launches of our own for all that lies between the products (and
+            with a FallbackWarning the modules, where they are found to do something else), "modules" the model's own,
+            "compiled" those by torch.compile, which takes a minute or so.
     """
 
-    def __init__(self, model: PreTrainedModel, length: int, compile: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, length: int, how: How = "fused") -> None:
         from transformers import StaticCache
 
         self.model: Any = model
-        self.step: Any = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        self.how = how
         self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.step: Callable[[Tensor], Tensor] = self._by_modules
         self.token: Tensor | None = None  # 1 x 1: what a graph reads
         self.logits_V: Tensor | None = None  # and writes
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def begin(self, ids_T: Tensor) -> Tensor:
-        """The logits after a prompt (int64), V. On a GPU the next token's graph is made too."""
-        logits_V = self._forward(self.model, ids_T.unsqueeze(0)).clone()
+        """The logits after a prompt (int64), V. The next token's step is made too, and on a GPU its graph."""
+        logits_V = self._logits(self.model, ids_T.unsqueeze(0)).clone()
         self.token = ids_T[-1:].clone().unsqueeze(0)
+        if self.how == "compiled":
+            compiled = torch.compile(self.model, fullgraph=True, dynamic=False)
+            self.step = lambda token: self._logits(compiled, token)
+        elif self.how == "fused":
+            self._fuse(self.token)
         if ids_T.is_cuda:
             self._capture()
         return logits_V
@@ -70,33 +82,57 @@ class Decoder:
         assert self.token is not None, "begin first"
         self.token.copy_(token.view(1, 1))
         if self.graph is None:
-            return self._forward(self.step, self.token)
+            return self.step(self.token)
         self.graph.replay()
         assert self.logits_V is not None
         return self.logits_V
 
-    def _forward(self, model: Any, ids: Tensor) -> Tensor:
+    def _logits(self, model: Any, ids: Tensor) -> Tensor:
         found: Tensor = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         return found
+
+    def _by_modules(self, token: Tensor) -> Tensor:
+        return self._logits(self.model, token)
+
+    def _fuse(self, token: Tensor) -> None:
+        """Take the fused step where it is the model's own; else keep the modules, and say why."""
+        try:
+            self.step = fused.find(self.model, self.cache, token, self._tried)
+        except Exception as error:  # not the model's step, or Triton: a missing compiler, an old GPU, a kind for each
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            message = f"tokens take the model's own modules, several times the launches, since {reason}."
+            warnings.warn(message, FallbackWarning, stacklevel=3)
+
+    def _tried(self, token: Tensor) -> Tensor:
+        """The logits by the modules, after which the cache is where it was."""
+        logits_V = self._by_modules(token)
+        for position in self._positions():
+            position.sub_(1)
+        return logits_V
+
+    def _positions(self) -> list[Tensor]:
+        """What a step counts up."""
+        if isinstance(self.step, fused.Step):
+            return [self.step.position]
+        return [_position(layer) for layer in self.cache.layers]
 
     def _capture(self) -> None:
         """Run the step until nothing is made for the first time any more, then once more into a graph."""
         assert self.token is not None
-        positions = [_position(layer) for layer in self.cache.layers]
-        before = [position.clone() for position in positions]
+        positions = self._positions()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self._forward(self.step, self.token)
-                for position, start in zip(positions, before, strict=True):
-                    position.copy_(start)
+                self.step(self.token)
+                for position in positions:
+                    position.sub_(1)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.logits_V = self._forward(self.step, self.token)
+                self.logits_V = self.step(self.token)
         except RuntimeError as error:
             warnings.warn(
                 f"tokens are launched kernel by kernel, since no CUDA graph could be made ({str(error)[:200]}).",
