@@ -28,16 +28,26 @@ How = Literal["fused", "modules", "compiled"]
 
 def unsuited(model: PreTrainedModel) -> str | None:
     """Why a token of this model cannot be one CUDA graph, in a few words; None when it can."""
-    from transformers import StaticCache
-
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers says that a {type(model).__name__} is no single graph"
-    layers = StaticCache(config=model.config, max_cache_len=1).layers
-    # A sliding window moves by decisions in Python, which a graph would take once and for all; so would positions that
-    # are no tensors.
-    if any(layer.is_sliding or not isinstance(_position(layer), Tensor) for layer in layers):
+    # A graph takes decisions in Python once and for all, and positions that are no tensors too.
+    if any(not isinstance(_position(layer), Tensor) for layer in _cache(model, 1).layers):
         return f"the keys of a {type(model).__name__} are not all kept in place"
     return None
+
+
+def _cache(model: PreTrainedModel, length: int) -> Any:
+    """Memory for keys and values, in place. Layers with a sliding window get all positions: they would move their
+    memory by decisions in Python, and the mask hides what lies outside of a window."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is StaticSlidingWindowLayer:
+            cache.layers[index] = StaticLayer(max_cache_len=length)
+            cache.layers[index].window = layer.max_cache_len  # type: ignore[attr-defined]
+    return cache
 
 
 class Decoder:
@@ -52,11 +62,9 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, length: int, how: How = "fused") -> None:
-        from transformers import StaticCache
-
         self.model: Any = model
         self.how = how
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.cache = _cache(model, length)
         self.step: Callable[[Tensor], Tensor] = self._by_modules
         self.token: Tensor | None = None  # 1 x 1: what a graph reads
         self.logits_V: Tensor | None = None  # and writes
@@ -97,18 +105,11 @@ class Decoder:
     def _fuse(self, token: Tensor) -> None:
         """Take the fused step where it is the model's own; else keep the modules, and say why."""
         try:
-            self.step = fused.find(self.model, self.cache, token, self._tried)
+            self.step = fused.find(self.model, self.cache, token, self._by_modules)
         except Exception as error:  # not the model's step, or Triton: a missing compiler, an old GPU, a kind for each
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             message = f"tokens take the model's own modules, several times the launches, since {reason}."
             warnings.warn(message, FallbackWarning, stacklevel=3)
-
-    def _tried(self, token: Tensor) -> Tensor:
-        """The logits by the modules, after which the cache is where it was."""
-        logits_V = self._by_modules(token)
-        for position in self._positions():
-            position.sub_(1)
-        return logits_V
 
     def _positions(self) -> list[Tensor]:
         """What a step counts up."""

@@ -95,24 +95,50 @@ class Seen:
 
 @torch.no_grad()
 def find(model: Any, cache: Any, token: Tensor, forward: Callable[[Tensor], Tensor]) -> Step:
-    """The step of a model whose `cache` holds a prompt; `forward` is the model's own step, after which the cache's
-    positions are as before. Raises NotFound where this is no model of known pieces, or does anything beside them.
+    """The step of a model, checked at the next position and at the last one there is memory for.
+
+    Args:
+        cache: transformers' static one, which holds a prompt; left as it was, but for keys and values of positions that
+            are yet to be written.
+        token: any (1 x 1).
+        forward: the model's own step: logits of a token.
+
+    Raises NotFound where this is no model of known pieces, or does anything beside them.
     """
     paths = [path for path, module in model.named_modules() if _attention(module) is not None]
     if not paths:
         raise NotFound("no block has q_proj, k_proj, v_proj and o_proj")
-    with _watch(model, paths) as seen:
-        want_V = forward(token).clone()
+    capped = [name for name, value in model.config.get_text_config().to_dict().items() if "softcap" in name and value]
+    if capped:
+        raise NotFound(f"{capped[0]} is set")
+    counters = [layer.cumulative_length for layer in cache.layers]
+    start, last = int(counters[0]), cache.layers[0].keys.shape[2] - 1
+    position = counters[0].clone()
+    step = None
+    try:
+        for at in sorted({start, last}):
+            for counter in counters:
+                counter.fill_(at)
+            with _watch(model, paths) as seen:
+                want_V = forward(token).clone()
+            step = step or _found(model, cache, seen, paths, position)
+            position.fill_(at)
+            _check(step, seen, paths, token, want_V)
+    finally:
+        for counter in (*counters, position):
+            counter.fill_(start)
+    assert step is not None
+    return step
+
+
+def _found(model: Any, cache: Any, seen: Seen, paths: list[str], position: Tensor) -> Step:
+    """What a model seems to be, by what its modules were given."""
     if not set(paths) <= set(seen.outputs):
         raise NotFound("not every block was called")
-    position = torch.as_tensor(cache.layers[0].cumulative_length).to(token.device).clone()
     tables: dict[int, tuple[Tensor, Tensor]] = {}
     blocks = tuple(_block(model.get_submodule(path), cache, seen, path, position, tables) for path in paths)
-    step = Step(
-        model.get_input_embeddings(), blocks, _final_norm(seen, paths), model.get_output_embeddings(), position
-    )
-    _check(step, seen, paths, token, want_V)
-    return step
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return Step(embed, blocks, _final_norm(seen, paths), head, position)
 
 
 def _attention(module: nn.Module) -> Any:
@@ -186,6 +212,9 @@ def _norm(module: nn.Module, name: str, path: str) -> Norm:
 def _heads(attention: Any, layer: Any, path: str) -> Heads:
     width, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
     rows = [getattr(attention, name).out_features for name in QKV]
+    children = {name for name, _ in attention.named_children()}
+    if attention._parameters or not children <= {*QKV, "o_proj", "q_norm", "k_norm"}:
+        raise NotFound(f"{path} attends with more than q, k, v and o")
     if not isinstance(width, int) or not isinstance(scale, float) or rows[1] != rows[2]:
         raise NotFound(f"{path} attends in another way")
     if layer.keys.shape[1] * width != rows[1] or rows[0] % rows[1] or attention.o_proj.in_features != rows[0]:
@@ -196,7 +225,8 @@ def _heads(attention: Any, layer: Any, path: str) -> Heads:
     )
     if (q_norm is None) != (k_norm is None) or any(each and len(each.gain_D) != width for each in (q_norm, k_norm)):
         raise NotFound(f"{path} has norms over more than a head")
-    return Heads(rows[0] // width, rows[1] // width, width, scale, layer.keys.shape[2], q_norm, k_norm)
+    window = getattr(layer, "window", layer.keys.shape[2])
+    return Heads(rows[0] // width, rows[1] // width, width, scale, window, q_norm, k_norm)
 
 
 def _mlp(module: nn.Module, attention: nn.Module, path: str) -> Callable[[Tensor], Tensor]:
