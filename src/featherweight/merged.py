@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featherweight.formats import AnySolution, Solution, by_name
-from featherweight.kernels import Run, pick
+from featherweight.kernels import Restorable, Run, pick
 from featherweight.linear import CompressedLinear
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -62,7 +63,16 @@ class Merged:
                 self._run = first.kernel.prepare(codes, solution.grid, codes.pack(solution), first.dtype)
                 biases: list[Tensor] = [each.bias for each in self.layers if each.bias is not None]
                 self._bias_R = torch.cat(biases) if biases else None
+                if isinstance(self._run, Restorable):
+                    self._release(self._run.solution)
         return True
+
+    def _release(self, solution: Callable[[], Solution]) -> None:
+        """Let the layers' own tensors go: each is made of its rows of the whole where it is asked for."""
+        start = 0
+        for layer, size in zip(self.layers, self.sizes, strict=True):
+            layer.release(partial(_rows, solution, start, start + size))
+            start += size
 
     def whole(self, x_TC: Tensor) -> Tensor:
         """The rows of all layers side by side, after `prepare`."""
@@ -144,6 +154,10 @@ def _siblings(model: nn.Module) -> Iterator[list[CompressedLinear]]:
             layers = [getattr(parent, name, None) for name in names]
             if all(isinstance(layer, CompressedLinear) for layer in layers):
                 yield layers  # type: ignore[misc]
+
+
+def _rows(solution: Callable[[], Solution], start: int, stop: int) -> Solution:
+    return solution().rows(start, stop)
 
 
 def _stacked(solutions: Sequence[AnySolution]) -> Solution:
