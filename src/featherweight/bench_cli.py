@@ -89,7 +89,10 @@ def generate(
     context: Annotated[int, typer.Option(help="Tokens before the first that is timed.")] = 1024,
     tokens: Annotated[int, typer.Option(help="Tokens that are timed.")] = 64,
     blocks: Annotated[int | None, typer.Option(help="Only so many of the model's blocks.")] = None,
-    step: Annotated[str, typer.Option(help="Of a token: fused, modules (transformers' own) or compiled.")] = "fused",
+    step: Annotated[
+        Literal["fused", "modules", "compiled"],
+        typer.Option(help="Of a token: fused, by transformers' own modules, or those compiled."),
+    ] = "fused",
     device: Device = "auto",
 ) -> None:
     """Tokens a second of a random model at batch 1, compressed and in bfloat16."""

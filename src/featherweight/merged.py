@@ -138,9 +138,9 @@ def _one_matrix(layers: Sequence[nn.Linear]) -> Tensor:
     """Their weights below one another, of which each layer's is from now on a view."""
     weights = [layer.weight.detach() for layer in layers]
     first = weights[0]
-    starts = accumulate((each.numel() for each in weights), initial=first.storage_offset())
-    shared = {each.untyped_storage().data_ptr() for each in weights} == {first.untyped_storage().data_ptr()}
-    if shared and all(each.is_contiguous() and each.storage_offset() == at for each, at in zip(weights, starts, strict=False)):
+    starts = list(accumulate((each.numel() for each in weights[:-1]), initial=first.storage_offset()))
+    shared = len({each.untyped_storage().data_ptr() for each in weights}) == 1
+    if shared and [each.storage_offset() for each in weights] == starts and all(map(Tensor.is_contiguous, weights)):
         return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
     weight_RC = torch.cat(weights)
     for layer, part_RC in zip(layers, weight_RC.split([len(each) for each in weights]), strict=True):

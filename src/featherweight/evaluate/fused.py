@@ -199,7 +199,7 @@ def _norms(module: nn.Module, path: str) -> tuple[Norm | None, ...]:
     names = next((row for row in NORMS if {name for name in row if name} == there), None)
     if names is None:
         raise NotFound(f"{path} has other norms: {', '.join(sorted(there))}")
-    return tuple(name and _norm(module, name, path) for name in names)
+    return tuple(None if name is None else _norm(module, name, path) for name in names)
 
 
 def _norm(module: nn.Module, name: str, path: str) -> Norm:
@@ -252,7 +252,8 @@ def _table(seen: Seen, turn: tuple[Tensor, Tensor], length: int) -> tuple[Tensor
     for module, args, kwargs, output in seen.rotary:
         if output[0] is not turn[0]:
             continue
-        numbers = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and not each.is_floating_point()]
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        numbers = [each for each in tensors if not each.is_floating_point()]
         if len(numbers) != 1 or numbers[0].shape != (1, 1):
             break
         every = torch.arange(length, device=turn[0].device).unsqueeze(0)

@@ -8,6 +8,7 @@ Shapes: T tokens, D width of the model, I inner width, H heads, W width of a hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -187,8 +188,9 @@ def attend_by_triton(qkv_J: Tensor, heads: Heads, memory: Memory) -> Tensor:
 @cache
 def _scratch(device: torch.device, keys: int, group: int, pad: int, splits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Parts, their greatest scores and sums, and how many have ended: one after another all launches use the same."""
-    part = torch.empty(keys * splits * group * pad, device=device)
-    return part, torch.empty(2 * keys * splits * group, device=device), torch.zeros(keys, dtype=torch.int32, device=device)
+    parts = keys * splits * group
+    part, most = torch.empty(parts * pad, device=device), torch.empty(2 * parts, device=device)
+    return part, most, torch.zeros(keys, dtype=torch.int32, device=device)
 
 
 @cache

@@ -184,7 +184,7 @@ def attend(
         best_G = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
         total_G = tl.zeros((ROWS,), dtype=tl.float32)
         sum_GD = tl.zeros((ROWS, PAD), dtype=tl.float32)
-        for block in range(first + split, blocks, SPLITS):
+        for _ in range(first + split, blocks, SPLITS):
             score_GN = tl.dot(q_GD, tl.trans(keys_ND), input_precision="ieee") * (scale * LOG2_E)
             score_GN = tl.where(((key_N >= oldest) & (key_N < position))[None, :], score_GN, float("-inf"))
             new_G = tl.maximum(best_G, tl.max(score_GN, 1))

@@ -45,7 +45,7 @@ def rms_norm_of(module: object) -> tuple[Tensor, float] | None:
 
 @torch.no_grad()
 def activation_of(function: object, known: Mapping[str, Callable[[Tensor], Tensor]]) -> str | None:
-    """Under which name `known` has a function of one number, found by comparing them from -8 to 8; None if it has not."""
+    """The name by which `known` has a function of one number, found by comparing them from -8 to 8; None without."""
     if not callable(function):
         return None
     first = next(chain(function.parameters(), function.buffers()), None) if isinstance(function, nn.Module) else None
