@@ -63,7 +63,7 @@ def join(
 
 @triton.jit
 def tanh(x):
-    return 1 - 2 / (1 + tl.exp(2 * x))
+    return 1 - 2 / (1 + tl.exp(2 * tl.minimum(x, 20.0)))
 
 
 @triton.jit
