@@ -127,6 +127,8 @@ def test_bench_generate(tiny: str) -> None:
     assert (dense["weights"], ours["weights"]) == ("bfloat16", "4 bits") and ours["kernels"] == ["cpu-int4"]
     assert ran.last["speedup"] == pytest.approx(ours["tokens_per_s"] / dense["tokens_per_s"])
     assert ran.last["blocks"] == 2 and not dense["graph"]
+    assert dense["fused"] and ours["fused"], "both in the same launches"
+    assert ours["share_of_read"] == pytest.approx(ours["read_gbps"] / ran.last["peak_read_gbps"])
     linears = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 256)
     assert dense["read_bytes"] == 2 * (linears + 100 * 128 + 5 * 128)
 

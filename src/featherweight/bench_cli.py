@@ -103,7 +103,7 @@ def generate(
         *(context, tokens, step),
     )
     found = bench.run(plan)
-    columns = ["weights", "tokens_per_s", "ms_per_token", "read_gbps", "until_ready_s"]
+    columns = ["weights", "tokens_per_s", "ms_per_token", "read_gbps", "share_of_read", "memory_gib", "until_ready_s"]
     console.table(columns, [[row[column] for column in columns] for row in found["rows"]])
     console.last_line(found)
 

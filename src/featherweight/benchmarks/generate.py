@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from featherweight.benchmarks import timing
 from featherweight.benchmarks.shapes import named
-from featherweight.benchmarks.timing import machine
 from featherweight.codec import words_for
 from featherweight.core.rules import Grid
 from featherweight.errors import RequestError
@@ -66,9 +66,12 @@ def run(plan: Plan) -> dict[str, Any]:
         raise RequestError(
             f"{plan.tokens} tokens after {plan.context} were asked for, and {ROUND} or more after 1 or more are timed."
         )
+    peak_gbps = timing.read_gbps(plan.device)
     rows = [_measured(plan, compressed) for compressed in (False, True)]
+    rows = [{**row, "share_of_read": row["read_gbps"] / peak_gbps} for row in rows]
     return {
-        "machine": machine(plan.device),
+        "machine": timing.machine(plan.device),
+        "peak_read_gbps": peak_gbps,
         "shapes": plan.shapes,
         "blocks": plan.blocks or named(plan.shapes).layers,
         "context": plan.context,
@@ -148,7 +151,7 @@ def _measured(plan: Plan, compressed: bool) -> dict[str, Any]:
         "read_gbps": nbytes / per_token / 1e9,
         "fused": isinstance(decoder.step, fused.Step),
         "graph": decoder.graph is not None,
-        "memory_bytes": torch.cuda.memory_allocated(plan.device) if plan.device.type == "cuda" else None,
+        "memory_gib": torch.cuda.memory_allocated(plan.device) / 2**30 if plan.device.type == "cuda" else None,
         "until_ready_s": ready,
     }
 
