@@ -29,7 +29,7 @@ def memory(keys: int, length: int, width: int, rotary: int, position: int) -> Me
     return Memory(*held, angles.cos(), angles.sin(), torch.tensor([position], device=DEVICE))
 
 
-@pytest.mark.parametrize("width", [48, 1024])
+@pytest.mark.parametrize("width", [48, 256])
 @pytest.mark.parametrize("parts", ["gain", "delta+gain", "delta+post+gain", "delta+post"])
 def test_residual_and_norms_in_one_launch(width: int, parts: str) -> None:
     x_TD = torch.randn(3, width, device=DEVICE)
@@ -62,7 +62,7 @@ def test_nothing_to_add_and_no_norm_is_the_row_itself() -> None:
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_gates(name: str) -> None:
-    y_TJ = 4 * torch.randn(2, 2 * 1100, device=DEVICE)
+    y_TJ = 4 * torch.randn(1, 2 * 1100, device=DEVICE)
     want = ACTIVATIONS[name](y_TJ[:, :1100].double()) * y_TJ[:, 1100:].double()
     for got in (gate(y_TJ, name), decode.gate_by_triton(y_TJ, name)):
         torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-5)
@@ -70,13 +70,11 @@ def test_gates(name: str) -> None:
 
 # query heads, key heads, width, rotary width, positions, how many tokens are there, window, norms
 CASES = [
-    (4, 2, 16, 16, 100, 0, 1000, False),  # nothing before it
-    (4, 2, 16, 16, 100, 31, 1000, False),
-    (4, 2, 16, 16, 100, 32, 1000, True),  # a whole tile
-    (8, 1, 80, 40, 300, 299, 1000, True),  # the last position, ragged heads, half of them turned
-    (4, 4, 32, 32, 200, 150, 5000, False),  # more tiles than splits
-    (6, 2, 32, 32, 400, 333, 50, False),  # a window
-    (2, 2, 16, 8, 400, 64, 64, False),  # that begins inside of a tile
+    (4, 2, 16, 16, 40, 0, 1000, False),  # nothing before it
+    (4, 2, 16, 16, 100, 32, 1000, True),  # whole tiles
+    (3, 1, 24, 12, 80, 79, 1000, True),  # the last position, ragged heads, half of them turned
+    (2, 2, 16, 8, 200, 150, 5000, False),  # more tiles than splits
+    (4, 2, 16, 16, 100, 77, 20, False),  # a window that begins inside of a tile
 ]
 
 
