@@ -66,8 +66,8 @@ class Decoder:
         self.how = how
         self.cache = _cache(model, length)
         self.step: Callable[[Tensor], Tensor] = self._by_modules
-        self.token: Tensor | None = None  # 1 x 1: what a graph reads
-        self.logits_V: Tensor | None = None  # and writes
+        self.token: Tensor | None = None  # 1 x 1: what a step reads; then, the likeliest after it
+        self.logits_V: Tensor | None = None  # what a graph writes
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
@@ -82,18 +82,31 @@ class Decoder:
             self._fuse(self.token)
         if ids_T.is_cuda:
             self._capture()
+        self.token.copy_(logits_V.argmax())
         return logits_V
 
     @torch.no_grad()
-    def next(self, token: Tensor) -> Tensor:
-        """The logits after one more token (int64, one element), V; a graph writes them to the same place each time."""
+    def next(self, token: Tensor | None = None) -> Tensor:
+        """The logits after one more token (int64, one element), V; a graph writes them to the same place each time.
+
+        None takes the likeliest token, which `token` holds, as it does the likeliest one afterwards: so tokens follow
+        one another without the host looking at them.
+        """
         assert self.token is not None, "begin first"
-        self.token.copy_(token.view(1, 1))
+        if token is not None:
+            self.token.copy_(token.view(1, 1))
         if self.graph is None:
-            return self.step(self.token)
+            return self._advance()
         self.graph.replay()
         assert self.logits_V is not None
         return self.logits_V
+
+    def _advance(self) -> Tensor:
+        """One step, and its likeliest token in the place of the one it was given."""
+        assert self.token is not None
+        logits_V = self.step(self.token)
+        self.token.copy_(logits_V.argmax())
+        return logits_V
 
     def _logits(self, model: Any, ids: Tensor) -> Tensor:
         found: Tensor = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
@@ -119,13 +132,12 @@ class Decoder:
 
     def _capture(self) -> None:
         """Run the step until nothing is made for the first time any more, then once more into a graph."""
-        assert self.token is not None
         positions = self._positions()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self.step(self.token)
+                self._advance()
                 for position in positions:
                     position.sub_(1)
         torch.cuda.current_stream().wait_stream(side)
@@ -133,7 +145,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.logits_V = self.step(self.token)
+                self.logits_V = self._advance()
         except RuntimeError as error:
             warnings.warn(
                 f"tokens are launched kernel by kernel, since no CUDA graph could be made ({str(error)[:200]}).",

@@ -24,7 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 GATE_TILE = 1024
 SPLITS = 32  # of the keys, at most
-KEYS = 64  # of a tile
+KEYS, ATTEND_WARPS = 64, 4  # of a tile
+JOIN_COLUMNS = 256  # of a warp
 PDL_FROM = 9  # compute capability
 
 
@@ -137,7 +138,7 @@ def join_by_triton(
         HAS_DELTA=delta_TD is not None,
         HAS_POST=post is not None and delta_TD is not None,
         HAS_GAIN=norm is not None,
-        num_warps=max(1, min(16, tile // 256)),
+        num_warps=max(1, min(16, tile // JOIN_COLUMNS)),
         **_early(x_TD.device),
     )
     return sum_TD, out_TD
@@ -179,7 +180,7 @@ def attend_by_triton(qkv_J: Tensor, heads: Heads, memory: Memory) -> Tensor:
         BLOCK=KEYS,
         SPLITS=splits,
         NORM=q_norm is not None,
-        num_warps=4,
+        num_warps=ATTEND_WARPS,
         **_early(qkv_J.device),
     )
     return out_J
