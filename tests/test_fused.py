@@ -101,6 +101,19 @@ def test_a_compressed_model(tmp_path: Path, text: Path) -> None:
     torch.testing.assert_close(got_TV, want_TV, rtol=1e-4, atol=1e-4)
 
 
+def test_the_same_tokens_as_transformers_writes() -> None:
+    model, ids = featherweight.load("feather-tiny", "cpu", torch.float32), token_ids(1, 6)
+    with torch.no_grad():
+        want = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)[0, 6:]
+    decoder = Decoder(model, 26)
+    decoder.begin(ids[0])
+    got = []
+    for _ in range(20):
+        got.append(int(decoder.token))  # type: ignore[arg-type]
+        decoder.next()
+    assert isinstance(decoder.step, fused.Step) and got == want.tolist()
+
+
 def test_dense_layers_multiply_as_one_and_keep_their_values() -> None:
     layers = [nn.Linear(8, rows) for rows in (4, 2, 2)]
     before, x = copy.deepcopy(layers), torch.randn(3, 8)
