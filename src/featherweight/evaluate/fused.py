@@ -1,9 +1,10 @@
 """One token of a decoder in few launches: what its blocks compute, found in the modules and checked against them.
 
 A block is taken apart into norms, q/k/v, attention, a gated MLP and residuals by the names nearly all families give
-them; what was found is then held against what the block's own modules make of a real token, each block by itself and
-the logits in the end. Where anything differs, nothing is taken: there is no file for a family, and no family's
-peculiarity can go unnoticed.
+them; what was found is then held against what the block's own modules make of a token, each block by itself and the
+logits in the end, right after the prompt and at the last position there is memory for (where windows, and all that
+depends on the position, show). Where anything differs nothing is taken, so there is no file for a family. Caps on
+scores and logits, which would show in large ones only, are refused by their name.
 
 Shapes: T tokens (one), D width, J everything q/k/v make, V vocabulary, L positions.
 """
