@@ -21,7 +21,6 @@ from featherweight.benchmarks.shapes import named
 from featherweight.codec import words_for
 from featherweight.core.rules import Grid
 from featherweight.errors import RequestError
-from featherweight.evaluate import fused
 from featherweight.evaluate.decode import Decoder, How
 from featherweight.evaluate.size import read_bytes
 from featherweight.formats import by_name
@@ -147,7 +146,7 @@ def _measured(plan: Plan, compressed: bool) -> dict[str, Any]:
         "ms_per_token": 1e3 * per_token,
         "read_bytes": nbytes,
         "read_gbps": nbytes / per_token / 1e9,
-        "fused": isinstance(decoder.step, fused.Step),
+        "fused": decoder.step is not None,
         "graph": decoder.graph is not None,
         "memory_gib": torch.cuda.memory_allocated(plan.device) / 2**30 if plan.device.type == "cuda" else None,
         "until_ready_s": ready,

@@ -10,7 +10,7 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -65,7 +65,8 @@ class Decoder:
         self.model: Any = model
         self.how = how
         self.cache = _cache(model, length)
-        self.step: Callable[[Tensor], Tensor] = self._by_modules
+        self.runs: Any = model  # the model, or what torch.compile made of it
+        self.step: fused.Step | None = None
         self.token: Tensor | None = None  # 1 x 1: what a step reads; then, the likeliest after it
         self.logits_V: Tensor | None = None  # what a graph writes
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -76,8 +77,7 @@ class Decoder:
         logits_V = self._logits(self.model, ids_T.unsqueeze(0)).clone()
         self.token = ids_T[-1:].clone().unsqueeze(0)
         if self.how == "compiled":
-            compiled = torch.compile(self.model, fullgraph=True, dynamic=False)
-            self.step = lambda token: self._logits(compiled, token)
+            self.runs = torch.compile(self.model, fullgraph=True, dynamic=False)
         elif self.how == "fused":
             self._fuse(self.token)
         if ids_T.is_cuda:
@@ -104,7 +104,7 @@ class Decoder:
     def _advance(self) -> Tensor:
         """One step, and its likeliest token in the place of the one it was given."""
         assert self.token is not None
-        logits_V = self.step(self.token)
+        logits_V = self._logits(self.runs, self.token) if self.step is None else self.step(self.token)
         self.token.copy_(logits_V.argmax())
         return logits_V
 
@@ -112,13 +112,10 @@ class Decoder:
         found: Tensor = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         return found
 
-    def _by_modules(self, token: Tensor) -> Tensor:
-        return self._logits(self.model, token)
-
     def _fuse(self, token: Tensor) -> None:
         """Take the fused step where it is the model's own; else keep the modules, and say why."""
         try:
-            self.step = fused.find(self.model, self.cache, token, self._by_modules)
+            self.step = fused.find(self.model, self.cache, token, partial(self._logits, self.model))
         except Exception as error:  # not the model's step, or Triton: a missing compiler, an old GPU, a kind for each
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             message = f"tokens take the model's own modules, several times the launches, since {reason}."
@@ -126,7 +123,7 @@ class Decoder:
 
     def _positions(self) -> list[Tensor]:
         """What a step counts up."""
-        if isinstance(self.step, fused.Step):
+        if self.step is not None:
             return [self.step.position]
         return [_position(layer) for layer in self.cache.layers]
 
