@@ -13,6 +13,8 @@ from featherweight.benchmarks.timing import MOST_COPIES, copies, excess_error, m
 from featherweight.core.rules import Grid
 from featherweight.errors import RequestError
 from featherweight.formats import by_name
+from featherweight.kernels.w4a16_hopper import W4A16Hopper
+from featherweight.kernels.wna16 import WNA16
 from featherweight.linear import CompressedLinear
 from runs import featherweight
 
@@ -119,7 +121,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def test_bench_generate(tiny: str) -> None:
+def test_bench_generate(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate.timing, "read_gbps", lambda device: 20.0)
     options = ("--context", 8, "--tokens", 16, "--blocks", 2, "--group-size", 64, "--asymmetric", "--device", "cpu")
     ran = featherweight("bench", "generate", "--shapes", tiny, *options)
     assert ran.code == 0, ran.err
@@ -127,8 +130,21 @@ def test_bench_generate(tiny: str) -> None:
     assert (dense["weights"], ours["weights"]) == ("bfloat16", "4 bits") and ours["kernels"] == ["cpu-int4"]
     assert ran.last["speedup"] == pytest.approx(ours["tokens_per_s"] / dense["tokens_per_s"])
     assert ran.last["blocks"] == 2 and not dense["graph"]
+    assert dense["fused"] and ours["fused"], "both in the same launches"
+    assert ours["share_of_read"] == pytest.approx(ours["read_gbps"] / 20)
     linears = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 256)
     assert dense["read_bytes"] == 2 * (linears + 100 * 128 + 5 * 128)
+
+
+def test_random_models_whose_stored_weights_are_let_go(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: what a kernel holds in its own order is no weight that is still to be drawn."""
+    monkeypatch.setattr(WNA16, "refusal", lambda self, case: None)
+    monkeypatch.setattr(W4A16Hopper, "refusal", lambda self, case: "not here")
+    model = generate.build(generate.Plan(tiny, Grid(4, 64), CPU, kernel="wna16"), compressed=True)
+    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    assert all(tensor.is_meta for module in layers for tensor in module.buffers())
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert bool(model(torch.tensor([[1, 2, 3]])).logits.isfinite().all())
 
 
 def test_random_models_are_like_trained_ones(tiny: str) -> None:

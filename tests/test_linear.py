@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featherweight import merged
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 from featherweight.formats import FORMATS
-from featherweight.kernels import KERNELS, dequantize, pick, reasons
+from featherweight.kernels import KERNELS, Restorable, dequantize, pick, reasons
+from featherweight.kernels.wna16 import WNA16
 from featherweight.linear import CompressedLinear
 from featherweight.merged import merge, prepare
 
@@ -233,3 +235,48 @@ def test_many_tokens_on_a_cpu_multiply_the_rounded_weights(kernel: str) -> None:
     solution, x = solved(Grid(group_size=64, symmetric=False)), torch.randn(2, 20, 256).bfloat16()  # 40 rows
     built = layer(Grid(group_size=64, symmetric=False), kernel)
     assert torch.equal(built(x), functional.linear(x, dequantize(solution, torch.bfloat16)))
+
+
+# ---- stored tensors are let go where the kernel can give them back ---------------------------------------------------
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq_v2"])
+@pytest.mark.parametrize("grid", [Grid(4, 128), Grid(4, 32, symmetric=False), Grid(8, None)], ids=str)
+def test_tensors_that_were_let_go_are_still_there(name: str, grid: Grid) -> None:
+    format, tensors = FORMATS[name], FORMATS[name].pack(solved(grid, dtype=torch.float16))
+    layer = CompressedLinear.from_tensors(format, grid, dict(tensors), dtype=torch.float32, kernel="reference")
+    x, nbytes = torch.randn(2, 256), sum(each.nbytes for each in tensors.values())
+    want = layer(x)
+    run = WNA16().prepare(format, grid, tensors, torch.float16)
+    assert isinstance(run, Restorable) and layer.release(run.solution)
+    assert all(each.is_meta for each in layer.buffers()) and sum(each.nbytes for each in layer.buffers()) == nbytes
+    assert layer.device == torch.device("cpu") and torch.equal(layer(x), want)
+    saved = layer.state_dict()
+    assert saved.keys() == tensors.keys() and all(torch.equal(saved[suffix], tensors[suffix]) for suffix in tensors)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x), want) and not any(each.is_meta for each in copied.buffers())
+    layer.load_state_dict(saved)
+    assert all(torch.equal(layer.get_buffer(suffix), each) for suffix, each in tensors.items()), "held again"
+    layer.release(run.solution)
+    layer.to(torch.float64)
+    assert all(torch.equal(layer.get_buffer(suffix), each) for suffix, each in tensors.items()), "and after a cast"
+
+
+def test_tensors_that_would_not_come_back_are_kept() -> None:
+    format, grid = FORMATS["compressed-tensors"], Grid(4, 64)
+    one, other = (format.pack(solved(grid)) for _ in range(2))
+    other["weight_scale"] = other["weight_scale"] * 2
+    layer = CompressedLinear.from_tensors(format, grid, dict(one), dtype=torch.float32)
+    run = WNA16().prepare(format, grid, other, torch.float16)
+    assert isinstance(run, Restorable) and not layer.release(run.solution)
+    assert all(torch.equal(layer.get_buffer(suffix), each) for suffix, each in one.items())
+
+
+def test_merged_layers_are_let_go_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = Attention([Grid(group_size=64)] * 3)
+    before, x = copy.deepcopy(attention), torch.randn(3, 256).bfloat16()
+    monkeypatch.setattr(CompressedLinear, "kernel", WNA16())
+    monkeypatch.setattr(merged, "pick", lambda *_, **__: WNA16())
+    assert merge(attention) == 1
+    attention.q_proj.prepare()
+    for name, want in before.state_dict().items():
+        assert attention.get_buffer(name).is_meta and torch.equal(attention.state_dict()[name], want)
+    torch.testing.assert_close(attention.k_proj(x), before.k_proj(x), rtol=2e-2, atol=2e-2)

@@ -89,7 +89,10 @@ def generate(
     context: Annotated[int, typer.Option(help="Tokens before the first that is timed.")] = 1024,
     tokens: Annotated[int, typer.Option(help="Tokens that are timed.")] = 64,
     blocks: Annotated[int | None, typer.Option(help="Only so many of the model's blocks.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Fuse small operations by torch.compile.")] = False,
+    step: Annotated[
+        Literal["fused", "modules", "compiled"],
+        typer.Option(help="Of a token: fused, by transformers' own modules, or those compiled."),
+    ] = "fused",
     device: Device = "auto",
 ) -> None:
     """Tokens a second of a random model at batch 1, compressed and in bfloat16."""
@@ -97,10 +100,10 @@ def generate(
 
     plan = bench.Plan(
         *(shapes, _grid(bits, group_size, asymmetric), _device(device), kernel, blocks, head_bits),
-        *(context, tokens, compile),
+        *(context, tokens, step),
     )
     found = bench.run(plan)
-    columns = ["weights", "tokens_per_s", "ms_per_token", "read_gbps", "until_ready_s"]
+    columns = ["weights", "tokens_per_s", "ms_per_token", "read_gbps", "share_of_read", "memory_gib", "until_ready_s"]
     console.table(columns, [[row[column] for column in columns] for row in found["rows"]])
     console.last_line(found)
 

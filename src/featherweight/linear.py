@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from featherweight.errors import RequestError
 from featherweight.formats import AnySolution, Format, Rule, parts
-from featherweight.kernels import Kernel, Run, dequantize, pick
+from featherweight.kernels import Kernel, Restorable, Run, dequantize, pick
 
 
 class Stored(nn.Module):
@@ -23,7 +23,8 @@ class Stored(nn.Module):
 
     Those buffers are bytes of a file: moving the module moves them, but casting it (`.half()`, `.to(torch.bfloat16)`)
     changes only the dtype it computes in, never a stored scale. What is made of them for speed is kept out of the state
-    dict, and made again after a move, a cast or a load.
+    dict, and made again after a move, a cast or a load. Where that can be turned back into them, they are let go
+    (`release`): their places are held by tensors on meta, and their bytes made when somebody asks.
     """
 
     def __init__(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -34,6 +35,7 @@ class Stored(nn.Module):
             self.register_buffer(suffix, tensors[suffix])
         self.words: dict[str, torch.dtype] = {}
         self._run: Any = None
+        self._lent: tuple[Callable[[], AnySolution], torch.device] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -57,16 +59,46 @@ class Stored(nn.Module):
         return f"format={self.format.name}, {', '.join(what)}"
 
     def _stored(self) -> dict[str, Tensor]:
+        if self._lent is not None:
+            return self.format.pack(self._lent[0]())  # type: ignore[arg-type]
         found = {suffix: getattr(self, suffix) for suffix in self.format.suffixes(self.rule)}
         return found | {suffix: found[suffix].view(dtype) for suffix, dtype in self.words.items()}
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
+        if self._lent is not None:
+            return self._lent[1]
         device: torch.device = getattr(self, self.format.suffixes(self.rule)[0]).device
         return device
 
+    def release(self, solution: Callable[[], AnySolution]) -> bool:
+        """Let the stored tensors go, and make them of `solution()` from now on; False, and nothing is let go, where
+        they would not come back byte for byte."""
+        stored, device = self._stored(), self.device
+        made = self.format.pack(solution())  # type: ignore[arg-type]
+        if not all(suffix in made and _equal_bytes(made[suffix], each) for suffix, each in stored.items()):
+            return False
+        for suffix, each in stored.items():
+            setattr(self, suffix, each.to("meta"))
+        self._lent = solution, device
+        return True
+
+    def _restore(self) -> None:
+        """Hold the stored tensors again."""
+        if self._lent is not None:
+            stored, self._lent = self._stored(), None
+            for suffix, each in stored.items():
+                setattr(self, suffix, each)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._lent is not None:
+            saved = {suffix: each for suffix, each in self._stored().items() if prefix + suffix in destination}
+            destination.update({prefix + suffix: each for suffix, each in saved.items()})
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
+        self._restore()
         before = self._stored()
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -78,6 +110,7 @@ class Stored(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
         super()._load_from_state_dict(*args, **kwargs)
         self._forget()
 
@@ -86,7 +119,12 @@ class Stored(nn.Module):
         self._run = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None}  # a closure over tensors: made again where the copy is used
+        # The run is a closure over tensors: made again where the copy is used.
+        return {**self.__dict__, "_run": None, "_lent": None, "_buffers": {**self._buffers, **self._stored()}}
+
+
+def _equal_bytes(made: Tensor, stored: Tensor) -> bool:
+    return made.dtype == stored.dtype and torch.equal(made.to(stored.device), stored)
 
 
 class CompressedLinear(Stored):
@@ -152,6 +190,8 @@ class CompressedLinear(Stored):
         # Tensors made in inference mode could not be trained through later.
         with torch.inference_mode(False), torch.no_grad():
             self._run = self.kernel.prepare(self.format, self.rule, self._stored(), self.dtype)
+            if isinstance(self._run, Restorable):
+                self.release(self._run.solution)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

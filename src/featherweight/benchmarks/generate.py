@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from featherweight.benchmarks import timing
 from featherweight.benchmarks.shapes import named
-from featherweight.benchmarks.timing import machine
 from featherweight.codec import words_for
 from featherweight.core.rules import Grid
 from featherweight.errors import RequestError
-from featherweight.evaluate.decode import Decoder
+from featherweight.evaluate.decode import Decoder, How
 from featherweight.evaluate.size import read_bytes
 from featherweight.formats import by_name
 from featherweight.linear import CompressedLinear
@@ -45,7 +45,7 @@ class Plan:
         grid: of the compressed matrices of the blocks; head_bits those of the head, 16 leaves it.
         kernel: that multiplies by them.
         context: tokens before the first that is timed; tokens that are.
-        compile: whether torch.compile fuses what is between the matrices.
+        how: a token's step is made (`Decoder`).
     """
 
     shapes: str
@@ -56,7 +56,7 @@ class Plan:
     head_bits: int = 16
     context: int = 1024
     tokens: int = 64
-    compile: bool = False
+    how: How = "fused"
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -65,13 +65,16 @@ def run(plan: Plan) -> dict[str, Any]:
         raise RequestError(
             f"{plan.tokens} tokens after {plan.context} were asked for, and {ROUND} or more after 1 or more are timed."
         )
+    peak_gbps = timing.read_gbps(plan.device)
     rows = [_measured(plan, compressed) for compressed in (False, True)]
+    rows = [{**row, "share_of_read": row["read_gbps"] / peak_gbps} for row in rows]
     return {
-        "machine": machine(plan.device),
+        "machine": timing.machine(plan.device),
+        "peak_read_gbps": peak_gbps,
         "shapes": plan.shapes,
         "blocks": plan.blocks or named(plan.shapes).layers,
         "context": plan.context,
-        "compiled": plan.compile,
+        "step": plan.how,
         "rows": rows,
         "speedup": rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"],
     }
@@ -93,12 +96,13 @@ def build(plan: Plan, compressed: bool) -> PreTrainedModel:
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and (path != HEAD or plan.head_bits < 16):
                 model.set_submodule(path, _random_layer(module, plan, path))
-        merge(model)
-        prepare(model)
     for name, parameter in list(meta_tensors(model)):
         drawn = torch.randn(parameter.shape, device=plan.device, dtype=parameter.dtype)
         spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.0
         place(model, name, drawn * spread + (parameter.dim() == 1), plan.device)
+    if compressed:  # when nothing is on meta any more but what kernels have let go
+        merge(model)
+        prepare(model)
     result: PreTrainedModel = model.eval().requires_grad_(False)
     return result
 
@@ -129,14 +133,11 @@ def _measured(plan: Plan, compressed: bool) -> dict[str, Any]:
     model = build(plan, compressed)
     kernels = sorted({module.kernel.name for module in model.modules() if isinstance(module, CompressedLinear)})
     ids_T = torch.randint(model.config.vocab_size, (plan.context,), device=plan.device)
-    decoder = Decoder(model, plan.context + plan.tokens + ROUND, plan.compile)
-    token = decoder.begin(ids_T).argmax()
-    token, _ = _decode(decoder, token, ROUND, plan.device)
+    decoder = Decoder(model, plan.context + plan.tokens + ROUND, plan.how)
+    decoder.begin(ids_T)
+    _decode_s(decoder, ROUND, plan.device)
     ready = time.perf_counter() - began
-    rounds = []
-    for _ in range(plan.tokens // ROUND):
-        token, spent = _decode(decoder, token, ROUND, plan.device)
-        rounds.append(spent / ROUND)
+    rounds = [_decode_s(decoder, ROUND, plan.device) / ROUND for _ in range(plan.tokens // ROUND)]
     per_token, nbytes = median(rounds), read_bytes(model)
     return {
         "weights": f"{plan.grid.bits} bits" if compressed else "bfloat16",
@@ -145,16 +146,18 @@ def _measured(plan: Plan, compressed: bool) -> dict[str, Any]:
         "ms_per_token": 1e3 * per_token,
         "read_bytes": nbytes,
         "read_gbps": nbytes / per_token / 1e9,
+        "fused": decoder.step is not None,
         "graph": decoder.graph is not None,
+        "memory_gib": torch.cuda.memory_allocated(plan.device) / 2**30 if plan.device.type == "cuda" else None,
         "until_ready_s": ready,
     }
 
 
-def _decode(decoder: Decoder, token: Tensor, count: int, device: torch.device) -> tuple[Tensor, float]:
-    """So many tokens more: the last of them, and the seconds."""
+def _decode_s(decoder: Decoder, count: int, device: torch.device) -> float:
+    """Seconds of so many tokens more, each the likeliest after the one before."""
     start = time.perf_counter()
     for _ in range(count):
-        token = decoder.next(token).argmax()
+        decoder.next()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return token, time.perf_counter() - start
+    return time.perf_counter() - start

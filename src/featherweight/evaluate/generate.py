@@ -132,14 +132,19 @@ def _by_graph(
     """The same by `Decoder`; by transformers after all, with a warning, where that fails."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     start, most = time.perf_counter(), int(config.max_new_tokens)
-    choose = _choice(config, ids.device, seed)
+    draw = _drawing(config, ids.device, seed) if config.do_sample else None
     try:
         decoder = Decoder(model, ids.shape[1] + most)
         logits_V = decoder.begin(ids[0])
-        new, times = [int(choose(logits_V))], [time.perf_counter() - start]
-        while len(new) < most and new[-1] not in ends:
-            new.append(int(choose(decoder.next(torch.tensor(new[-1], device=ids.device)))))
+        new, times = list[int](), list[float]()
+        while True:
+            token = decoder.token if draw is None else draw(logits_V)
+            assert token is not None
+            new.append(int(token))
             times.append(time.perf_counter() - start)
+            if len(new) == most or new[-1] in ends:
+                break
+            logits_V = decoder.next(None if draw is None else token)
     except RuntimeError as error:
         said = str(error).splitlines()[0][:200]
         warnings.warn(f"transformers' own loop generates, since a CUDA graph fails: {said}", FallbackWarning, 3)
@@ -147,10 +152,8 @@ def _by_graph(
     return new, times
 
 
-def _choice(config: GenerationConfig, device: torch.device, seed: int) -> Callable[[Tensor], Tensor]:
-    """The next token of logits_V: the likeliest, or one drawn at the temperature."""
-    if not config.do_sample:
-        return lambda logits_V: logits_V.argmax()
+def _drawing(config: GenerationConfig, device: torch.device, seed: int) -> Callable[[Tensor], Tensor]:
+    """The next token of logits_V, drawn at the temperature."""
     draw = torch.Generator(device).manual_seed(seed)
     return lambda logits_V: torch.multinomial((logits_V.float() / config.temperature).softmax(-1), 1, generator=draw)
 

@@ -13,10 +13,26 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import RequestError
-from featherweight.formats.base import Format, Rule
+from featherweight.formats.base import Format, Rule, Solution
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 """(x_TC, bias_R or None) -> y_TR, with the weights in whatever shape the kernel likes them held inside."""
+
+
+@dataclass(frozen=True)
+class Restorable:
+    """A `Run` whose own order of the weights can be turned back, so that nobody else has to hold them.
+
+    Attributes:
+        run: multiplies.
+        solution: what it was made of: equal codes, scales, zeros and grid.
+    """
+
+    run: Run
+    solution: Callable[[], Solution]
+
+    def __call__(self, x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
+        return self.run(x_TC, bias_R)
 
 
 def require_input(x_TC: Tensor, columns: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import parts
-from featherweight.formats.base import Format, Rule, Solution
+from featherweight.formats.base import Format, Grid, Rule, Solution
 from featherweight.kernels import nvrtc, wna16_layout
-from featherweight.kernels.base import Case, Kernel, Run, require_input
+from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.wna16_layout import GROUPS, SCALE_DTYPES, WIDTHS, Layout, extent
@@ -85,7 +85,8 @@ class WNA16(Kernel):
             require_input(x_TC, columns, dtype, weights.device)
             return torch.ops.featherweight.wna16(x_TC, weights, bias_R, *static)
 
-        return run
+        grid, groups = solution.grid, solution.scales_RG.shape[1]
+        return Restorable(run, lambda: restored(weights, layout, grid, (rows, columns, groups)))
 
 
 def repack(solution: Solution) -> tuple[Tensor, Layout]:
@@ -103,6 +104,17 @@ def repack(solution: Solution) -> tuple[Tensor, Layout]:
         codes_RC = codes_RC + (layout.middle - grid.middle)
     scales_RG, zeros_RG = (each.repeat_interleave(width // group, dim=1) for each in (scales_RG, zeros_RG))
     return wna16_layout.pack(codes_RC, scales_RG, zeros_RG, layout), layout
+
+
+def restored(weights: Tensor, layout: Layout, grid: Grid, shape: tuple[int, int, int]) -> Solution:
+    """The solution that `repack` made `weights` of: of so many rows, columns and groups of a row."""
+    rows, columns, groups = shape
+    codes_RC, scales_RG, zeros_RG = wna16_layout.unpack(weights, rows, columns, layout)
+    step = scales_RG.shape[1] // groups
+    scales_RG, zeros_RG = (each[:, ::step].contiguous() for each in (scales_RG, zeros_RG))
+    if grid.symmetric:
+        codes_RC, zeros_RG = codes_RC - (layout.middle - grid.middle), torch.full_like(zeros_RG, grid.middle)
+    return Solution(codes_RC, scales_RG, zeros_RG, grid, torch.zeros(rows, device=weights.device))
 
 
 class Params(ctypes.Structure):
