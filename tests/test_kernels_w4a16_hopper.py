@@ -232,9 +232,10 @@ def on_gpu(grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> tuple[Com
 @pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (50, 320), (33, 128), (1001, 1408)])
 def test_products_on_a_gpu(dtype: torch.dtype, grid: Grid, rows: int, columns: int) -> None:
     layer, values = on_gpu(grid, rows, columns - columns % (grid.group_size or 1), dtype)
+    layout = wna16.repack(layer.solution())[1]
     for tokens in (1, 33, 64, 65, 128, 200, 1000):
         x = torch.randn(tokens, values.shape[1], device="cuda").to(dtype)
-        tile = choose(tokens, rows, values.shape[1], dtype, Layout(4, 128, dtype, False), PROCESSORS)
+        tile = choose(tokens, rows, values.shape[1], dtype, layout, PROCESSORS)
         rounded = values if tokens <= 32 or tile else values.to(dtype).double()
         want = functional.linear(x.double(), values, layer.bias.double())
         rounding, error = (want.to(dtype) - want).norm(), (layer(x).double() - want).norm()

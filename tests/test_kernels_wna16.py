@@ -86,6 +86,14 @@ def test_a_launch_computes_the_product_once(bits: int, choice: Choice) -> None:
     torch.testing.assert_close(got, exact(*given, x), rtol=1e-9, atol=1e-9)
 
 
+def test_divisions_by_inverses_are_exact() -> None:
+    """As `quotient` of gpu.cuh has it, for every divisor of a plan and the largest products that it is given."""
+    for divisor in (*range(1, 129), 1000, 4097):
+        most = (2**31 - 1) // divisor
+        numbers = torch.cat([torch.arange(0, 4 * divisor + 1), torch.arange(most - 4 * divisor, most)]).clamp_min(0)
+        assert torch.equal(numbers * (2**31 // divisor + 1) >> 31, numbers // divisor)
+
+
 def test_launches_are_described_as_the_source_reads_them() -> None:
     struct = re.search(r"struct Params \{(.*?)\};", nvrtc.source("wna16"), re.S)
     assert struct is not None

@@ -6,6 +6,7 @@ Shapes: R rows, C columns, T tokens; blocks [tiles, blocks of a tile, bytes].
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,11 +105,31 @@ def product(weights: Tensor, x_TC: Tensor, rows: int, layout: Layout, plan: Plan
     return y_TR
 
 
+def half_bytes(plan: Plan) -> int:
+    """Of the sums of a half tile."""
+    return -(-plan.tokens // 2) * 128
+
+
+def place(plan: Plan, part: int, half: int, layout: Layout) -> tuple[int, int]:
+    """The CTA of the cluster that the sums of a half tile of a pass go to, and where in its memory."""
+    owner, own_part = half // plan.owned, part // plan.warp_splits == half // plan.owned
+    if plan.own and own_part:
+        warp = part % plan.warp_splits * plan.row_warps + half // 2
+        at = warp * plan.stages * plan.chunk * layout.block_bytes + half % 2 * half_bytes(plan)
+        assert at + half_bytes(plan) <= (warp + 1) * plan.stages * plan.chunk * layout.block_bytes <= plan.at_barriers
+        return owner, at
+    before = part - plan.warp_splits if plan.own and part >= (owner + 1) * plan.warp_splits else part
+    at = plan.at_partials + before * plan.part_bytes + (half - owner * plan.owned) * half_bytes(plan)
+    assert at + half_bytes(plan) <= plan.bytes
+    return owner, at
+
+
 def one_pass(blocks_TKB: Tensor, x_TC: Tensor, layout: Layout, plan: Plan, here: range) -> Iterator[tuple[int, Tensor]]:
     """Row numbers and their sums for the tiles `here`, a warp each in every split of the columns."""
     chunks, splits = -(-blocks_TKB.shape[1] // plan.chunk), plan.parts
     sent = torch.zeros(len(here) * ROWS, len(x_TC), dtype=torch.float64)
     received = [0] * plan.size
+    places: list[tuple[int, int]] = []
     for part in range(splits):
         first, end = (chunks * n // splits * plan.chunk for n in (part, part + 1))
         for slot, tile in enumerate(here):
@@ -116,10 +137,13 @@ def one_pass(blocks_TKB: Tensor, x_TC: Tensor, layout: Layout, plan: Plan, here:
                 x = x_TC[:, k * COLUMNS : (k + 1) * COLUMNS]
                 sent[slot * ROWS : (slot + 1) * ROWS] += multiply_block(blocks_TKB[tile, k], x, layout, x_TC.dtype)
             for h in range(2):
-                received[(slot * 2 + h) // plan.owned] += 16 * len(x_TC) * 4
+                places.append(place(plan, part, slot * 2 + h, layout))
+                received[(slot * 2 + h) // plan.owned] += -(-len(x_TC) // 2) * 8 * 16
+    for (rank, at), (after, after_at) in pairwise(sorted(places)):
+        assert (after, after_at) >= (rank, at + half_bytes(plan)), "sums lie over each other"
     for rank in range(plan.size):
         halves = min(plan.owned, max(0, len(here) * 2 - rank * plan.owned))
-        assert received[rank] == splits * len(x_TC) * halves * 64, "a barrier would never open, or too early"
+        assert received[rank] == splits * halves * -(-len(x_TC) // 2) * 128, "a barrier would never open, or too early"
     for slot, tile in enumerate(here):
         for r in range(ROWS):
             yield tile * ROWS + r, sent[slot * ROWS + r]

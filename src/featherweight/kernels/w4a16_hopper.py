@@ -20,7 +20,6 @@ from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import parts
@@ -142,7 +141,7 @@ class Kernels:
             return streamed.product(x_TC, weights, bias_R, rows)
         tile = choose(tokens, rows, columns, self.dtype, self.layout, self.processors)
         if tile is None:
-            return functional.linear(x_TC, streamed.dequantize(weights, x_TC, rows), bias_R)
+            return streamed.dense(x_TC, weights, bias_R, rows)
         y_TR = x_TC.new_empty(tokens, rows)
         self.launch(self.plan(tile, tokens, rows, columns), x_TC, weights, bias_R, y_TR)
         return y_TR

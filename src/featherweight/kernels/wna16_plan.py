@@ -18,7 +18,7 @@ TOKENS = 32
 """The most that one launch takes."""
 FIXED_RING = 3  # stages on GPUs without bulk copies: RING of the source
 MEDIUM_BYTES, LARGE_BYTES = 38e6, 80e6
-MANY_BLOCKS = 32
+MANY_BLOCKS, MANY_TILES = 32, 1000
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Plan:
         size: CTAs of a cluster, which split the columns; clusters: how many share the tiles.
         row_warps, warp_splits: tiles that a cluster takes at once, and warps of a CTA that split the columns of one.
         stages: chunks in each warp's ring; chunk: blocks in one.
-        owned: half tiles of a pass that a CTA sums up; x_stride, at_*, partials_bytes, bytes: shared memory, as the
+        own: whether a CTA's own sums stay in its rings, of which one pass has no more use.
+        owned: half tiles of a pass that a CTA sums up; x_stride, part_bytes, at_*, bytes: shared memory, as the
             source's Params has it.
     """
 
@@ -84,13 +85,14 @@ class Plan:
     warp_splits: int
     stages: int
     chunk: int
+    own: bool
     owned: int
     x_stride: int
+    part_bytes: int
     at_barriers: int
     at_x: int
     at_sums: int
     at_partials: int
-    partials_bytes: int
     bytes: int
 
     @property
@@ -124,14 +126,15 @@ def lay_out(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     owned = ceil(row_warps * 2 / size)
     warps = row_warps * warp_splits
     at_barriers = warps * stages * chunk * layout.block_bytes
-    at_x = _aligned(at_barriers + (warps * stages + 3) * 8)
+    at_x = _aligned(at_barriers + (warps * stages + 2) * 8)
     at_sums = _aligned(at_x + tokens * stride)
     at_partials = at_sums + slice_blocks * layout.parts * -(-tokens // 8) * 64
-    partials = parts * tokens * (owned * 16 + 4) * 4
-    total = at_partials + min(passes, 2) * partials
+    half_bytes = -(-tokens // 2) * 128
+    own = device.has_clusters and passes == 1 and 2 * half_bytes <= stages * chunk * layout.block_bytes
+    part_bytes, received = owned * half_bytes, parts - own * warp_splits
     return Plan(
-        tokens, size, clusters, row_warps, warp_splits, stages, chunk, owned, stride,
-        at_barriers, at_x, at_sums, at_partials, partials, total,
+        tokens, size, clusters, row_warps, warp_splits, stages, chunk, own, owned, stride, part_bytes,
+        at_barriers, at_x, at_sums, at_partials, at_partials + received * part_bytes,
     )  # fmt: skip
 
 
@@ -144,15 +147,20 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     if not device.has_clusters:
         yield Choice(1, 4, FIXED_RING)
         return
-    few = tiles <= 2 * dict(device.clusters)[2]
+    few, deep = tiles <= 2 * dict(device.clusters)[2], blocks > MANY_BLOCKS
+    nbytes = tiles * blocks * layout.block_bytes
     if tokens <= 8:
-        yield from _for_few_tokens(few, blocks, tiles * blocks * layout.block_bytes, layout.bits)
+        yield from _for_few_tokens(few, blocks, nbytes, layout.bits)
         yield Choice(4, 12, 3)
-    elif few:
+    elif few and not (deep and tokens <= 16):
         yield Choice(2, 8, 2, 2)
     if tokens <= 16:
-        if layout.bits > 3 and blocks > MANY_BLOCKS and not few:
-            yield from (Choice(8, 12, 3), Choice(8, 12, 2))
+        if few and deep:
+            yield Choice(8, 9, 3, 2)
+        if layout.bits > 3 and deep and not few:
+            yield from (Choice(8, 8, 2),) if tiles > MANY_TILES else (Choice(8, 12, 3), Choice(8, 12, 2))
+        if layout.bits > 3 and nbytes > MEDIUM_BYTES:
+            yield Choice(4, 16, 3)
         if layout.bits > 2:
             yield from (Choice(4, 16, 2), Choice(4, 16, 3, 2))
         yield from (Choice(4, 16, 2, 2), Choice(8, 12, 3, 2), Choice(8, 12, 2, 2))
@@ -170,7 +178,9 @@ def _for_few_tokens(few: bool, blocks: int, bytes: int, bits: int) -> Iterator[C
         yield from (Choice(2, 8, stages, 2, shared=True) for stages in (6, 4, 3, 2))
     elif bytes > LARGE_BYTES:
         yield Choice(2, 16, 2, 2, times=2, shared=True)
-    elif bits > 2:
+    elif bits > 3 and bytes > MEDIUM_BYTES and blocks > MANY_BLOCKS:
+        yield Choice(2, 16, 3)
+    if bits > 2 and not few and bytes <= LARGE_BYTES:
         depths = (4, 3, 2) if bytes > MEDIUM_BYTES else (2,)
         yield from (Choice(2, 12, stages, 2, times=2, shared=True) for stages in depths)
     if bits == 2 or bytes > LARGE_BYTES:

@@ -12,18 +12,16 @@ __device__ __forceinline__ u32 scaled(u32 pair) {
     return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);  // exact: bfloat16 is half a float
 }
 
-// x[:, slice] into shared memory, for bfloat16 times 2^64. The caller waits for all threads afterwards.
+// x[:, slice] into shared memory, for bfloat16 times 2^64, where all threads may read it afterwards.
 __device__ __forceinline__ void load_x(const Params& p, int first_column, int columns, u8* x, u32 barrier) {
     const int present = min(columns, p.columns - first_column), chunks = columns / 8;
 #if BULK
-    if (threadIdx.x < 32) {
-        if (threadIdx.x == 0) expect_bytes(barrier, p.tokens * present * 2);
-        __syncwarp();
-        if (threadIdx.x < p.tokens && present > 0)
+    if (threadIdx.x == 0) expect_bytes(barrier, p.tokens * max(0, present) * 2);
+    for (int token = threadIdx.x / 32; token < p.tokens && present > 0; token += blockDim.x / 32)
+        if (one_lane())
             asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(shared_address(x + threadIdx.x * p.x_stride)), "l"(p.x + (u64)threadIdx.x * p.columns + first_column),
+                         ::"r"(shared_address(x + token * p.x_stride)), "l"(p.x + (u64)token * p.columns + first_column),
                          "r"(present * 2), "r"(barrier) : "memory");
-    }
     wait_barrier(barrier, 0);
 #endif
     if (BULK && !BF16 && present == columns) return;
@@ -35,6 +33,7 @@ __device__ __forceinline__ void load_x(const Params& p, int first_column, int co
         if (BF16) v.x = scaled(v.x), v.y = scaled(v.y), v.z = scaled(v.z), v.w = scaled(v.w);
         *at = v;
     }
+    __syncthreads();
 }
 
 // What zeros take away: the middle code (or 1, for zeros that are stored) times minus the sum of x over each group, by the
@@ -46,16 +45,20 @@ __device__ __forceinline__ void sum_x(const u8* const (&x)[NT], u8* sums, int gr
     const u32 even = ZEROS ? one : 0x80008000u | MIDDLE * 0x00010001u, odd = ZEROS ? one : 0x80008000u | MIDDLE * ODD * 0x00010001u;
     const u32 away[4] = {even, odd, even, odd};
     for (int group = warp; group < groups; group += blockDim.x / 32) {
+        float acc[NT][2][4] = {};  // short chains: one product waits for another
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            float acc[4] = {};
+        for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int unit = 0; unit < GROUP / 32; unit++) {
                 uint4 b = *(const uint4*)(x[n] + (group * (GROUP / 32) + unit) * 64);
-                multiply(acc, away, b.x, b.y);
-                multiply(acc, away, b.z, b.w);
+                multiply(acc[n][0], away, b.x, b.y);
+                multiply(acc[n][1], away, b.z, b.w);
             }
-            if (lane < 4) *(float4*)(sums + (group * NT + n) * 64 + lane * 16) = make_float4(acc[0], acc[1], acc[2], acc[3]);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const float(&a)[4] = acc[n][0], (&b)[4] = acc[n][1];
+            if (lane < 4)
+                *(float4*)(sums + (group * NT + n) * 64 + lane * 16) = make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]);
         }
     }
 }

@@ -11,15 +11,14 @@ typedef unsigned long long u64;
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ u32 load_shared(u32 a) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
+__device__ __forceinline__ float4 load_shared_floats(u32 a) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(a));
     return v;
 }
-__device__ __forceinline__ void store_shared_float(u32 a, float v) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory");
+__device__ __forceinline__ void store_shared_floats(u32 a, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(a), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
-__device__ __forceinline__ float load_shared_float(u32 a) { return __uint_as_float(load_shared(a)); }
 
 __device__ __forceinline__ float half_to_float(u16 h) {
     float f;
@@ -54,8 +53,25 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// n / d from d's inverse, 2^31 / d + 1: exact while n d < 2^31. The compiler's own division takes tens of instructions.
+__device__ __forceinline__ int quotient(int n, u32 inverse) { return (int)((u64)(u32)n * inverse >> 31); }
+
 // ---- what Hopper and its successors have: clusters, bulk copies, dependent launches ------------------------------------
 
+__device__ __forceinline__ u32 cluster_index() {
+    u32 v = blockIdx.x;
+#if BULK
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(v));
+#endif
+    return v;
+}
+__device__ __forceinline__ u32 cluster_count() {
+    u32 v = gridDim.x;
+#if BULK
+    asm("mov.u32 %0, %%nclusterid.x;" : "=r"(v));
+#endif
+    return v;
+}
 __device__ __forceinline__ u32 cluster_rank() {
     u32 v = 0;
 #if BULK

@@ -23,7 +23,7 @@ struct Ring {
     u64 policy;
 #endif
 
-    // Fetches as many chunks as the ring holds: on Hopper each by a lane of its own.
+    // Fetches as many chunks as the ring holds.
     __device__ __forceinline__ void begin(int lane) {
         slot_in = slot_out = chunk_in = 0;
         phase = 0;
@@ -31,17 +31,8 @@ struct Ring {
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         if (lane < stages) init_barrier(barriers + 8 * lane);
         __syncwarp();
-        int n = min(stages, left);
-        if (lane < n) fetch(lane, first + lane % chunks, tile + lane / chunks * tile_step);
-        if (n > 0) {
-            tile += n / chunks * tile_step;
-            chunk_in = n % chunks;
-            left -= n;
-            slot_in = n == stages ? 0 : n;
-        }
-#else
-        for (int i = 0; i < stages; i++) start(lane);
 #endif
+        for (int i = 0; i < stages; i++) start(lane);
     }
 
     // The last chunk of a tile may be short.
@@ -105,38 +96,34 @@ struct Ring {
 };
 
 // The sums of a pass travel from every split to the CTA of the cluster that owns their rows: stores into its memory that
-// its barrier counts. Two buffers; one is written again only when the whole cluster has read it (`may_send`).
+// its barrier counts. It is written again only when the whole cluster has read it (`may_send`).
 struct Exchange {
-    u32 buffers, barriers;
-    int bytes;
+    u32 buffer, barrier;
 
     __device__ __forceinline__ void begin() {
 #if BULK
-        if (threadIdx.x < 3) init_barrier(barriers + 8 * threadIdx.x);  // the third is for x
+        if (threadIdx.x < 2) init_barrier(barrier + 8 * threadIdx.x);  // the second is for x
         asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
     }
-    __device__ __forceinline__ u32 buffer(int pass) { return buffers + (pass & 1) * bytes; }
-    __device__ __forceinline__ u32 barrier(int pass) { return barriers + (pass & 1) * 8; }
-
     // `expected`: bytes of this pass that come to this CTA.
-    __device__ __forceinline__ void may_send(int pass, u32 expected) {
+    __device__ __forceinline__ void may_send(u32 expected) {
 #if BULK
         asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
         // Only now: expecting no bytes ends the phase, and a thread may have been waiting for the one before.
-        if (threadIdx.x == 0) expect_bytes(barrier(pass), expected);
+        if (threadIdx.x == 0) expect_bytes(barrier, expected);
 #else
         __syncthreads();
 #endif
     }
     __device__ __forceinline__ void wait_for(int pass) {
 #if BULK
-        wait_barrier(barrier(pass), pass >> 1 & 1);
+        wait_barrier(barrier, pass & 1);
 #else
         __syncthreads();
 #endif
     }
-    // After a buffer has been read, which is before the outputs made of it are stored: there is nothing to release, and
+    // After the buffer has been read, which is before the outputs made of it are stored: there is nothing to release, and
     // a release would wait for those stores. Every arrival is followed by a `may_send`.
     __device__ __forceinline__ void have_read() {
 #if BULK
@@ -145,11 +132,11 @@ struct Exchange {
     }
 };
 
-__device__ __forceinline__ void send(u32 to, float v, u32 barrier) {
+__device__ __forceinline__ void send(u32 to, const float (&v)[4], u32 barrier) {
 #if BULK
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
-                 ::"r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
+                 ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier) : "memory");
 #else
-    store_shared_float(to, v);
+    store_shared_floats(to, make_float4(v[0], v[1], v[2], v[3]));
 #endif
 }

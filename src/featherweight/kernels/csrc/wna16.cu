@@ -29,12 +29,16 @@ struct Params {
     u16* y;
     const u16* bias;  // or null
     int tokens, rows, columns;
-    int blocks, tiles;   // of the whole matrix: across and down
-    int warp_splits;     // in how many the warps of a CTA split its columns
-    int stages, chunk;   // of each warp's ring: chunks; blocks in one of its chunks (a divisor of CHUNK)
-    int owned;           // of the half tiles of one pass, those that a CTA sums up and stores (the last may have fewer)
-    int x_stride;        // bytes
-    int at_barriers, at_x, at_sums, at_partials, partials_bytes;  // in shared memory; partials twice if passes > 1
+    int blocks, tiles;           // of the whole matrix: across and down
+    int chunks;                  // across
+    int tiles_each, tiles_more;  // tiles of a cluster, and how many clusters have one more
+    int row_warps, warp_splits;  // warps of a CTA: that take a tile each; in how many they split its columns
+    int stages, chunk;           // of each warp's ring: chunks; blocks in one of its chunks (a divisor of CHUNK)
+    int own;                     // whether sums for its own CTA stay in a warp's ring, as they can where there is one pass
+    int owned;                   // half tiles of a pass that a CTA sums up and stores (the last may have fewer)
+    int x_stride, part_bytes;    // of a token of x; of one split's sums
+    int at_barriers, at_x, at_sums, at_partials;  // in shared memory
+    u32 by_row_warps, by_splits, by_owned;        // inverses, for `quotient`
 };
 
 #include "streaming.cuh"
@@ -101,40 +105,56 @@ __device__ __forceinline__ void multiply_block(
     }
 }
 
+// Sums travel as the tensor cores leave them: four floats a lane, of two rows and two tokens; `lanes` in four have any.
+__device__ __forceinline__ int lanes_with_tokens(int tokens, int n) { return min(4, (tokens + 1) / 2 - n * 4); }
+
 template <int NT>
-__device__ __forceinline__ void send_partials(const Params& p, const float (&total)[2][NT][4], u32 buffer, u32 barrier, int part, int tile, int lane) {
-    const int g = lane >> 2, t = lane & 3, stride = p.owned * 16 + 4;  // 4 more: other banks
+__device__ __forceinline__ void send_partials(const Params& p, const float (&total)[2][NT][4], const Exchange& exchange, u32 ring, int part, int rank, int tile, int lane) {
+    const int g = lane >> 2, t = lane & 3, half_bytes = (p.tokens + 1) / 2 * 128;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int half = tile * 2 + h, owner = half / p.owned;
-        u32 to = buffer + (part * p.tokens * stride + (half - owner * p.owned) * 16 + g) * 4, there = barrier;
+        const int half = tile * 2 + h, owner = quotient(half, p.by_owned);
+        const int before = p.own && part >= (owner + 1) * p.warp_splits ? part - p.warp_splits : part;
+        u32 to = exchange.buffer + before * p.part_bytes + (half - owner * p.owned) * half_bytes, there = exchange.barrier;
+        if (p.own && owner == rank) to = ring + h * half_bytes;
 #if BULK
         to = remote_address(to, owner);
-        there = remote_address(barrier, owner);
+        there = remote_address(there, owner);
 #endif
 #pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int token = n * 8 + 2 * t + (e & 1);
-                float value = total[h][n][e] * (e / 2 ? 1 / STEP / ODD : 1 / STEP);
-                if (token < p.tokens) send(to + (token * stride + e / 2 * 8) * 4, value, there);
-            }
+        for (int n = 0; n < NT; n++) {
+            const int lanes = lanes_with_tokens(p.tokens, n);
+            if (t < lanes) send(to + n * 512 + (g * lanes + t) * 16, total[h][n], there);
+        }
     }
 }
 
 // Sums of all splits for the half tiles this CTA owns, rounded once. Of the cluster's tiles, `step` apart, `here` halves
 // are in this pass, from `tile` on; ours begin with half `first`.
-__device__ __forceinline__ void store_rows(const Params& p, u32 partials, int splits, int tile, int step, int here, int first) {
-    const int owned = p.owned * 16, stride = owned + 4;
-    for (int i = threadIdx.x; i < p.tokens * owned; i += blockDim.x) {
-        int token = i / owned, r = i - token * owned, half = first + r / 16;
-        int row = (tile + half / 2 * step) * ROWS + half % 2 * 16 + r % 16;
-        float sum = 0;
-        for (int s = 0; s < splits; s++) sum += load_shared_float(partials + ((s * p.tokens + token) * stride + r) * 4);
-        if (half < here && row < p.rows) {
-            if (p.bias) sum += activation_to_float(p.bias[row]);
-            p.y[(u64)token * p.rows + row] = float_to_activation(sum);
+template <int NT>
+__device__ __forceinline__ void store_rows(const Params& p, u32 partials, u32 rings, int splits, int tile, int step, int here, int first, int warp, int lane) {
+    const int g = lane >> 2, t = lane & 3, half_bytes = (p.tokens + 1) / 2 * 128;
+    for (int i = warp; i < p.owned * NT; i += blockDim.x / 32) {
+        const int n = i % NT, half = first + i / NT, lanes = lanes_with_tokens(p.tokens, n);
+        if (half >= here || t >= lanes) continue;
+        const u32 in_half = n * 512 + (g * lanes + t) * 16, ring_bytes = p.stages * p.chunk * BLOCK;
+        float sum[4] = {};
+        auto add = [&](u32 at, u32 apart, int count) {
+#pragma unroll 4
+            for (int s = 0; s < count; s++, at += apart) {
+                float4 v = load_shared_floats(at);
+                sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+            }
+        };
+        if (p.own) add(rings + half / 2 * ring_bytes + half % 2 * half_bytes + in_half, p.row_warps * ring_bytes, p.warp_splits);
+        add(partials + i / NT * half_bytes + in_half, p.part_bytes, p.own ? splits - p.warp_splits : splits);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int row = (tile + half / 2 * step) * ROWS + half % 2 * 16 + e / 2 * 8 + g, token = n * 8 + t * 2 + e % 2;
+            if (row >= p.rows || token >= p.tokens) continue;
+            float value = sum[e] * (e / 2 ? 1 / STEP / ODD : 1 / STEP);
+            if (p.bias) value += activation_to_float(p.bias[row]);
+            p.y[(u64)token * p.rows + row] = float_to_activation(value);
         }
     }
 }
@@ -142,35 +162,34 @@ __device__ __forceinline__ void store_rows(const Params& p, u32 partials, int sp
 template <int NT> __device__ __forceinline__ void product(const Params& p) {
     extern __shared__ __align__(128) u8 memory[];
     const u32 base = shared_address(memory);
-    const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
-    const int rank = cluster_rank(), size = cluster_size(), cluster = blockIdx.x / size, clusters = gridDim.x / size;
-    const int warps = blockDim.x / 32, row_warps = warps / p.warp_splits, warp_row = warp % row_warps, splits = size * p.warp_splits;
-    const int part = rank * p.warp_splits + warp / row_warps;
-    const int tiles = (p.tiles - cluster + clusters - 1) / clusters;  // ours: cluster, cluster + clusters, ...
-    const int passes = (tiles + row_warps - 1) / row_warps;
-    const int chunks = (p.blocks + p.chunk - 1) / p.chunk, first = chunks * part / splits;
-    const int slice = chunks * (rank * p.warp_splits) / splits * p.chunk;  // blocks, first and last, that this CTA needs
-    const int slice_end = min(chunks * ((rank + 1) * p.warp_splits) / splits * p.chunk, p.blocks);
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), warps = p.row_warps * p.warp_splits;
+    const int rank = cluster_rank(), cluster = cluster_index(), clusters = cluster_count(), splits = cluster_size() * p.warp_splits;
+    const int warp_split = quotient(warp, p.by_row_warps), warp_row = warp - warp_split * p.row_warps;
+    const int part = rank * p.warp_splits + warp_split;
+    const int tiles = p.tiles_each + (cluster < p.tiles_more);  // ours: cluster, cluster + clusters, ...
+    const int passes = quotient(tiles + p.row_warps - 1, p.by_row_warps);
+    auto chunk_of_part = [&](int i) { return quotient(p.chunks * i, p.by_splits); };
 
     Ring ring;
     ring.slots = memory + warp * p.stages * p.chunk * BLOCK;
     ring.barriers = base + p.at_barriers + warp * p.stages * 8;
     ring.stages = BULK ? p.stages : RING;
     ring.chunk = p.chunk, ring.blocks = p.blocks, ring.tiles = p.tiles, ring.weights = p.weights;
-    ring.first = first;
-    ring.chunks = chunks * (part + 1) / splits - first;
+    ring.first = chunk_of_part(part);
+    ring.chunks = chunk_of_part(part + 1) - ring.first;
     ring.tile = warp_row * clusters + cluster;
-    ring.tile_step = row_warps * clusters;
-    ring.left = max(0, (tiles - warp_row + row_warps - 1) / row_warps) * ring.chunks;
+    ring.tile_step = p.row_warps * clusters;
+    ring.left = quotient(max(0, tiles - warp_row + p.row_warps - 1), p.by_row_warps) * ring.chunks;
     ring.begin(lane);
-    Exchange exchange = {base + p.at_partials, base + p.at_barriers + warps * p.stages * 8, p.partials_bytes};
+    Exchange exchange = {base + p.at_partials, base + p.at_barriers + warps * p.stages * 8};
     exchange.begin();
     __syncthreads();
 
+    const int slice = chunk_of_part(rank * p.warp_splits) * p.chunk;  // blocks, first and last, that this CTA needs
+    const int slice_end = min(chunk_of_part((rank + 1) * p.warp_splits) * p.chunk, p.blocks);
     let_the_next_kernel_start();
     wait_for_the_kernel_before();
-    load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barriers + 16);
-    __syncthreads();
+    load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barrier + 8);
 
     const u8* x[NT];
 #pragma unroll
@@ -180,33 +199,36 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     sum_x<NT>(x, sums, (slice_end - slice) * PARTS, warp, lane);
     __syncthreads();
 
-    for (int pass = 0; pass <= passes; pass++) {
-        float total[2][NT][4] = {};
-        const bool mine = pass * row_warps + warp_row < tiles;
+    // A pass has two steps: the rows of the pass before are stored between them, when their sums have long come.
+    float total[2][NT][4] = {};
+    for (int step = 0; step <= 2 * passes; step++) {
+        const int pass = step / 2, middle = ring.chunks / 2;
+        const bool mine = pass * p.row_warps + warp_row < tiles;
         if (mine)
-            for (int i = 0; i < ring.chunks; i++) {
+            for (int i = step % 2 ? middle : 0; i < (step % 2 ? ring.chunks : middle); i++) {
                 const u8* block = ring.wait();
-                int at = (first + i) * p.chunk - slice;
+                int at = (ring.first + i) * p.chunk - slice;
 #pragma unroll 1
-                for (int k = ring.blocks_of(first + i); k > 0; k--) {
+                for (int k = ring.blocks_of(ring.first + i); k > 0; k--) {
                     multiply_block<NT>(total, block, x, sums, at, lane);
                     block += BLOCK;
                     at++;
                 }
                 ring.release(lane);
             }
-        if (pass < passes) {
-            int halves = min(p.owned, max(0, min(row_warps, tiles - pass * row_warps) * 2 - rank * p.owned));
-            exchange.may_send(pass, splits * p.tokens * halves * 64);
-            if (mine) send_partials<NT>(p, total, exchange.buffer(pass), exchange.barrier(pass), part, warp_row, lane);
-        }
-        if (pass > 0) {
+        if (step % 2) {
+            int halves = min(p.owned, max(0, min(p.row_warps, tiles - pass * p.row_warps) * 2 - rank * p.owned));
+            exchange.may_send(p.warp_splits * (int)cluster_size() * halves * ((p.tokens + 1) / 2) * 128);
+            if (mine) send_partials<NT>(p, total, exchange, shared_address(ring.slots), part, rank, warp_row, lane);
+#pragma unroll
+            for (int i = 0; i < 8 * NT; i++) total[i / 4 / NT][i / 4 % NT][i % 4] = 0;
+        } else if (pass > 0) {
+            const int before = (pass - 1) * p.row_warps;
             exchange.wait_for(pass - 1);
-            const int before = (pass - 1) * row_warps;
-            store_rows(p, exchange.buffer(pass - 1), splits, before * clusters + cluster, clusters,
-                       min(row_warps, tiles - before) * 2, rank * p.owned);
+            store_rows<NT>(p, exchange.buffer, base, splits, before * clusters + cluster, clusters, min(p.row_warps, tiles - before) * 2,
+                           rank * p.owned, warp, lane);
+            if (pass < passes) exchange.have_read();
         }
-        if (pass + 1 < passes) exchange.have_read();
     }
 }
 
