@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of ARGV[2], solvers or training, to machine code for sm_ARGV[1] and prints their names;
+"""Compiles the Triton kernels of ARGV[2], solvers, training or passes, to machine code for sm_ARGV[1] and prints their names;
 needs no GPU."""
 
 import sys
@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from featherweight.core import triton_gram, triton_scales, triton_slabs
+from featherweight.stream import triton_pieces
 from featherweight.train import triton_grid, triton_packed
 
 WHICH = sys.argv[2]
@@ -27,6 +28,11 @@ CONSTANTS = {
     "BITS": 3,
     "SPAN": 128,
     "HALVES": True,
+    "PLUS_ONE": True,
+    "EARLY": True,
+    "HALF": 64,
+    "PAIRS": 64,
+    "HEADS": 32,
 }
 POINTERS = {"group_ptr": "*i64", "code_ptr": "*u8", "word_ptr": "*i32", "shift_ptr": "*bf16"}
 TRAINED = {"keep_ptr": "*u8", "value_ptr": "*bf16", "gradient_ptr": "*bf16"}
@@ -39,8 +45,10 @@ def kind(name: str, kernel: str) -> str:
     if name.endswith("_ptr"):
         if (name, kernel) == ("zero_ptr", "asymmetric_search"):
             return "*u8"
+        if WHICH == "passes":
+            return "*bf16"
         return (POINTERS | (TRAINED if WHICH == "training" else {})).get(name, "*fp32")
-    return "fp32" if name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS) else "i32"
+    return "fp32" if name == "eps" or name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS) else "i32"
 
 
 KERNELS = {
@@ -57,6 +65,7 @@ KERNELS = {
         (triton_packed.packed_values, 4),
         (triton_packed.group_sums, 4),
     ),
+    "passes": ((triton_pieces.rms_norm, 4), (triton_pieces.rotate, 4), (triton_pieces.gate, 4)),
 }
 
 for kernel, warps in KERNELS[WHICH]:

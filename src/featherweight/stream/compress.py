@@ -30,6 +30,7 @@ from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import OutputFolder
+from featherweight.stream.fused import fuse, rotations
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
@@ -154,6 +155,7 @@ class _Job:
         self.phases = Phases(device)
         self.beside = device.type == "cuda"  # on a CPU, reading and writing beside the solver takes cores from it
         self.dtype = compute_dtype(tree.dtype, device)
+        self.fuses = device.type == "cuda" and not recipe.trains  # training compiles blocks and needs gradients
         self.low = memory == "low"
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
@@ -188,7 +190,8 @@ class _Job:
             if not finished[0]:
                 self._solve_rest(folder, writer)
             runner = BlockRunner(self.tree, self.device, self.dtype)
-            with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead:
+            turned = rotations(runner.model) if self.fuses else nullcontext()
+            with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead, turned:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
     def _run_blocks(
@@ -214,6 +217,8 @@ class _Job:
                     continue
                 with self.phases("load"):
                     module = runner.load(index, ahead.take(index))
+                if self.fuses:
+                    fuse(module)
                 if not finished[index]:
                     found = self._solve(folder, writer, index, block, states.view(index, module, block, weights))
                 else:
