@@ -64,8 +64,9 @@ class CrossSum:
         self.tokens += x_TC.shape[0]
         _accumulate(self.sum_RC, difference.reshape(-1, difference.shape[-1]), x_TC)
 
-    def mean(self) -> Tensor:
-        return self.sum_RC / max(self.tokens, 1)
+    def mean(self, rows: slice = slice(None)) -> Tensor:
+        """d^T x / T, all of it or some rows."""
+        return self.sum_RC[rows] / max(self.tokens, 1)
 
 
 def _accumulate(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:

@@ -32,10 +32,11 @@ def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Soluti
     """
     if not rounds:
         return solution
-    hessian_CC = problem.damped(solution.damping)
+    weight_RC, hessian_CC = problem.weight_RC, problem.damped(solution.damping)
+    pull_RC = times(weight_RC, hessian_CC)
     for _ in range(rounds):
-        solution = descend(problem.weight_RC, hessian_CC, refit_scales(problem.weight_RC, hessian_CC, solution))
-    return refit_scales(problem.weight_RC, hessian_CC, solution)
+        solution = descend(weight_RC, hessian_CC, refit_scales(weight_RC, hessian_CC, solution, pull_RC))
+    return refit_scales(weight_RC, hessian_CC, solution, pull_RC)
 
 
 def row_loss(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tensor:
@@ -64,39 +65,47 @@ def keep_better(
     )
 
 
-def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Solution:
+def refit_scales(
+    weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, pull_RC: Tensor | None = None
+) -> Solution:
     """The least-squares scales of each row for its codes, all groups of the row at once, rounded as they are stored.
 
-    With K the codes less their zeros, masked to one group a row (G x C), the scales solve (K H K^T) s = K H w.
-    A row keeps its scales where the new ones, once rounded, are no better.
+    With K the codes less their zeros, masked to one group a row (G x C), the scales solve (K H K^T) s = K H w, and
+    scales that differ by d change the loss by d K H K^T d^T - 2 d K H (w - v). A row keeps its scales where the new
+    ones, once rounded, are no better. `pull_RC` is W H, where the caller has it.
     """
+    pull_RC = times(weight_RC, hessian_CC) if pull_RC is None else pull_RC
     rows = weight_RC.shape[-2]
-    each = solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
+    each = 2 * solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
     chunk = max(1, CHUNK_ELEMENTS[weight_RC.device.type] // each)
-    parts = [_least_squares(weight_RC, hessian_CC, solution, at, min(at + chunk, rows)) for at in range(0, rows, chunk)]
-    new_RG = scales.store(torch.cat(parts, -2), solution.grid.scale_dtype)
-    old_RG = solution.scales_RG
-    usable = torch.isfinite(new_RG) & (new_RG.abs() > 1e-3 * old_RG.abs()) & (new_RG.abs() < 1e3 * old_RG.abs())
-    new = replace(solution, scales_RG=torch.where(usable, new_RG, old_RG))
-    return keep_better(weight_RC, hessian_CC, solution, new)
+    bounds = [(at, min(at + chunk, rows)) for at in range(0, rows, chunk)]
+    parts = [_refitted(pull_RC[..., start:stop, :], hessian_CC, solution.rows(start, stop)) for start, stop in bounds]
+    scales_RG, loss_R = (torch.cat(each, axis) for each, axis in zip(zip(*parts, strict=True), (-2, -1), strict=True))
+    return replace(solution, scales_RG=scales_RG, loss_R=loss_R)
 
 
-def _least_squares(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, start: int, stop: int) -> Tensor:
-    """The unrounded scales of rows start .. stop-1."""
-    part = solution.rows(start, stop)
-    groups = part.scales_RG.shape[-1]
-    shift_RGN = part.codes_RC.unflatten(-1, (groups, -1)).to(weight_RC.dtype)
-    shift_RGN = shift_RGN - part.zeros_RG.unsqueeze(-1).to(weight_RC.dtype)
-    pull_RGN = times(weight_RC[..., start:stop, :], hessian_CC).unflatten(-1, (groups, -1))
-    right_RG = (pull_RGN * shift_RGN).sum(-1)
+def _refitted(pull_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
+    """Scales and losses of some rows."""
+    groups, dtype = solution.scales_RG.shape[-1], pull_RC.dtype
+    shift_RGN = solution.codes_RC.unflatten(-1, (groups, -1)).to(dtype)
+    shift_RGN = shift_RGN - solution.zeros_RG.unsqueeze(-1).to(dtype)
+    right_RG = (pull_RC.unflatten(-1, (groups, -1)) * shift_RGN).sum(-1)
     left_RGG = fused.gram(shift_RGN, hessian_CC)
     if left_RGG is None:
         left_RGG = _gram(shift_RGN, hessian_CC)
+    whole_RGG = left_RGG.tril() + left_RGG.tril(-1).mT
     diagonal_RG = left_RGG.diagonal(dim1=-2, dim2=-1)
-    diagonal_RG += 1e-6 * diagonal_RG.mean(-1, keepdim=True) + torch.finfo(weight_RC.dtype).tiny
+    diagonal_RG += 1e-6 * diagonal_RG.mean(-1, keepdim=True) + torch.finfo(dtype).tiny
     lower_RGG = torch.linalg.cholesky_ex(left_RGG)[0]
-    scale_RG: Tensor = torch.cholesky_solve(right_RG.unsqueeze(-1), lower_RGG).squeeze(-1)
-    return scale_RG
+    found_RG: Tensor = torch.cholesky_solve(right_RG.unsqueeze(-1), lower_RGG).squeeze(-1)
+    new_RG, old_RG = scales.store(found_RG, solution.grid.scale_dtype), solution.scales_RG
+    usable = torch.isfinite(new_RG) & (new_RG.abs() > 1e-3 * old_RG.abs()) & (new_RG.abs() < 1e3 * old_RG.abs())
+    new_RG = torch.where(usable, new_RG, old_RG)
+    step_RG = new_RG.to(dtype) - old_RG.to(dtype)
+    middle_RG = old_RG.to(dtype) + step_RG / 2
+    gain_R = 2 * (step_RG * (right_RG - (whole_RGG @ middle_RG.unsqueeze(-1)).squeeze(-1))).sum(-1)
+    better_R, loss_R = gain_R > 0, solution.loss_R.to(dtype)
+    return torch.where(better_R.unsqueeze(-1), new_RG, old_RG), torch.where(better_R, loss_R - gain_R, loss_R)
 
 
 def _gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor:
