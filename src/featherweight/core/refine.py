@@ -65,9 +65,7 @@ def keep_better(
     )
 
 
-def refit_scales(
-    weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, pull_RC: Tensor | None = None
-) -> Solution:
+def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, pull_RC: Tensor | None = None) -> Solution:
     """The least-squares scales of each row for its codes, all groups of the row at once, rounded as they are stored.
 
     With K the codes less their zeros, masked to one group a row (G x C), the scales solve (K H K^T) s = K H w, and

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])  # one kernel whatever the number of groups
 def gram(
     shift_ptr,  # E x R x C, bfloat16 (or, with nothing to be gained from halves, float32)
     hessian_ptr,  # E x C x C

@@ -22,7 +22,7 @@ def nearest(value_R, low_R, high_R):
     return (tl.minimum(tl.maximum(value_R, low_R), high_R) + MAGIC) - MAGIC
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])  # one kernel whatever the number of groups
 def sweep_slab(
     weight_ptr,  # E x C x R
     upper_ptr,  # E x C x C
@@ -85,7 +85,7 @@ def sweep_slab(
     tl.store(loss_ptr + layer * rows + row_R, loss_R, mask=inside_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def descend_slab(
     pull_ptr,  # E x N x R
     hessian_ptr,  # E x C x C

@@ -6,6 +6,7 @@ Shapes: S sequences, T tokens, R outputs, C inputs.
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +39,7 @@ from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.phases import Phases
 from featherweight.stream.request import check_ids, manifest
 from featherweight.stream.shard import require_all
+from featherweight.stream.solving import compile_solver
 from featherweight.stream.states import States
 from featherweight.stream.storing import OUTSIDE, Packed, Shards
 from featherweight.stream.tokens import round_tokens
@@ -157,6 +159,7 @@ class _Job:
         self.dtype = compute_dtype(tree.dtype, device)
         self.fuses = device.type == "cuda" and not recipe.trains  # training compiles blocks and needs gradients
         self.low = memory == "low"
+        self.compiled: Future[None] | None = None
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
         together = min(BATCH_TOKENS[device.type], LOW_TOKENS) if self.low else BATCH_TOKENS[device.type]
@@ -186,7 +189,11 @@ class _Job:
         """Writes every shard that is not there yet."""
         self.tell(0, len(self.tree.blocks), "reading")
         finished = self.world.first([folder.finished(number) for number in range(len(self.tree.blocks) + 1)])
-        with Writer(self.beside) as writer:
+        with Writer(self.beside) as writer, ThreadPoolExecutor(1, "compiler") as beside:
+            if self.device.type == "cuda" and not all(finished):
+                self.compiled = beside.submit(
+                    compile_solver, next(iter(self.rules.values())), self.choices, self.device
+                )
             if not finished[0]:
                 self._solve_rest(folder, writer)
             runner = BlockRunner(self.tree, self.device, self.dtype)
@@ -280,6 +287,8 @@ class _Job:
     ) -> dict[str, AnySolution]:
         """Solves a block and has its shard written; returns what that will hold."""
         began, total = time.perf_counter(), len(self.tree.blocks)
+        if self.compiled is not None:
+            self.compiled.result()
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solve_block = trained if self.recipe.trains else layerwise
         solutions = solve_block(

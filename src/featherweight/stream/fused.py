@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from featherweight.core.triton_tried import tried
 from featherweight.models.experts import Expert, Experts
+from featherweight.stream.grouped import Grouped
 
 KINDS = (torch.float16, torch.bfloat16)
 WIDEST, NORM_TILE, GATE_TILE = 1 << 14, 4096, 2048  # of a norm's row; elements of a program
@@ -37,9 +38,10 @@ def fuse(block: nn.Module) -> None:
     """Gives a block's norms and gated units their kernels, where it has any we know; a copy of the block keeps them."""
     for module in block.modules():
         if isinstance(module, Experts) and _is_gate(module):
-            for index in range(len(module)):
-                expert = module.expert(index)
-                expert.__dict__["forward"] = MethodType(_gated_forward, expert)
+            for expert in module.children():
+                if isinstance(expert, Expert):
+                    expert.gated = gated
+            module.together = Grouped(module, gated)
         elif (norm := _norm_of(module)) is not None:
             module.__dict__["forward"] = MethodType(partial(_norm_forward, norm=norm), module)
         elif set(module._modules) == LEAVES and _gates(module):

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from featherweight.core.problem import LayerProblem
 from featherweight.core.products import times
-from featherweight.core.rules import Rule
+from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution
-from featherweight.core.solve import Choices
+from featherweight.core.solve import Choices, solve
 from featherweight.errors import FeatherweightError
 from featherweight.models.tree import Matrix
 from featherweight.stream.onelayer import solve_layer
+
+COMPILED_ROWS, COMPILED_COLUMNS = 64, 256  # of the layer that is solved for the sake of its kernels
 
 
 def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
@@ -73,11 +75,25 @@ def solve_stack(
         moved_ERC = torch.cat([one.weight_RC for one, _ in found])
         return replace(problem, weight_RC=moved_ERC), [solution for _, each in found for solution in each]
     if gap_ECC is not None:
-        problem = replace(problem, weight_RC=problem.weight_RC + factor.solve(problem.weight_RC @ gap_ECC))
+        problem = replace(problem, weight_RC=problem.weight_RC + factor.solve(times(problem.weight_RC, gap_ECC)))
     stack = solve_layer(problem, rule, choices, factor)
     check_certificate(problem, stack)
     stack = replace(stack, loss_R=stack.loss_R.cpu())
     return problem, [stack.layer(n) for n in range(count)]
+
+
+@torch.no_grad()
+def compile_solver(rule: Rule, choices: Choices, device: torch.device) -> None:
+    """Solves a small random layer on a stream of its own: Triton compiles for seconds what the first real one needs,
+    and the device has other work meanwhile.
+    """
+    if not isinstance(rule, Grid) or choices.method != "gptq":
+        return
+    columns = -(-COMPILED_COLUMNS // (rule.group_size or 1)) * (rule.group_size or 1)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        draw = torch.Generator(device).manual_seed(0)
+        weight_RC = torch.randn(COMPILED_ROWS, columns, generator=draw, device=device)
+        solve(LayerProblem(weight_RC, torch.eye(columns, device=device), columns), rule, choices)
 
 
 def _of(problem: LayerProblem, at: slice) -> LayerProblem:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm(
     x_ptr,  # N x D
     weight_ptr,  # D
@@ -41,7 +41,7 @@ def rms_norm(
     tl.store(out_ptr + at_ND, (x_ND * factor_D[None, :]).to(kind), mask=mask_ND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def rotate(
     x_ptr,  # S x T x H x D
     out_ptr,  # laid out as x is
@@ -94,3 +94,29 @@ def gate(
     up_D = tl.load(up_ptr + row * up_stride + place_D, mask=inside_D, other=0.0).to(tl.float32)
     silu_D = (gate_D / (1.0 + tl.exp(-gate_D))).to(kind).to(tl.float32)
     tl.store(out_ptr + row * width + place_D, (silu_D * up_D).to(kind), mask=inside_D)
+
+
+@triton.jit
+def join(
+    pair_ptr,  # N x D
+    place_ptr,  # T x K, where a token's pairs lie
+    expert_ptr,  # T x K, int64; `count` or more is nowhere
+    share_ptr,  # T x K
+    out_ptr,  # T x D
+    width,
+    count,
+    CHOICES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    place_D = tl.arange(0, TILE)
+    inside_D = place_D < width
+    sum_D = tl.zeros([TILE], dtype=tl.float32)
+    for choice in range(CHOICES):
+        at = token * CHOICES + choice
+        served = tl.load(expert_ptr + at) < count
+        row_D = pair_ptr + tl.load(place_ptr + at) * width + place_D
+        sum_D += tl.load(row_D, mask=inside_D & served, other=0.0).to(tl.float32) * tl.load(share_ptr + at).to(
+            tl.float32
+        )
+    tl.store(out_ptr + token * width + place_D, sum_D.to(out_ptr.dtype.element_ty), mask=inside_D)
