@@ -20,7 +20,7 @@ from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import round_to_nearest, sweep
-from featherweight.core.triangle import inverse_lower
+from featherweight.core.triangle import inverse_factor_, inverse_lower
 from oracles import activation_order, damped, eliminate, layer_loss, levels, random_layer
 
 DATA = Path(__file__).parent / "data"
@@ -305,3 +305,29 @@ def test_pulls_follow_what_changes() -> None:
         wanted = hessian_ECC[:, at] @ delta_ECR
         assert float((pulls.of(at) - wanted).norm() / wanted.norm()) < 3e-5
         delta_ECR[:, at] += torch.randn(2, at.stop - at.start, 5, generator=generator)
+
+
+@pytest.mark.parametrize(("columns", "layers"), [(7, None), (200, None), (130, 3)])
+def test_the_factor_in_place(columns: int, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that do not divide the columns; what lies under the diagonal is nobody's."""
+    for name, size in (("BLOCK", 48), ("STACKED_BLOCK", 32), ("WHOLE", 16), ("EXACT", 64)):
+        monkeypatch.setattr(f"featherweight.core.triangle.{name}", size)
+    lead = () if layers is None else (layers,)
+    draw = torch.Generator().manual_seed(0)
+    x_TC = torch.randn(*lead, 3 * columns, columns, generator=draw, dtype=torch.float64)
+    hessian_CC = x_TC.mT @ x_TC
+    upper_CC = hessian_CC + torch.randn(hessian_CC.shape, generator=draw, dtype=torch.float64).tril(-1)
+    assert inverse_factor_(upper_CC)
+    assert torch.equal(upper_CC, upper_CC.triu())
+    torch.testing.assert_close(upper_CC.mT @ upper_CC, torch.linalg.inv(hessian_CC))
+    assert not inverse_factor_(-hessian_CC)
+
+
+def test_the_factor_in_place_is_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_RC, hessian_CC = random_layer(4, 128, seed=3, dead=DEAD)
+    problem = LayerProblem(weight_RC, hessian_CC)
+    usual = problem.factor()
+    monkeypatch.setattr("featherweight.core.problem.in_place_pays", lambda matrix_CC: True)
+    in_place = problem.factor()
+    assert torch.equal(in_place.order_C, usual.order_C)
+    torch.testing.assert_close(in_place.upper_CC, usual.upper_CC)

@@ -22,8 +22,9 @@ from featherweight.benchmarks.shapes import Shapes
 from featherweight.benchmarks.timing import peak_tflops
 from featherweight.recipe import Recipe
 from featherweight.stream.compress import Memory, Result, compress
-from featherweight.stream.device import peak_memory_bytes, pick_device
+from featherweight.stream.device import peak_memory_bytes
 from featherweight.stream.folder import JOURNAL
+from featherweight.stream.parallel import joined
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Report:
         peer_s: llm-compressor's on the same files, None where it cannot be imported or was not asked for.
     """
 
+    processes: int
     blocks: int
     layers: int
     samples: int
@@ -65,24 +67,33 @@ def measure(
     memory: Memory = "auto",
     scratch: Path | None = None,
     peer: bool = True,
-) -> Report:
+) -> Report | None:
     """Writes a checkpoint of `blocks` random blocks into a folder under `scratch`, compresses it on random tokens, and
-    removes both. With `peer`, llm-compressor does the same afterwards where it is installed.
+    removes both. With `peer`, llm-compressor does the same afterwards where it is installed, in one process alone.
+
+    Of several processes that torchrun started, all call it and one writes; None for the others.
     """
-    on = pick_device(device)
     assert recipe.tokens is not None
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="featherweight-bench-") as folder:
-        model, out = Path(folder) / "model", Path(folder) / "out"
-        write_model(shapes, blocks, model, on)
+    with joined() as world, tempfile.TemporaryDirectory(dir=scratch, prefix="featherweight-bench-") as own:
+        folder, on = Path(world.first(own)), world.device(device)
+        model, out = folder / "model", folder / "out"
+        if world.leads:
+            write_model(shapes, blocks, model, on)
         draw = torch.Generator().manual_seed(0)
         ids_ST = torch.randint(shapes.vocabulary, (recipe.samples, recipe.tokens), generator=draw)
         peaks = {dtype: peak_tflops(on, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
         if on.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        world.wait()
         result = compress(model, out, recipe, device, ids_ST=ids_ST, memory=memory)
         lines = _block_lines(out)
-        peer_s = _peer_seconds(model, recipe) if peer and importlib.util.find_spec("llmcompressor") else None
-    return _report(shapes, recipe, blocks, on, result, lines, peaks, peer_s)
+        world.wait()
+        if not world.leads:
+            return None
+        alone = peer and world.size == 1 and importlib.util.find_spec("llmcompressor")
+        peer_s = _peer_seconds(model, recipe) if alone else None
+    return _report(shapes, recipe, blocks, on, result, lines, peaks, peer_s, world.size)
 
 
 def write_model(shapes: Shapes, blocks: int, folder: Path, device: torch.device) -> None:
@@ -110,6 +121,7 @@ def _report(
     lines: list[dict[str, float]],
     peaks: dict[str, float],
     peer_s: float | None,
+    processes: int,
 ) -> Report:
     usual = lines[1:] or lines  # the first has compiling and everything in front of it
     names = {name: None for line in usual for name in line}
@@ -118,6 +130,7 @@ def _report(
     block_s = sum(took for name, took in phase_s.items() if not (on_gpu and name == "write"))
     floor_s = floor_seconds(shapes, recipe, peaks["bfloat16" if on_gpu else "float32"], peaks["float32"])
     return Report(
+        processes=processes,
         blocks=blocks,
         layers=shapes.layers,
         samples=recipe.samples,
