@@ -231,6 +231,7 @@ def test_bench_compress(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = Shapes(64, 32, 4, 4, 2, 16, 128, experts, min(experts, 2), qk_norm=experts > 0)
     monkeypatch.setattr(bench, "peak_tflops", lambda device, dtype: 0.01)
     report = bench.measure(shapes, Recipe(group_size=32, samples=4, tokens=64, route_all=True), 2, "cpu", peer=False)
+    assert report is not None and report.processes == 1
     assert (report.blocks, report.layers, report.peer_s, report.peak_gpu_bytes) == (2, 4, None, None)
     assert report.block_s == pytest.approx(sum(report.phase_s.values()), abs=0.01)
     assert report.whole_s == pytest.approx(report.seconds + 2 * report.block_s, abs=0.1)

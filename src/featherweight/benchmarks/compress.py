@@ -167,24 +167,28 @@ def floor_seconds(shapes: Shapes, recipe: Recipe, product_tflops: float, solve_t
 
 def _peer_seconds(model: Path, recipe: Recipe) -> float:
     """llm-compressor's GPTQ, W4A16 in groups of 128, on as many random tokens; reading and writing included."""
-    from datasets import Dataset  # type: ignore[import-not-found]
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
     from tokenizers import Tokenizer, models
+    from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     began = time.perf_counter()
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    words = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, unk_token="a"))
+    words = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, unk_token="a"))  # asked for, and never used
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
-    shape = (recipe.samples, recipe.tokens or 0)
-    ids = torch.randint(loaded.config.vocab_size, shape).tolist()
-    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * shape[1]] * shape[0]})
-    chosen = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    ids_ST = torch.randint(loaded.config.vocab_size, (recipe.samples, recipe.tokens or 0))
+    windows = [{"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)} for ids_T in ids_ST]
+    chosen = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head", "re:.*mlp.gate$"])
     oneshot(
-        model=loaded, dataset=data, recipe=chosen, processor=tokenizer, max_seq_length=shape[1],
-        num_calibration_samples=shape[0], output_dir=str(model.parent / "peer"),
-    )  # fmt: skip
+        model=loaded,
+        dataset=DataLoader(windows, batch_size=1),  # type: ignore[arg-type]
+        recipe=chosen,
+        processor=tokenizer,
+        max_seq_length=ids_ST.shape[1],
+        num_calibration_samples=len(ids_ST),
+        output_dir=str(model.parent / "peer"),
+    )
     return time.perf_counter() - began
 
 
