@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels of ARGV[2], solvers, training or passes, to machine code for sm_ARGV[1] and prints their names;
-needs no GPU."""
+"""Compiles the Triton kernels of ARGV[2], solvers, training or passes, to machine code for sm_ARGV[1] and prints their
+names; needs no GPU."""
 
 import sys
 
@@ -33,8 +33,16 @@ CONSTANTS = {
     "HALF": 64,
     "PAIRS": 64,
     "HEADS": 32,
+    "CHOICES": 8,
 }
-POINTERS = {"group_ptr": "*i64", "code_ptr": "*u8", "word_ptr": "*i32", "shift_ptr": "*bf16"}
+POINTERS = {
+    "group_ptr": "*i64",
+    "code_ptr": "*u8",
+    "word_ptr": "*i32",
+    "shift_ptr": "*bf16",
+    "first_ptr": "*bf16",
+    "second_ptr": "*bf16",
+}
 TRAINED = {"keep_ptr": "*u8", "value_ptr": "*bf16", "gradient_ptr": "*bf16"}
 SEARCHES_AND_GRIDS = ("search", "grid_values", "grid_step")  # whose bounds are floats
 
@@ -46,7 +54,7 @@ def kind(name: str, kernel: str) -> str:
         if (name, kernel) == ("zero_ptr", "asymmetric_search"):
             return "*u8"
         if WHICH == "passes":
-            return "*bf16"
+            return "*i64" if name in ("expert_ptr", "place_ptr") else "*bf16"
         return (POINTERS | (TRAINED if WHICH == "training" else {})).get(name, "*fp32")
     return "fp32" if name == "eps" or name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS) else "i32"
 
@@ -57,7 +65,7 @@ KERNELS = {
         (triton_slabs.descend_slab, 1),
         (triton_scales.symmetric_search, 4),
         (triton_scales.asymmetric_search, 4),
-        (triton_gram.gram, 4),
+        (triton_gram.gram, 8),
     ),
     "training": (
         (triton_grid.grid_values, 4),
@@ -65,7 +73,7 @@ KERNELS = {
         (triton_packed.packed_values, 4),
         (triton_packed.group_sums, 4),
     ),
-    "passes": ((triton_pieces.rms_norm, 4), (triton_pieces.rotate, 4), (triton_pieces.gate, 4)),
+    "passes": (*((kernel, 4) for kernel in (triton_pieces.rms_norm, triton_pieces.rotate, triton_pieces.gate, triton_pieces.join))),
 }
 
 for kernel, warps in KERNELS[WHICH]:

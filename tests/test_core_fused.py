@@ -203,10 +203,13 @@ def test_searches_of_layers_have_their_own_prices(launched: list[str]) -> None:
 COMPILED = {
     "solvers": ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search", "gram"],
     "training": ["grid_values", "grid_step", "packed_values", "group_sums"],
+    "passes": ["rms_norm", "rotate", "gate", "join"],
 }
 
 
-@pytest.mark.parametrize("which", ["solvers", pytest.param("training", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", ["solvers", *(pytest.param(which, marks=pytest.mark.slow) for which in ("training", "passes"))]
+)
 @pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_kernels_compile_without_a_gpu(arch: int, which: str, tmp_path: Path) -> None:
     """By Triton itself, in a process of its own: here it may be interpreting."""

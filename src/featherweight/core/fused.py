@@ -16,7 +16,7 @@ from featherweight.core.triton_tried import tried
 
 ROWS = 16  # of a program: a warp holds a slab of them in registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
-GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 64  # groups whose columns a program multiplies at once, and its rows
+GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 128  # groups whose columns a program multiplies at once, and its rows
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
 
@@ -146,7 +146,10 @@ def gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor | None:
     rows, layers = shift_RGN.shape[-3], shift_RGN.shape[0] if shift_RGN.dim() == 4 else 1
     halves = shift_RGN.is_cuda  # the interpreter knows no bfloat16
     shift = shift_RGN.to(torch.bfloat16 if halves else torch.float32).contiguous()
-    hessian_CC = hessian_CC.contiguous()
+    first_CC = second_CC = hessian_CC.contiguous()
+    if halves:
+        first_CC = first_CC.to(torch.bfloat16)
+        second_CC = (hessian_CC - first_CC).to(torch.bfloat16)
     found_RGG = shift_RGN.new_empty((*shift_RGN.shape[:-1], groups))
 
     def launch() -> None:
@@ -154,8 +157,8 @@ def gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor | None:
 
         programs = (-(-rows // GRAM_ROWS), groups, layers)
         sizes = (rows, groups * width, groups)
-        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": halves, "num_warps": 4}
-        triton_gram.gram[programs](shift, hessian_CC, found_RGG, *sizes, **constants)
+        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": halves, "num_warps": 8, "num_stages": 2}
+        triton_gram.gram[programs](shift, first_CC, second_CC, found_RGG, *sizes, **constants)
 
     return found_RGG if _tried(launch) else None
 

@@ -197,10 +197,8 @@ def check_divisible(world: World, tree: ModelTree, recipe: Recipe) -> None:
             f"--samples to {world.size} or use --nproc-per-node {recipe.samples}."
         )
     mixture = next(find_experts(tree.model), None)
-    method = recipe.start if recipe.trains else recipe.method
     refused = {
-        f"--method {recipe.method}{' from ' + method if recipe.trains else ''}": method != "gptq",
-        "--mask obs": recipe.prunes and recipe.mask == "obs",
+        f"--method {recipe.method} from {recipe.start}": recipe.trains and recipe.start != "gptq",
         "--guide": recipe.guide > 0,
         "a budget (--size, --average-bits, --non-uniform)": recipe.budget is not None,
         f"a model with experts ({mixture and mixture[0]})": mixture is not None,
