@@ -56,7 +56,7 @@ def kind(name: str, kernel: str) -> str:
         if WHICH == "passes":
             return "*i64" if name in ("expert_ptr", "place_ptr") else "*bf16"
         return (POINTERS | (TRAINED if WHICH == "training" else {})).get(name, "*fp32")
-    return "fp32" if name == "eps" or name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS) else "i32"
+    return "fp32" if name == "eps" or (name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS)) else "i32"
 
 
 KERNELS = {
@@ -73,7 +73,12 @@ KERNELS = {
         (triton_packed.packed_values, 4),
         (triton_packed.group_sums, 4),
     ),
-    "passes": (*((kernel, 4) for kernel in (triton_pieces.rms_norm, triton_pieces.rotate, triton_pieces.gate, triton_pieces.join))),
+    "passes": (
+        (triton_pieces.rms_norm, 4),
+        (triton_pieces.rotate, 4),
+        (triton_pieces.gate, 4),
+        (triton_pieces.join, 4),
+    ),
 }
 
 for kernel, warps in KERNELS[WHICH]:
