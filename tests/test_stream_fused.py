@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from featherweight.models.experts import take_apart
-from featherweight.stream import fused
+from featherweight.stream import fused, grouped
+from featherweight.stream.grouped import Grouped
 from tiny import make
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -140,3 +141,39 @@ def test_a_copy_has_its_own_weights(tmp_path: Path, launches: list[str]) -> None
     other.input_layernorm.weight.zero_()
     assert not other.input_layernorm(drawn(3, 64)).any() and block.input_layernorm(drawn(3, 64)).any()
     assert launches
+
+
+@torch.no_grad()
+def test_experts_together_are_the_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokens go nowhere, and one expert has none."""
+    monkeypatch.setattr(grouped, "_failed", [])
+    monkeypatch.setattr(Grouped, "_fits", lambda self, routed: True)
+    config = AutoConfig.from_pretrained(make("qwen3-moe", tmp_path / "moe"))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(DEVICE)
+    take_apart(model)
+    block = model.model.layers[0]
+    experts = block.mlp.experts
+    experts.to_empty(device=DEVICE)  # they were taken apart on meta
+    for weight in experts.parameters():
+        weight.copy_(0.3 * drawn(*weight.shape))
+    x_TD = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    expert_TK = torch.tensor([[0, 1], [1, 3], [3, 4], [0, 3]]).repeat(10, 1).to(DEVICE)  # 4 is nowhere
+    share_TK = torch.rand(40, 2, generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.bfloat16)
+    one_by_one = experts(x_TD, expert_TK, share_TK)
+    fused.fuse(block)
+    assert isinstance(experts.together, Grouped)
+    together = experts(x_TD, expert_TK, share_TK)
+    assert not grouped._failed
+    scale = float(one_by_one.float().std())
+    assert torch.allclose(together.float(), one_by_one.float(), rtol=2**-6, atol=2**-7 * scale)
+
+
+def test_experts_of_another_kind_run_one_after_the_other(tmp_path: Path) -> None:
+    """No GPU, biases, inputs multiplied by the router: what `Grouped` leaves alone."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(make("qwen3-moe", tmp_path / "moe")))
+    take_apart(model)
+    experts = model.model.layers[0].mlp.experts
+    fused.fuse(model.model.layers[0])
+    x_TD = torch.randn(4, 64)
+    assert experts.together is not None
+    assert experts.together(experts.routed(x_TD, torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2))) is None

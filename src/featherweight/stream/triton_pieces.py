@@ -114,9 +114,8 @@ def join(
     sum_D = tl.zeros([TILE], dtype=tl.float32)
     for choice in range(CHOICES):
         at = token * CHOICES + choice
-        served = tl.load(expert_ptr + at) < count
+        there = tl.where(tl.load(expert_ptr + at) < count, width, 0)
         row_D = pair_ptr + tl.load(place_ptr + at) * width + place_D
-        sum_D += tl.load(row_D, mask=inside_D & served, other=0.0).to(tl.float32) * tl.load(share_ptr + at).to(
-            tl.float32
-        )
+        pair_D = tl.load(row_D, mask=place_D < there, other=0.0).to(tl.float32)
+        sum_D += pair_D * tl.load(share_ptr + at).to(tl.float32)
     tl.store(out_ptr + token * width + place_D, sum_D.to(out_ptr.dtype.element_ty), mask=inside_D)
