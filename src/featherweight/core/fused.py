@@ -83,6 +83,11 @@ def usable(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype == torch.float32 and not _failed
 
 
+def try_again() -> None:
+    """Forgets that a kernel has failed."""
+    _failed.clear()
+
+
 def bounds(dtype: torch.dtype) -> tuple[float, float]:
     """The least and the most a scale of this dtype is allowed to be."""
     info = torch.finfo(dtype)

@@ -116,7 +116,8 @@ def rotated(x_SHTD: Tensor, cos_STD: Tensor, sin_STD: Tensor) -> Tensor | None:
         strides = (x_SHTD.stride(0), x_SHTD.stride(2), x_SHTD.stride(1), 0 if len(cos_STD) == 1 else tokens * width)
         pairs, tile = 1 << (width // 2 - 1).bit_length(), 1 << (heads - 1).bit_length()
         angles = (cos_STD.contiguous(), sin_STD.contiguous())
-        constants = {"HALF": width // 2, "PAIRS": pairs, "HEADS": tile}
+        # products and sums are not joined: each rounds by itself, as torch's do
+        constants = {"HALF": width // 2, "PAIRS": pairs, "HEADS": tile, "enable_fp_fusion": False}
         triton_pieces.rotate[(sequences * tokens,)](x_SHTD, found, *angles, tokens, heads, *strides, **constants)
 
     return found if _tried(launch) else None
