@@ -158,13 +158,11 @@ def test_grams_of_codes(lead: tuple[int, ...], launched: list[str]) -> None:
     shift_RGN = torch.randint(-255, 256, (*lead, 70, 3, 16), generator=generator).float().to(DEVICE)
     x_TC = torch.randn(*lead, 100, 48, generator=generator).to(DEVICE)
     hessian_CC = x_TC.mT @ x_TC
-    found = fused.gram(shift_RGN, hessian_CC)
+    found = fused.gram(shift_RGN, fused.halved(hessian_CC))
     assert found is not None and launched == ["kernel"]
     wanted = refine_room._gram(shift_RGN, hessian_CC)
     assert torch.allclose(found.tril(), wanted.tril(), rtol=1e-4, atol=1e-4 * float(wanted.tril().abs().max()))
-    assert (
-        fused.gram(shift_RGN.flatten(-2).unflatten(-1, (2, 24)), hessian_CC) is None
-    )  # of a width that no program has
+    assert not fused.grams(shift_RGN, 24)  # of a width that no program has
 
 
 SEARCHES = [

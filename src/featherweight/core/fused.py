@@ -140,21 +140,24 @@ def search(
     return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
 
 
-def gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor | None:
+def halved(hessian_CC: Tensor) -> tuple[Tensor, Tensor]:
+    """H as `gram` reads it: in bfloat16 and what that leaves; as it is, twice, where the kernel is interpreted."""
+    if not hessian_CC.is_cuda:  # the interpreter knows no bfloat16
+        return hessian_CC.contiguous(), hessian_CC.contiguous()
+    first_CC = hessian_CC.to(torch.bfloat16, memory_format=torch.contiguous_format)
+    return first_CC, (hessian_CC - first_CC).to(torch.bfloat16)
+
+
+def gram(shift_RGN: Tensor, halves: tuple[Tensor, Tensor]) -> Tensor | None:
     """`refine`'s K H K^T of every row, R x G x G, its lower triangle written; None where torch has to do it.
 
-    `shift_RGN` are codes less their zeros: whole numbers of at most 8 bits.
+    `shift_RGN` are codes less their zeros: whole numbers of at most 8 bits; `halves` is H as `halved` gives it.
     """
     groups, width = shift_RGN.shape[-2:]
-    if not usable(shift_RGN) or width not in GRAM_WIDTHS:
+    if not grams(shift_RGN, width):
         return None
     rows, layers = shift_RGN.shape[-3], shift_RGN.shape[0] if shift_RGN.dim() == 4 else 1
-    halves = shift_RGN.is_cuda  # the interpreter knows no bfloat16
-    shift = shift_RGN.to(torch.bfloat16 if halves else torch.float32).contiguous()
-    first_CC = second_CC = hessian_CC.contiguous()
-    if halves:
-        first_CC = first_CC.to(torch.bfloat16)
-        second_CC = (hessian_CC - first_CC).to(torch.bfloat16)
+    shift = shift_RGN.to(halves[0].dtype).contiguous()
     found_RGG = shift_RGN.new_empty((*shift_RGN.shape[:-1], groups))
 
     def launch() -> None:
@@ -162,10 +165,16 @@ def gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor | None:
 
         programs = (-(-rows // GRAM_ROWS), groups, layers)
         sizes = (rows, groups * width, groups)
-        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": halves, "num_warps": 8, "num_stages": 2}
-        triton_gram.gram[programs](shift, first_CC, second_CC, found_RGG, *sizes, **constants)
+        apart = halves[0].dtype == torch.bfloat16
+        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": apart, "num_warps": 8, "num_stages": 2}
+        triton_gram.gram[programs](shift, *halves, found_RGG, *sizes, **constants)
 
     return found_RGG if _tried(launch) else None
+
+
+def grams(weights: Tensor, width: int) -> bool:
+    """Whether `gram` is a kernel for groups of this width."""
+    return usable(weights) and width in GRAM_WIDTHS
 
 
 def _launch(

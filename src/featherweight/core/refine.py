@@ -77,18 +77,24 @@ def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, pull
     each = 2 * solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
     chunk = max(1, CHUNK_ELEMENTS[weight_RC.device.type] // each)
     bounds = [(at, min(at + chunk, rows)) for at in range(0, rows, chunk)]
-    parts = [_refitted(pull_RC[..., start:stop, :], hessian_CC, solution.rows(start, stop)) for start, stop in bounds]
+    width = weight_RC.shape[-1] // solution.scales_RG.shape[-1]
+    halves = fused.halved(hessian_CC) if fused.grams(weight_RC, width) else None
+    parts = [
+        _refitted(pull_RC[..., start:stop, :], hessian_CC, solution.rows(start, stop), halves) for start, stop in bounds
+    ]
     scales_RG, loss_R = (torch.cat(each, axis) for each, axis in zip(zip(*parts, strict=True), (-2, -1), strict=True))
     return replace(solution, scales_RG=scales_RG, loss_R=loss_R)
 
 
-def _refitted(pull_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
+def _refitted(
+    pull_RC: Tensor, hessian_CC: Tensor, solution: Solution, halves: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
     """Scales and losses of some rows."""
     groups, dtype = solution.scales_RG.shape[-1], pull_RC.dtype
     shift_RGN = solution.codes_RC.unflatten(-1, (groups, -1)).to(dtype)
     shift_RGN = shift_RGN - solution.zeros_RG.unsqueeze(-1).to(dtype)
     right_RG = (pull_RC.unflatten(-1, (groups, -1)) * shift_RGN).sum(-1)
-    left_RGG = fused.gram(shift_RGN, hessian_CC)
+    left_RGG = None if halves is None else fused.gram(shift_RGN, halves)
     if left_RGG is None:
         left_RGG = _gram(shift_RGN, hessian_CC)
     whole_RGG = left_RGG.tril() + left_RGG.tril(-1).mT
@@ -128,6 +134,12 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: 
     if weight_RC.dim() == 2:
         price_E = None if price_E is None else price_E.reshape(1)
         return descend(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked(), price_E).layer(0)
+    codes_RC = _descended(weight_RC, hessian_CC, solution, price_E)
+    return keep_better(weight_RC, hessian_CC, solution, replace(solution, codes_RC=codes_RC), price_E)
+
+
+def _descended(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: Tensor | None) -> Tensor:
+    """The codes after `descend`'s pass, better or not; what it works with is gone when they are compared."""
     weight_ECR = weight_RC.transpose(1, 2)
     scale_EGR, zero_EGR = (
         t.to(weight_RC.dtype).transpose(1, 2).contiguous() for t in (solution.scales_RG, solution.zeros_RG)
@@ -161,8 +173,7 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: 
             )
         delta_ECR[:, at] -= moved_ENR
         codes_ECR[:, at] = codes_ENR
-    codes_RC = codes_ECR.transpose(1, 2).contiguous()
-    return keep_better(weight_RC, hessian_CC, solution, replace(solution, codes_RC=codes_RC), price_E)
+    return codes_ECR.transpose(1, 2).contiguous()
 
 
 def _descend_slab(

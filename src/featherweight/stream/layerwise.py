@@ -150,6 +150,7 @@ def _solve_alike(
         gap = sums.gap_mean(weight_RC, problem.hessian_CC, parts[0])
         if gap is not None:
             problem = replace(problem, weight_RC=undo_drift(problem, factor, group, gap, recipe.pull))
+        del weight_RC, gap
         solution = solve(problem, rule, choices, factor)
         check_certificate(problem, solution)
         energy = energy_R(problem)
