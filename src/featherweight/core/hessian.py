@@ -14,6 +14,7 @@ from torch import Tensor
 
 PANEL_COLUMNS = {"cpu": 1024, "cuda": 4096}  # fewer are multiplied faster whole
 PANELS = 4
+WIDE_COLUMNS, WIDE_PANELS = 8192, 8  # the same of the widest
 
 
 class HessianSum:
@@ -27,6 +28,8 @@ class HessianSum:
         self.sum_CC = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.tokens = 0
         panels = PANELS if columns >= PANEL_COLUMNS[device.type] else 1
+        if device.type == "cuda" and columns >= WIDE_COLUMNS:
+            panels = WIDE_PANELS
         self.edges = [columns * n // panels for n in range(panels + 1)]
 
     def add(self, inputs: Tensor) -> None:

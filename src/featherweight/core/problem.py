@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from featherweight.core.products import times
+from featherweight.core.products import split_pays, times
 from featherweight.core.triangle import in_place_pays, inverse_factor_, inverse_lower
 from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
 DAMPING_TRIES = 5
 PERMUTED_ROWS = 4096  # at a time
+TRIANGLE_COLUMNS = 2048  # of a product with a triangular matrix, at a time
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Factor:
     def solve(self, rows_RC: Tensor) -> Tensor:
         """rows inv(H damped), for rows in the layer's own column order."""
         order_RC = self.order_C.unsqueeze(-2).expand_as(rows_RC)
-        permuted_RC = times(times(rows_RC.gather(-1, order_RC), self.upper_CC.mT), self.upper_CC)
+        permuted_RC = _times_upper(_times_lower(rows_RC.gather(-1, order_RC), self.upper_CC), self.upper_CC)
         return torch.empty_like(permuted_RC).scatter_(-1, order_RC, permuted_RC)
 
 
@@ -157,6 +158,24 @@ def _plain_order(diagonal_C: Tensor, order: Order) -> Tensor:
     if order == "activation":
         return torch.argsort(diagonal_C, dim=-1, descending=True, stable=True)
     return torch.arange(diagonal_C.shape[-1], device=diagonal_C.device).expand(diagonal_C.shape).contiguous()
+
+
+def _times_lower(rows_RC: Tensor, upper_CC: Tensor) -> Tensor:
+    """rows U^T, by blocks of columns so that most zeros of U are left out."""
+    if not split_pays(rows_RC):
+        return rows_RC @ upper_CC.mT
+    columns = upper_CC.shape[-1]
+    blocks = [slice(at, at + TRIANGLE_COLUMNS) for at in range(0, columns, TRIANGLE_COLUMNS)]
+    return torch.cat([times(rows_RC[..., at.start :], upper_CC[..., at, at.start :].mT) for at in blocks], -1)
+
+
+def _times_upper(rows_RC: Tensor, upper_CC: Tensor) -> Tensor:
+    """rows U, likewise."""
+    if not split_pays(rows_RC):
+        return rows_RC @ upper_CC
+    columns = upper_CC.shape[-1]
+    blocks = [slice(at, at + TRIANGLE_COLUMNS) for at in range(0, columns, TRIANGLE_COLUMNS)]
+    return torch.cat([times(rows_RC[..., : at.stop], upper_CC[..., : at.stop, at]) for at in blocks], -1)
 
 
 def permuted(matrix_CC: Tensor, order_C: Tensor) -> Tensor:

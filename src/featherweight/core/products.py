@@ -28,6 +28,13 @@ def times(one_AK: Tensor, other_KB: Tensor) -> Tensor:
     return _multiplied(left(one_AK), right(other_KB))
 
 
+def roughly(one_AK: Tensor, other_KB: Tensor) -> Tensor:
+    """one @ other for sums that need three digits: on a GPU's tensor cores one product in bfloat16."""
+    if not split_pays(one_AK):
+        return one_AK @ other_KB
+    return _multiplied(one_AK.to(torch.bfloat16), other_KB.to(torch.bfloat16))
+
+
 def subtract_(total_EAB: Tensor, one_EAK: Tensor, other_EKB: Tensor) -> None:
     """total -= one @ other, in place, layer by layer."""
     if not split_pays(one_EAK):

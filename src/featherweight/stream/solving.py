@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featherweight.core import fused, scales
 from featherweight.core.problem import LayerProblem
-from featherweight.core.products import times
+from featherweight.core.products import roughly, times
 from featherweight.core.refine import descend, refit_scales
 from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution, Solution
@@ -44,8 +44,8 @@ def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
 
 
 def energy_R(problem: LayerProblem) -> Tensor:
-    """What losses are relative to, w H w^T of every row; on the CPU."""
-    return (times(problem.weight_RC, problem.hessian_CC) * problem.weight_RC).sum(-1).cpu()
+    """What losses are relative to, w H w^T of every row, to three digits; on the CPU."""
+    return (roughly(problem.weight_RC, problem.hessian_CC) * problem.weight_RC).sum(-1).cpu()
 
 
 def split(energy_R: Tensor, solution: AnySolution, matrices: Iterable[Matrix]) -> dict[str, AnySolution]:
