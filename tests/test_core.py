@@ -331,3 +331,25 @@ def test_the_factor_in_place_is_the_factor(monkeypatch: pytest.MonkeyPatch) -> N
     in_place = problem.factor()
     assert torch.equal(in_place.order_C, usual.order_C)
     torch.testing.assert_close(in_place.upper_CC, usual.upper_CC)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_factor_in_place_with_products_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("BLOCK", 48), ("WHOLE", 16), ("EXACT", 64), ("SPLIT", 1)):
+        monkeypatch.setattr(f"featherweight.core.triangle.{name}", size)
+    monkeypatch.setattr("featherweight.core.triangle.split_pays", lambda matrix: True)
+    x_TC = torch.randn(600, 200, generator=torch.Generator().manual_seed(0))
+    hessian_CC = x_TC.T @ x_TC / len(x_TC)
+    upper_CC = hessian_CC.clone()
+    assert inverse_factor_(upper_CC)
+    torch.testing.assert_close(upper_CC.mT @ upper_CC, torch.linalg.inv(hessian_CC), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_triangles_without_most_of_their_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_RC, hessian_CC = (t.float() for t in random_layer(4, 128, seed=3))
+    factor = LayerProblem(weight_RC, hessian_CC).factor()
+    plain_RC = weight_RC @ factor.inverse()
+    monkeypatch.setattr("featherweight.core.problem.split_pays", lambda matrix: True)
+    monkeypatch.setattr("featherweight.core.problem.TRIANGLE_COLUMNS", 40)
+    assert float((factor.solve(weight_RC) - plain_RC).norm() / plain_RC.norm()) < 1e-4
