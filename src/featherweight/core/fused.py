@@ -61,18 +61,20 @@ def descend_slab(
     free_ECR: Tensor | None,
     delta_ECR: Tensor,
     code_ECR: Tensor,
+    gain_ER: Tensor,
     at: slice,
     levels: tuple[int, int],
     price_E: Tensor | None = None,
 ) -> bool:
-    """Decides `refine.descend`'s columns `at` again: brings what is left of them, and their codes, up to date.
+    """Decides `refine.descend`'s columns `at` again: brings what is left of them, and their codes, up to date, and
+    adds to `gain` what the losses fall by.
 
     False, and nothing written, where the loop has to do it.
     """
     if not usable(value_ECR):
         return False
     _, columns, rows = value_ECR.shape
-    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, price_E, delta_ECR, code_ECR)
+    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, price_E, delta_ECR, code_ECR, gain_ER)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
     has = {"HAS_FREE": free_ECR is not None, "HAS_PRICE": price_E is not None}
     return _launch(lambda kernels: kernels.descend_slab, tensors, sizes, **has)

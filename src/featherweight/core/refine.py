@@ -45,14 +45,14 @@ def row_loss(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tenso
     return (times(delta_RC, hessian_CC) * delta_RC).sum(-1)
 
 
-def keep_better(
-    weight_RC: Tensor, hessian_CC: Tensor, old: Solution, new: Solution, price_E: Tensor | None = None
-) -> Solution:
-    """Row by row, the solution with the smaller loss; `old`, whose loss_R must be for this H, where they tie.
+def keep_better(weight_RC: Tensor, hessian_CC: Tensor, old: Solution, new: Solution) -> Solution:
+    """Row by row, the solution with the smaller loss; `old`, whose loss_R must be for this H, where they tie."""
+    return _better(old, new, row_loss(weight_RC, hessian_CC, new), None)
 
-    With a price, every weight that is not zero adds it to the loss that is compared.
-    """
-    old_R, new_R = old.loss_R.to(weight_RC.dtype), row_loss(weight_RC, hessian_CC, new)
+
+def _better(old: Solution, new: Solution, new_R: Tensor, price_E: Tensor | None) -> Solution:
+    """`keep_better` with the new losses known; with a price, every weight that is not zero adds it to a loss."""
+    old_R = old.loss_R.to(new_R.dtype)
     saved_R = 0.0 if price_E is None else price_E.unsqueeze(-1) * (old.nonzero().sum(-1) - new.nonzero().sum(-1))
     take_R = new_R < old_R + saved_R
     take_R1 = take_R.unsqueeze(-1)
@@ -134,12 +134,14 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: 
     if weight_RC.dim() == 2:
         price_E = None if price_E is None else price_E.reshape(1)
         return descend(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked(), price_E).layer(0)
-    codes_RC = _descended(weight_RC, hessian_CC, solution, price_E)
-    return keep_better(weight_RC, hessian_CC, solution, replace(solution, codes_RC=codes_RC), price_E)
+    codes_RC, gain_R = _descended(weight_RC, hessian_CC, solution, price_E)
+    return _better(solution, replace(solution, codes_RC=codes_RC), solution.loss_R.to(gain_R.dtype) - gain_R, price_E)
 
 
-def _descended(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: Tensor | None) -> Tensor:
-    """The codes after `descend`'s pass, better or not; what it works with is gone when they are compared."""
+def _descended(
+    weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The codes after `descend`'s pass, and what the losses fall by, step after step (with a price, less than zero)."""
     weight_ECR = weight_RC.transpose(1, 2)
     scale_EGR, zero_EGR = (
         t.to(weight_RC.dtype).transpose(1, 2).contiguous() for t in (solution.scales_RG, solution.zeros_RG)
@@ -151,17 +153,17 @@ def _descended(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_
     free_ECR, hessian_CC = None, hessian_CC.contiguous()
     if solution.keep_RC is not None:
         free_ECR = solution.keep_RC.transpose(1, 2).to(weight_RC.dtype, memory_format=torch.contiguous_format)
-    pulls = Pulls(hessian_CC, delta_ECR)
+    pulls, gain_ER = Pulls(hessian_CC, delta_ECR), torch.zeros_like(weight_RC[..., 0])
     for start in range(0, weight_ECR.shape[1], SLAB):
         at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
         pull_ENR = pulls.of(at)
         levels = (solution.grid.bottom, solution.grid.top)
-        state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR)
+        state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR, gain_ER)
         if fused.descend_slab(pull_ENR, *state, at, levels, price_E):
             continue
         group_N = torch.arange(at.start, at.stop, device=weight_RC.device) // width
         with one_thread(weight_RC.device):
-            moved_ENR, codes_ENR = _descend_slab(
+            moved_ENR, codes_ENR, fallen_ER = _descend_slab(
                 pull_ENR,
                 hessian_CC[:, at, at],
                 values_ECR[:, at],
@@ -173,7 +175,8 @@ def _descended(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_
             )
         delta_ECR[:, at] -= moved_ENR
         codes_ECR[:, at] = codes_ENR
-    return codes_ECR.transpose(1, 2).contiguous()
+        gain_ER += fallen_ER
+    return codes_ECR.transpose(1, 2).contiguous(), gain_ER
 
 
 def _descend_slab(
@@ -185,9 +188,11 @@ def _descend_slab(
     free_ENR: Tensor | None,
     levels: tuple[int, int],
     price_E: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """How far each value of the slab moves, and its codes; `pull` is (D H) of the slab's columns as it begins."""
-    moved_ENR, shifts_ENR = torch.empty_like(values_ENR), torch.empty_like(values_ENR)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each value of the slab moves, its codes, and what the losses (E x R) fall by; `pull` is (D H) of the
+    slab's columns as it begins.
+    """
+    moved_ENR, shifts_ENR, goals_ENR = (torch.empty_like(values_ENR) for _ in range(3))
     low_ENR, high_ENR = levels[0] - zero_ENR, levels[1] - zero_ENR
     if free_ENR is not None:  # a pruned weight has one level left, zero
         low_ENR, high_ENR = low_ENR * free_ENR, high_ENR * free_ENR
@@ -203,12 +208,14 @@ def _descend_slab(
         curve_EN1,
         moved_ENR,
         shifts_ENR,
+        goals_ENR,
     )
     columns = enumerate(zip(*(tensor.split(1, 1) for tensor in tensors), strict=True))
-    for j, (pull_E1R, value_E1R, scale_E1R, inverse_E1R, low_E1R, high_E1R, curve_E11, moved_E1R, shift_E1R) in columns:
+    for j, (pull_E1R, value_E1R, scale_E1R, inverse_E1R, low_E1R, high_E1R, curve_E11, *written) in columns:
+        moved_E1R, shift_E1R, goal_E1R = written
         if j:
             pull_E1R = torch.baddbmm(pull_E1R, hessian_ENN[:, j : j + 1, :j], moved_ENR[:, :j], alpha=-1)
-        goal_E1R = torch.addcmul(value_E1R, pull_E1R, curve_E11)
+        torch.addcmul(value_E1R, pull_E1R, curve_E11, out=goal_E1R)
         torch.mul(goal_E1R, inverse_E1R, out=shift_E1R).round_()
         torch.maximum(torch.minimum(shift_E1R, high_E1R, out=shift_E1R), low_E1R, out=shift_E1R)
         torch.mul(shift_E1R, scale_E1R, out=moved_E1R)
@@ -218,4 +225,6 @@ def _descend_slab(
             shift_E1R *= keep_E1R
             moved_E1R *= keep_E1R
         moved_E1R -= value_E1R
-    return moved_ENR, (shifts_ENR + zero_ENR).to(torch.uint8)
+    # what pulls in a column is H_jj times how far its goal is from where it was
+    gain_ER = ((2 * (goals_ENR - values_ENR) - moved_ENR) * moved_ENR / curve_EN1).sum(1)
+    return moved_ENR, (shifts_ENR + zero_ENR).to(torch.uint8), gain_ER
