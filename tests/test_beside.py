@@ -15,10 +15,12 @@ from featherweight import api
 from featherweight.benchmarks import compress as bench
 from featherweight.benchmarks.shapes import Shapes
 from featherweight.core import solve as core_solve
+from featherweight.core.rules import Grid
+from featherweight.core.solve import Choices
 from featherweight.errors import FeatherweightError, RequestError
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
-from featherweight.stream import layerwise
+from featherweight.stream import layerwise, solving
 from featherweight.stream.ending import Ending
 from featherweight.stream.folder import JOURNAL, OutputFolder
 from featherweight.stream.phases import Phases, added
@@ -221,6 +223,16 @@ def test_a_loss_that_is_not_what_the_solver_claims_stops_at_the_matrix(
     with pytest.raises(FeatherweightError, match=r"layers\.0\.self_attn\.q_proj.*claims a loss of .* report this"):
         api.compress(source, tmp_path / "out", chosen)
     assert len(shards(tmp_path / "out")) == 1  # what lies outside the blocks
+
+
+def test_what_is_compiled_on_does_not_depend_on_the_default_dtype() -> None:
+    """Of torch, which transformers sets for all threads while it makes a model: seen with two GPUs."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for piece in solving._pieces(Grid(4, 32), Choices(), torch.device("cpu")):
+            piece()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --- the benchmark

@@ -335,7 +335,7 @@ def test_the_factor_in_place_is_the_factor(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_the_factor_in_place_with_products_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("BLOCK", 48), ("WHOLE", 16), ("EXACT", 64), ("SPLIT", 1)):
+    for name, size in (("BLOCK", 48), ("WHOLE", 16), ("EXACT", 64), ("LARGE", 100)):
         monkeypatch.setattr(f"featherweight.core.triangle.{name}", size)
     monkeypatch.setattr("featherweight.core.triangle.split_pays", lambda matrix: True)
     x_TC = torch.randn(600, 200, generator=torch.Generator().manual_seed(0))

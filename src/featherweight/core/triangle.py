@@ -15,7 +15,6 @@ WHOLE = 256  # columns of a block on the diagonal
 BLOCK, STACKED_BLOCK = 1024, 256  # columns of a block of `inverse_factor_`, of one matrix and of many
 PANELS = 4  # blocks that one product before a block is wide
 IN_PLACE = 8192  # columns of one matrix from which `inverse_factor_` is faster than the whole at once
-SPLIT = 16384  # columns from which its products are split: below, that takes as long as it saves
 LARGE = 2560  # columns of halves from which on products on a GPU's tensor cores are faster, all launches counted
 
 
@@ -36,7 +35,7 @@ def inverse_factor_(matrix_CC: Tensor) -> bool:
     """
     all_ECC = matrix_CC if matrix_CC.dim() == 3 else matrix_CC.unsqueeze(0)
     columns, block = all_ECC.shape[-1], BLOCK if len(all_ECC) == 1 else STACKED_BLOCK
-    products = _Products(columns >= SPLIT and split_pays(all_ECC))
+    products = _Products(columns >= LARGE and split_pays(all_ECC))
     failures = []
     for start in reversed(range(0, columns, block)):
         stop = min(start + block, columns)

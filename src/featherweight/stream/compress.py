@@ -6,7 +6,7 @@ Shapes: S sequences, T tokens, R outputs, C inputs.
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -190,13 +190,13 @@ class _Job:
         self.tell(0, len(self.tree.blocks), "reading")
         finished = self.world.first([folder.finished(number) for number in range(len(self.tree.blocks) + 1)])
         with Writer(self.beside) as writer, ThreadPoolExecutor(1, "compiler") as beside:
-            if self.device.type == "cuda" and not all(finished):
-                self.compiled = beside.submit(
-                    compile_solver, next(iter(self.rules.values())), self.choices, self.device
-                )
             if not finished[0]:
                 self._solve_rest(folder, writer)
             runner = BlockRunner(self.tree, self.device, self.dtype)
+            if self.device.type == "cuda" and not all(finished):
+                rule = next(iter(self.rules.values()))
+                # only now: while a model is made, torch's default dtype is the model's, on all threads
+                self.compiled = beside.submit(compile_solver, rule, self.choices, self.device)
             turned = rotations(runner.model) if self.fuses else nullcontext()
             with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead, turned:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
@@ -288,7 +288,7 @@ class _Job:
         """Solves a block and has its shard written; returns what that will hold."""
         began, total = time.perf_counter(), len(self.tree.blocks)
         if self.compiled is not None:
-            self.compiled.result()
+            wait([self.compiled])  # whatever it may have met, the block meets too, and says so
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solve_block = trained if self.recipe.trains else layerwise
         solutions = solve_block(

@@ -107,8 +107,8 @@ def _pieces(grid: Grid, choices: Choices, device: torch.device) -> list[Callable
     width = grid.group_size or COMPILED_COLUMNS
     columns = -(-COMPILED_COLUMNS // width) * width
     draw = torch.Generator(device).manual_seed(0)
-    weight_RC = torch.randn(COMPILED_ROWS, columns, generator=draw, device=device)
-    problem = LayerProblem(weight_RC, torch.eye(columns, device=device), columns)
+    weight_RC = torch.randn(COMPILED_ROWS, columns, generator=draw, dtype=torch.float32, device=device)
+    problem = LayerProblem(weight_RC, torch.eye(columns, dtype=torch.float32, device=device), columns)
     shape = (COMPILED_ROWS, columns // width)
     fitted = (
         torch.ones(shape, dtype=grid.scale_dtype, device=device),
