@@ -20,10 +20,13 @@ from typing import Any
 import torch
 
 from featherweight.core import fused, scales
+from featherweight.core.hessian import HessianSum
 from featherweight.core.problem import LayerProblem
 from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
 from featherweight.core.sweep import _importance, sweep
+
+PIECES = 8  # of the inputs, so that they need little room
 
 
 def timed(device: torch.device, repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -60,12 +63,13 @@ def main() -> None:
     for shape in args.shapes.split(","):
         rows, columns = (int(n) for n in shape.split("x"))
         generator = torch.Generator(device).manual_seed(0)
-        x_TC = torch.randn(4 * columns, columns, generator=generator, device=device) * torch.linspace(
-            0.3, 3, columns, device=device
-        )
+        hessian, spread_C = HessianSum(columns, device), torch.linspace(0.3, 3, columns, device=device)
+        for tokens in (4 * columns // PIECES,) * PIECES:
+            x_TC = torch.randn(tokens, columns, generator=generator, device=device) * spread_C
+            hessian.add(x_TC.bfloat16())
+            del x_TC
         weight_RC = torch.randn(rows, columns, generator=generator, device=device)
-        problem = LayerProblem(weight_RC, x_TC.T @ x_TC / len(x_TC), len(x_TC), 0.01, shape)
-        del x_TC
+        problem = LayerProblem(weight_RC, hessian.into_mean(), hessian.tokens, 0.01, shape)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         row: dict[str, Any] = {"shape": shape}

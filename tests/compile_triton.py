@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels of ARGV[2], solvers or training, to machine code for sm_ARGV[1] and prints their names;
-needs no GPU."""
+"""Compiles the Triton kernels of ARGV[2], solvers, training or passes, to machine code for sm_ARGV[1] and prints their
+names; needs no GPU."""
 
 import sys
 
@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from featherweight.core import triton_gram, triton_scales, triton_slabs
+from featherweight.stream import triton_pieces
 from featherweight.train import triton_grid, triton_packed
 
 WHICH = sys.argv[2]
@@ -27,8 +28,21 @@ CONSTANTS = {
     "BITS": 3,
     "SPAN": 128,
     "HALVES": True,
+    "PLUS_ONE": True,
+    "EARLY": True,
+    "HALF": 64,
+    "PAIRS": 64,
+    "HEADS": 32,
+    "CHOICES": 8,
 }
-POINTERS = {"group_ptr": "*i64", "code_ptr": "*u8", "word_ptr": "*i32", "shift_ptr": "*bf16"}
+POINTERS = {
+    "group_ptr": "*i64",
+    "code_ptr": "*u8",
+    "word_ptr": "*i32",
+    "shift_ptr": "*bf16",
+    "first_ptr": "*bf16",
+    "second_ptr": "*bf16",
+}
 TRAINED = {"keep_ptr": "*u8", "value_ptr": "*bf16", "gradient_ptr": "*bf16"}
 SEARCHES_AND_GRIDS = ("search", "grid_values", "grid_step")  # whose bounds are floats
 
@@ -39,8 +53,10 @@ def kind(name: str, kernel: str) -> str:
     if name.endswith("_ptr"):
         if (name, kernel) == ("zero_ptr", "asymmetric_search"):
             return "*u8"
+        if WHICH == "passes":
+            return "*i64" if name in ("expert_ptr", "place_ptr") else "*bf16"
         return (POINTERS | (TRAINED if WHICH == "training" else {})).get(name, "*fp32")
-    return "fp32" if name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS) else "i32"
+    return "fp32" if name == "eps" or (name in FLOATS and kernel.endswith(SEARCHES_AND_GRIDS)) else "i32"
 
 
 KERNELS = {
@@ -49,13 +65,19 @@ KERNELS = {
         (triton_slabs.descend_slab, 1),
         (triton_scales.symmetric_search, 4),
         (triton_scales.asymmetric_search, 4),
-        (triton_gram.gram, 4),
+        (triton_gram.gram, 8),
     ),
     "training": (
         (triton_grid.grid_values, 4),
         (triton_grid.grid_step, 4),
         (triton_packed.packed_values, 4),
         (triton_packed.group_sums, 4),
+    ),
+    "passes": (
+        (triton_pieces.rms_norm, 4),
+        (triton_pieces.rotate, 4),
+        (triton_pieces.gate, 4),
+        (triton_pieces.join, 4),
     ),
 }
 

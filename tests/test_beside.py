@@ -15,10 +15,12 @@ from featherweight import api
 from featherweight.benchmarks import compress as bench
 from featherweight.benchmarks.shapes import Shapes
 from featherweight.core import solve as core_solve
+from featherweight.core.rules import Grid
+from featherweight.core.solve import Choices
 from featherweight.errors import FeatherweightError, RequestError
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
-from featherweight.stream import layerwise
+from featherweight.stream import layerwise, solving
 from featherweight.stream.ending import Ending
 from featherweight.stream.folder import JOURNAL, OutputFolder
 from featherweight.stream.phases import Phases, added
@@ -223,6 +225,16 @@ def test_a_loss_that_is_not_what_the_solver_claims_stops_at_the_matrix(
     assert len(shards(tmp_path / "out")) == 1  # what lies outside the blocks
 
 
+def test_what_is_compiled_on_does_not_depend_on_the_default_dtype() -> None:
+    """Of torch, which transformers sets for all threads while it makes a model: seen with two GPUs."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for piece in solving._pieces(Grid(4, 32), Choices(), torch.device("cpu")):
+            piece()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # --- the benchmark
 
 
@@ -231,6 +243,7 @@ def test_bench_compress(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = Shapes(64, 32, 4, 4, 2, 16, 128, experts, min(experts, 2), qk_norm=experts > 0)
     monkeypatch.setattr(bench, "peak_tflops", lambda device, dtype: 0.01)
     report = bench.measure(shapes, Recipe(group_size=32, samples=4, tokens=64, route_all=True), 2, "cpu", peer=False)
+    assert report is not None and report.processes == 1
     assert (report.blocks, report.layers, report.peer_s, report.peak_gpu_bytes) == (2, 4, None, None)
     assert report.block_s == pytest.approx(sum(report.phase_s.values()), abs=0.01)
     assert report.whole_s == pytest.approx(report.seconds + 2 * report.block_s, abs=0.1)

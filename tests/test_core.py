@@ -20,7 +20,7 @@ from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import round_to_nearest, sweep
-from featherweight.core.triangle import inverse_lower
+from featherweight.core.triangle import inverse_factor_, inverse_lower
 from oracles import activation_order, damped, eliminate, layer_loss, levels, random_layer
 
 DATA = Path(__file__).parent / "data"
@@ -305,3 +305,51 @@ def test_pulls_follow_what_changes() -> None:
         wanted = hessian_ECC[:, at] @ delta_ECR
         assert float((pulls.of(at) - wanted).norm() / wanted.norm()) < 3e-5
         delta_ECR[:, at] += torch.randn(2, at.stop - at.start, 5, generator=generator)
+
+
+@pytest.mark.parametrize(("columns", "layers"), [(7, None), (200, None), (130, 3)])
+def test_the_factor_in_place(columns: int, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that do not divide the columns; what lies under the diagonal is nobody's."""
+    for name, size in (("BLOCK", 48), ("STACKED_BLOCK", 32), ("WHOLE", 16), ("EXACT", 64)):
+        monkeypatch.setattr(f"featherweight.core.triangle.{name}", size)
+    lead = () if layers is None else (layers,)
+    draw = torch.Generator().manual_seed(0)
+    x_TC = torch.randn(*lead, 3 * columns, columns, generator=draw, dtype=torch.float64)
+    hessian_CC = x_TC.mT @ x_TC
+    upper_CC = hessian_CC + torch.randn(hessian_CC.shape, generator=draw, dtype=torch.float64).tril(-1)
+    assert inverse_factor_(upper_CC)
+    assert torch.equal(upper_CC, upper_CC.triu())
+    torch.testing.assert_close(upper_CC.mT @ upper_CC, torch.linalg.inv(hessian_CC))
+    assert not inverse_factor_(-hessian_CC)
+
+
+def test_the_factor_in_place_is_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_RC, hessian_CC = random_layer(4, 128, seed=3, dead=DEAD)
+    problem = LayerProblem(weight_RC, hessian_CC)
+    usual = problem.factor()
+    monkeypatch.setattr("featherweight.core.problem.in_place_pays", lambda matrix_CC: True)
+    in_place = problem.factor()
+    assert torch.equal(in_place.order_C, usual.order_C)
+    torch.testing.assert_close(in_place.upper_CC, usual.upper_CC)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_factor_in_place_with_products_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("BLOCK", 48), ("WHOLE", 16), ("EXACT", 64), ("LARGE", 100)):
+        monkeypatch.setattr(f"featherweight.core.triangle.{name}", size)
+    monkeypatch.setattr("featherweight.core.triangle.split_pays", lambda matrix: True)
+    x_TC = torch.randn(600, 200, generator=torch.Generator().manual_seed(0))
+    hessian_CC = x_TC.T @ x_TC / len(x_TC)
+    upper_CC = hessian_CC.clone()
+    assert inverse_factor_(upper_CC)
+    torch.testing.assert_close(upper_CC.mT @ upper_CC, torch.linalg.inv(hessian_CC), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_triangles_without_most_of_their_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_RC, hessian_CC = (t.float() for t in random_layer(4, 128, seed=3))
+    factor = LayerProblem(weight_RC, hessian_CC).factor()
+    plain_RC = weight_RC @ factor.inverse()
+    monkeypatch.setattr("featherweight.core.problem.split_pays", lambda matrix: True)
+    monkeypatch.setattr("featherweight.core.problem.TRIANGLE_COLUMNS", 40)
+    assert float((factor.solve(weight_RC) - plain_RC).norm() / plain_RC.norm()) < 1e-4

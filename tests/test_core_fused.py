@@ -158,13 +158,11 @@ def test_grams_of_codes(lead: tuple[int, ...], launched: list[str]) -> None:
     shift_RGN = torch.randint(-255, 256, (*lead, 70, 3, 16), generator=generator).float().to(DEVICE)
     x_TC = torch.randn(*lead, 100, 48, generator=generator).to(DEVICE)
     hessian_CC = x_TC.mT @ x_TC
-    found = fused.gram(shift_RGN, hessian_CC)
+    found = fused.gram(shift_RGN, fused.halved(hessian_CC))
     assert found is not None and launched == ["kernel"]
     wanted = refine_room._gram(shift_RGN, hessian_CC)
     assert torch.allclose(found.tril(), wanted.tril(), rtol=1e-4, atol=1e-4 * float(wanted.tril().abs().max()))
-    assert (
-        fused.gram(shift_RGN.flatten(-2).unflatten(-1, (2, 24)), hessian_CC) is None
-    )  # of a width that no program has
+    assert not fused.grams(shift_RGN, 24)  # of a width that no program has
 
 
 SEARCHES = [
@@ -211,10 +209,13 @@ def test_searches_of_layers_have_their_own_prices(launched: list[str]) -> None:
 COMPILED = {
     "solvers": ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search", "gram"],
     "training": ["grid_values", "grid_step", "packed_values", "group_sums"],
+    "passes": ["rms_norm", "rotate", "gate", "join"],
 }
 
 
-@pytest.mark.parametrize("which", ["solvers", pytest.param("training", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", ["solvers", *(pytest.param(which, marks=pytest.mark.slow) for which in ("training", "passes"))]
+)
 @pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_kernels_compile_without_a_gpu(arch: int, which: str, tmp_path: Path) -> None:
     """By Triton itself, in a process of its own: here it may be interpreting."""

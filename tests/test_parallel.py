@@ -181,7 +181,18 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(("changes", "first"), RECIPES.values(), ids=RECIPES)
+SLOW_RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "rtn": ({"method": "rtn"}, FIRST),
+    "obq": ({"method": "obq"}, FIRST),
+    "ExactOBS": ({"sparsity": "2:4", "bits": 16, "mask": "obs"}, FIRST),
+}
+ALL_RECIPES = [
+    *(pytest.param(*recipe, id=name) for name, recipe in RECIPES.items()),
+    *(pytest.param(*recipe, id=name, marks=pytest.mark.slow) for name, recipe in SLOW_RECIPES.items()),
+]
+
+
+@pytest.mark.parametrize(("changes", "first"), ALL_RECIPES)
 def test_any_recipe(changes: dict[str, Any], first: tuple[str, ...], source: Path, text: Path, tmp_path: Path) -> None:
     chosen = Recipe(**{**changes, **SMALL, "calibration": (str(text),)})
     whole(together(source, tmp_path / "out", chosen, hidden_on_disk))
@@ -271,10 +282,7 @@ def test_refused(source: Path, default: Recipe, text: Path, tmp_path: Path) -> N
     """Each process says why, and none hangs."""
     refusals = {
         "2 processes were to share 1 calibration sequences, and each needs 1: raise --samples to 2": {"samples": 1},
-        "--method rtn is not divided among processes": {"method": "rtn"},
-        "--method obq is not divided among processes": {"method": "obq"},
         "--method block-ap from rtn is not divided among processes": {"method": "block-ap", "start": "rtn"},
-        "--mask obs is not divided among processes": {"sparsity": "2:4", "mask": "obs"},
         "--guide is not divided among processes": {"guide": 0.5},
         "a budget (--size, --average-bits, --non-uniform) is not divided": {"average_bits": 4.5},
     }

@@ -22,8 +22,9 @@ from featherweight.benchmarks.shapes import Shapes
 from featherweight.benchmarks.timing import peak_tflops
 from featherweight.recipe import Recipe
 from featherweight.stream.compress import Memory, Result, compress
-from featherweight.stream.device import peak_memory_bytes, pick_device
+from featherweight.stream.device import peak_memory_bytes
 from featherweight.stream.folder import JOURNAL
+from featherweight.stream.parallel import joined
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Report:
         peer_s: llm-compressor's on the same files, None where it cannot be imported or was not asked for.
     """
 
+    processes: int
     blocks: int
     layers: int
     samples: int
@@ -65,24 +67,33 @@ def measure(
     memory: Memory = "auto",
     scratch: Path | None = None,
     peer: bool = True,
-) -> Report:
+) -> Report | None:
     """Writes a checkpoint of `blocks` random blocks into a folder under `scratch`, compresses it on random tokens, and
-    removes both. With `peer`, llm-compressor does the same afterwards where it is installed.
+    removes both. With `peer`, llm-compressor does the same afterwards where it is installed, in one process alone.
+
+    Of several processes that torchrun started, all call it and one writes; None for the others.
     """
-    on = pick_device(device)
     assert recipe.tokens is not None
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="featherweight-bench-") as folder:
-        model, out = Path(folder) / "model", Path(folder) / "out"
-        write_model(shapes, blocks, model, on)
+    with joined() as world, tempfile.TemporaryDirectory(dir=scratch, prefix="featherweight-bench-") as own:
+        folder, on = Path(world.first(own)), world.device(device)
+        model, out = folder / "model", folder / "out"
+        if world.leads:
+            write_model(shapes, blocks, model, on)
         draw = torch.Generator().manual_seed(0)
         ids_ST = torch.randint(shapes.vocabulary, (recipe.samples, recipe.tokens), generator=draw)
         peaks = {dtype: peak_tflops(on, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
         if on.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        world.wait()
         result = compress(model, out, recipe, device, ids_ST=ids_ST, memory=memory)
         lines = _block_lines(out)
-        peer_s = _peer_seconds(model, recipe) if peer and importlib.util.find_spec("llmcompressor") else None
-    return _report(shapes, recipe, blocks, on, result, lines, peaks, peer_s)
+        world.wait()
+        if not world.leads:
+            return None
+        alone = peer and world.size == 1 and importlib.util.find_spec("llmcompressor")
+        peer_s = _peer_seconds(model, recipe) if alone else None
+    return _report(shapes, recipe, blocks, on, result, lines, peaks, peer_s, world.size)
 
 
 def write_model(shapes: Shapes, blocks: int, folder: Path, device: torch.device) -> None:
@@ -110,6 +121,7 @@ def _report(
     lines: list[dict[str, float]],
     peaks: dict[str, float],
     peer_s: float | None,
+    processes: int,
 ) -> Report:
     usual = lines[1:] or lines  # the first has compiling and everything in front of it
     names = {name: None for line in usual for name in line}
@@ -118,6 +130,7 @@ def _report(
     block_s = sum(took for name, took in phase_s.items() if not (on_gpu and name == "write"))
     floor_s = floor_seconds(shapes, recipe, peaks["bfloat16" if on_gpu else "float32"], peaks["float32"])
     return Report(
+        processes=processes,
         blocks=blocks,
         layers=shapes.layers,
         samples=recipe.samples,
@@ -154,24 +167,28 @@ def floor_seconds(shapes: Shapes, recipe: Recipe, product_tflops: float, solve_t
 
 def _peer_seconds(model: Path, recipe: Recipe) -> float:
     """llm-compressor's GPTQ, W4A16 in groups of 128, on as many random tokens; reading and writing included."""
-    from datasets import Dataset  # type: ignore[import-not-found]
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
     from tokenizers import Tokenizer, models
+    from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     began = time.perf_counter()
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    words = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, unk_token="a"))
+    words = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, unk_token="a"))  # asked for, and never used
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
-    shape = (recipe.samples, recipe.tokens or 0)
-    ids = torch.randint(loaded.config.vocab_size, shape).tolist()
-    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * shape[1]] * shape[0]})
-    chosen = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    ids_ST = torch.randint(loaded.config.vocab_size, (recipe.samples, recipe.tokens or 0))
+    windows = [{"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)} for ids_T in ids_ST]
+    chosen = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head", "re:.*mlp.gate$"])
     oneshot(
-        model=loaded, dataset=data, recipe=chosen, processor=tokenizer, max_seq_length=shape[1],
-        num_calibration_samples=shape[0], output_dir=str(model.parent / "peer"),
-    )  # fmt: skip
+        model=loaded,
+        dataset=DataLoader(windows, batch_size=1),  # type: ignore[arg-type]
+        recipe=chosen,
+        processor=tokenizer,
+        max_seq_length=ids_ST.shape[1],
+        num_calibration_samples=len(ids_ST),
+        output_dir=str(model.parent / "peer"),
+    )
     return time.perf_counter() - began
 
 

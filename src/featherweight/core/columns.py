@@ -89,9 +89,10 @@ def descend_slab(
     group_EN: Tensor,
     free_ENR: Tensor | None,
     price_E: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """How far each value of the slab moves, and its codes; `pull` is (D H) of the slab's columns as it begins, and may
-    be written over. `free_ENR` is 1 where a weight may differ from zero, which costs `price_E` where it does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each value of the slab moves, its codes, and what the losses (E x R) fall by; `pull` is (D H) of the
+    slab's columns as it begins, and may be written over. `free_ENR` is 1 where a weight may differ from zero, which
+    costs `price_E` where it does."""
     now_ENR, hessian_ENN = pull_ENR.cpu(), hessian_ENN.cpu().contiguous()
     moved_ENR, steps_ENR = torch.empty_like(now_ENR), torch.empty_like(now_ENR)
     moved, steps, values = moved_ENR.numpy(), steps_ENR.numpy(), values_ENR.cpu().numpy()
@@ -116,7 +117,11 @@ def descend_slab(
         np.subtract(move, value, out=move)
 
     _one_by_one(now_ENR, hessian_ENN, moved_ENR, decide)
-    return moved_ENR.to(pull_ENR.device), levels.codes(steps_ENR, group_EN)
+    # `now` holds (D H) of each column as it was decided; the loss falls by 2 move (D H) - move^2 H
+    curve_EN1 = hessian_ENN.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    gain_ER = ((2 * now_ENR - moved_ENR * curve_EN1) * moved_ENR).sum(1)
+    device = pull_ENR.device
+    return moved_ENR.to(device), levels.codes(steps_ENR, group_EN), gain_ER.to(device)
 
 
 def _nearest(goal: Array, inverse: Array, low: Array, high: Array, step: Array) -> None:

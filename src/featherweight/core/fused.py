@@ -16,7 +16,7 @@ from featherweight.core.triton_tried import tried
 
 ROWS = 16  # of a program: a warp holds a slab of them in registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
-GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 64  # groups whose columns a program multiplies at once, and its rows
+GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 128  # groups whose columns a program multiplies at once, and its rows
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
 
@@ -61,18 +61,20 @@ def descend_slab(
     free_ECR: Tensor | None,
     delta_ECR: Tensor,
     code_ECR: Tensor,
+    gain_ER: Tensor,
     at: slice,
     levels: tuple[int, int],
     price_E: Tensor | None = None,
 ) -> bool:
-    """Decides `refine.descend`'s columns `at` again: brings what is left of them, and their codes, up to date.
+    """Decides `refine.descend`'s columns `at` again: brings what is left of them, and their codes, up to date, and
+    adds to `gain` what the losses fall by.
 
     False, and nothing written, where the loop has to do it.
     """
     if not usable(value_ECR):
         return False
     _, columns, rows = value_ECR.shape
-    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, price_E, delta_ECR, code_ECR)
+    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, price_E, delta_ECR, code_ECR, gain_ER)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
     has = {"HAS_FREE": free_ECR is not None, "HAS_PRICE": price_E is not None}
     return _launch(lambda kernels: kernels.descend_slab, tensors, sizes, **has)
@@ -81,6 +83,11 @@ def descend_slab(
 def usable(tensor: Tensor) -> bool:
     """On a GPU, in float32, until it has failed once."""
     return tensor.is_cuda and tensor.dtype == torch.float32 and not _failed
+
+
+def try_again() -> None:
+    """Forgets that a kernel has failed."""
+    _failed.clear()
 
 
 def bounds(dtype: torch.dtype) -> tuple[float, float]:
@@ -135,18 +142,24 @@ def search(
     return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
 
 
-def gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor | None:
+def halved(hessian_CC: Tensor) -> tuple[Tensor, Tensor]:
+    """H as `gram` reads it: in bfloat16 and what that leaves; as it is, twice, where the kernel is interpreted."""
+    if not hessian_CC.is_cuda:  # the interpreter knows no bfloat16
+        return hessian_CC.contiguous(), hessian_CC.contiguous()
+    first_CC = hessian_CC.to(torch.bfloat16, memory_format=torch.contiguous_format)
+    return first_CC, (hessian_CC - first_CC).to(torch.bfloat16)
+
+
+def gram(shift_RGN: Tensor, halves: tuple[Tensor, Tensor]) -> Tensor | None:
     """`refine`'s K H K^T of every row, R x G x G, its lower triangle written; None where torch has to do it.
 
-    `shift_RGN` are codes less their zeros: whole numbers of at most 8 bits.
+    `shift_RGN` are codes less their zeros: whole numbers of at most 8 bits; `halves` is H as `halved` gives it.
     """
     groups, width = shift_RGN.shape[-2:]
-    if not usable(shift_RGN) or width not in GRAM_WIDTHS:
+    if not grams(shift_RGN, width):
         return None
     rows, layers = shift_RGN.shape[-3], shift_RGN.shape[0] if shift_RGN.dim() == 4 else 1
-    halves = shift_RGN.is_cuda  # the interpreter knows no bfloat16
-    shift = shift_RGN.to(torch.bfloat16 if halves else torch.float32).contiguous()
-    hessian_CC = hessian_CC.contiguous()
+    shift = shift_RGN.to(halves[0].dtype).contiguous()
     found_RGG = shift_RGN.new_empty((*shift_RGN.shape[:-1], groups))
 
     def launch() -> None:
@@ -154,10 +167,16 @@ def gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor | None:
 
         programs = (-(-rows // GRAM_ROWS), groups, layers)
         sizes = (rows, groups * width, groups)
-        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": halves, "num_warps": 4}
-        triton_gram.gram[programs](shift, hessian_CC, found_RGG, *sizes, **constants)
+        apart = halves[0].dtype == torch.bfloat16
+        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": apart, "num_warps": 8, "num_stages": 2}
+        triton_gram.gram[programs](shift, *halves, found_RGG, *sizes, **constants)
 
     return found_RGG if _tried(launch) else None
+
+
+def grams(weights: Tensor, width: int) -> bool:
+    """Whether `gram` is a kernel for groups of this width."""
+    return usable(weights) and width in GRAM_WIDTHS
 
 
 def _launch(

@@ -16,6 +16,7 @@ from featherweight.native import gram
 
 PANEL_COLUMNS = {"cpu": 1024, "cuda": 4096}  # fewer are multiplied faster whole
 PANELS = 4
+WIDE_COLUMNS, WIDE_PANELS = 8192, 8  # the same of the widest
 
 
 class HessianSum:
@@ -29,6 +30,8 @@ class HessianSum:
         self.sum_CC = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.tokens = 0
         panels = PANELS if columns >= PANEL_COLUMNS[device.type] else 1
+        if device.type == "cuda" and columns >= WIDE_COLUMNS:
+            panels = WIDE_PANELS
         self.edges = [columns * n // panels for n in range(panels + 1)]
 
     def add(self, inputs: Tensor) -> None:
@@ -69,8 +72,9 @@ class CrossSum:
         self.tokens += x_TC.shape[0]
         _accumulate(self.sum_RC, difference.reshape(-1, difference.shape[-1]), x_TC)
 
-    def mean(self) -> Tensor:
-        return self.sum_RC / max(self.tokens, 1)
+    def mean(self, rows: slice = slice(None)) -> Tensor:
+        """d^T x / T, all of it or some rows."""
+        return self.sum_RC[rows] / max(self.tokens, 1)
 
 
 def _accumulate(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:

@@ -12,12 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from featherweight.core.products import times
-from featherweight.core.triangle import inverse_lower
+from featherweight.core.products import split_pays, times
+from featherweight.core.triangle import in_place_pays, inverse_factor_, inverse_lower
 from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
 DAMPING_TRIES = 5
+PERMUTED_ROWS = 4096  # at a time
+TRIANGLE_COLUMNS = 2048  # of a product with a triangular matrix, at a time
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Factor:
             permuted_RC = times(times(rows_RC.index_select(-1, self.order_C), self.upper_CC.mT), self.upper_CC)
             return permuted_RC.index_select(-1, torch.argsort(self.order_C))
         order_RC = self.order_C.unsqueeze(-2).expand_as(rows_RC)
-        permuted_RC = times(times(rows_RC.gather(-1, order_RC), self.upper_CC.mT), self.upper_CC)
+        permuted_RC = _times_upper(_times_lower(rows_RC.gather(-1, order_RC), self.upper_CC), self.upper_CC)
         return torch.empty_like(permuted_RC).scatter_(-1, order_RC, permuted_RC)
 
 
@@ -85,14 +87,16 @@ class LayerProblem:
         Dead inputs so weigh little in every search and sum, whatever the unit of H.
         """
         hessian_CC = self.hessian_CC.clone()
-        diagonal_C = hessian_CC.diagonal(dim1=-2, dim2=-1)
+        hessian_CC.diagonal(dim1=-2, dim2=-1).copy_(self._damped_diagonal(damping))
+        return hessian_CC
+
+    def _damped_diagonal(self, damping: float | None = None) -> Tensor:
+        diagonal_C = self.hessian_CC.diagonal(dim1=-2, dim2=-1)
         dead_C = self.dead_C.to(diagonal_C.dtype)
         live = (diagonal_C.shape[-1] - dead_C.sum(-1, keepdim=True)).clamp(min=1)
         mean = diagonal_C.sum(-1, keepdim=True) / live
         mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-        diagonal_C.add_(0.01 * mean * dead_C)
-        diagonal_C.add_((self.damping if damping is None else damping) * mean)
-        return hessian_CC
+        return diagonal_C + 0.01 * mean * dead_C + (self.damping if damping is None else damping) * mean
 
     def factor(self, order: Order = "activation") -> Factor:
         """The upper Cholesky factor of the inverse, by one reversed Cholesky and one triangular inverse.
@@ -103,10 +107,9 @@ class LayerProblem:
         """
         for step in range(DAMPING_TRIES):
             damping = max(self.damping, 1e-4) * 10.0**step if step else self.damping
-            damped_CC = self.damped(damping)
-            order_C = column_order(damped_CC, order)
-            damped_CC = permuted(damped_CC, order_C.flip(-1))
-            upper_CC = _inverse_factor(damped_CC)
+            diagonal_C = self._damped_diagonal(damping)
+            order_C = _pivot_order(self.damped(damping)) if order == "pivot" else _plain_order(diagonal_C, order)
+            upper_CC = self._upper(order_C, diagonal_C)
             if upper_CC is not None:
                 if step:
                     warnings.warn(
@@ -119,6 +122,21 @@ class LayerProblem:
             f"{self.name}: H is not positive definite even with damping {damping:g} (asked: {self.damping:g}): "
             "calibrate on more text."
         )
+
+    def _upper(self, order_C: Tensor, diagonal_C: Tensor) -> Tensor | None:
+        """U of H with this diagonal, in this order; None where that is not positive definite even in float64."""
+
+        def ordered(order_C: Tensor) -> Tensor:
+            matrix_CC = permuted(self.hessian_CC, order_C)
+            matrix_CC.diagonal(dim1=-2, dim2=-1).copy_(diagonal_C.gather(-1, order_C))
+            return matrix_CC
+
+        if in_place_pays(self.hessian_CC):
+            upper_CC = ordered(order_C)
+            if inverse_factor_(upper_CC) and bool(torch.isfinite(upper_CC).all()):
+                return upper_CC
+            del upper_CC
+        return _inverse_factor(ordered(order_C.flip(-1)))
 
 
 def loss_R(problem: LayerProblem, values_RC: Tensor, damping: float | None = None) -> Tensor:
@@ -134,19 +152,43 @@ def column_order(damped_CC: Tensor, order: Order) -> Tensor:
     natural: as they come. activation: falling diagonal of H (GPTQ's act-order). pivot: the smallest remaining
     Schur complement goes last, again and again (2507.18553), which makes sum 1/U_jj^2 smaller still.
     """
-    diagonal_C = damped_CC.diagonal(dim1=-2, dim2=-1)
-    if order == "activation":
-        return torch.argsort(diagonal_C, dim=-1, descending=True, stable=True)
     if order == "pivot":
         return _pivot_order(damped_CC)
-    columns = torch.arange(damped_CC.shape[-1], device=damped_CC.device)
-    return columns.expand(diagonal_C.shape).contiguous()
+    return _plain_order(damped_CC.diagonal(dim1=-2, dim2=-1), order)
+
+
+def _plain_order(diagonal_C: Tensor, order: Order) -> Tensor:
+    if order == "activation":
+        return torch.argsort(diagonal_C, dim=-1, descending=True, stable=True)
+    return torch.arange(diagonal_C.shape[-1], device=diagonal_C.device).expand(diagonal_C.shape).contiguous()
+
+
+def _times_lower(rows_RC: Tensor, upper_CC: Tensor) -> Tensor:
+    """rows U^T, by blocks of columns so that most zeros of U are left out."""
+    if not split_pays(rows_RC):
+        return rows_RC @ upper_CC.mT
+    columns = upper_CC.shape[-1]
+    blocks = [slice(at, at + TRIANGLE_COLUMNS) for at in range(0, columns, TRIANGLE_COLUMNS)]
+    return torch.cat([times(rows_RC[..., at.start :], upper_CC[..., at, at.start :].mT) for at in blocks], -1)
+
+
+def _times_upper(rows_RC: Tensor, upper_CC: Tensor) -> Tensor:
+    """rows U, likewise."""
+    if not split_pays(rows_RC):
+        return rows_RC @ upper_CC
+    columns = upper_CC.shape[-1]
+    blocks = [slice(at, at + TRIANGLE_COLUMNS) for at in range(0, columns, TRIANGLE_COLUMNS)]
+    return torch.cat([times(rows_RC[..., : at.stop], upper_CC[..., : at.stop, at]) for at in blocks], -1)
 
 
 def permuted(matrix_CC: Tensor, order_C: Tensor) -> Tensor:
     """Rows and columns of a symmetric matrix taken in the given order."""
     if matrix_CC.dim() == 2:
-        return matrix_CC.index_select(0, order_C).index_select(1, order_C)
+        found_CC = torch.empty_like(matrix_CC)
+        for at in range(0, len(order_C), PERMUTED_ROWS):  # the largest H there are leave no room for a second copy
+            rows = matrix_CC.index_select(0, order_C[at : at + PERMUTED_ROWS])
+            torch.index_select(rows, 1, order_C, out=found_CC[at : at + PERMUTED_ROWS])
+        return found_CC
     rows = torch.take_along_dim(matrix_CC, order_C.unsqueeze(-1), -2)
     return torch.take_along_dim(rows, order_C.unsqueeze(-2), -1)
 

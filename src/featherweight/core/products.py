@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 LEAST = 256  # along the inner axis; below, there is nothing to be gained
+AHEAD = 2048  # rows of H that are made halves of at once
 EXACT = 2048  # along it at once: tensor cores cut off what they add up, which shows in long sums
 
 
@@ -25,6 +26,13 @@ def times(one_AK: Tensor, other_KB: Tensor) -> Tensor:
     if not split_pays(one_AK):
         return one_AK @ other_KB
     return _multiplied(left(one_AK), right(other_KB))
+
+
+def roughly(one_AK: Tensor, other_KB: Tensor) -> Tensor:
+    """one @ other for sums that need three digits: on a GPU's tensor cores one product in bfloat16."""
+    if not split_pays(one_AK):
+        return one_AK @ other_KB
+    return _multiplied(one_AK.to(torch.bfloat16), other_KB.to(torch.bfloat16))
 
 
 def subtract_(total_EAB: Tensor, one_EAK: Tensor, other_EKB: Tensor) -> None:
@@ -47,21 +55,39 @@ def exactly(one_AK: Tensor, other_KB: Tensor) -> Tensor:
     total_AB: Tensor | None = None
     with _tf32():
         for one, other in zip(one_AK.split(EXACT, -1), other_KB.split(EXACT, -2), strict=True):
-            a1, b1 = _truncated(one), _truncated(other)
-            both = torch.cat([a1, a1, one - a1], -1), torch.cat([b1, other - b1, b1], -2)
-            total_AB = both[0] @ both[1] if total_AB is None else total_AB.add_(both[0] @ both[1])
+            found_AB = left_exactly(one) @ right_exactly(other)
+            total_AB = found_AB if total_AB is None else total_AB.add_(found_AB)
     assert total_AB is not None
     return total_AB
 
 
+def left_exactly(one_AK: Tensor) -> Tensor:
+    """[a1 a1 a2], A x 3K in float32, a1 of as many bits as TF32 has: for `add_exactly_`."""
+    first = _truncated(one_AK)
+    return torch.cat([first, first, one_AK - first], -1)
+
+
+def right_exactly(other_KB: Tensor) -> Tensor:
+    """[b1; b2; b1], 3K x B in float32."""
+    first = _truncated(other_KB)
+    return torch.cat([first, other_KB - first, first], -2)
+
+
+def add_exactly_(total_EAB: Tensor, left_EAK: Tensor, right_EKB: Tensor, alpha: float, beta: float = 1.0) -> None:
+    """total = beta x total + alpha x left @ right in TF32, in place, of what the two functions before this one make."""
+    with _tf32():
+        total_EAB.baddbmm_(left_EAK, right_EKB, beta=beta, alpha=alpha)
+
+
 class Pulls:
-    """Rows of H @ D, some at a time, while D changes in the rows that were asked for last (E x C x C, E x C x R)."""
+    """Rows of H @ D, some at a time and in order, while D changes in those asked for last (E x C x C, E x C x R)."""
 
     def __init__(self, hessian_ECC: Tensor, delta_ECR: Tensor) -> None:
         self.hessian_ECC, self.delta_ECR = hessian_ECC, delta_ECR
         self.split = split_pays(hessian_ECC)
         if self.split:
-            self.hessian_ECC, self.halves_ECR = left(hessian_ECC), right(delta_ECR)
+            self.halves_ECR = right(delta_ECR)
+        self.made: tuple[int, Tensor] | None = None  # rows of H in halves: where they begin, and AHEAD of them
         self.changed: slice | None = None
 
     def of(self, at: slice) -> Tensor:
@@ -74,7 +100,14 @@ class Pulls:
             for third, value in zip(thirds, (first, second, first), strict=True):
                 third[:, self.changed] = value
         self.changed = at
-        return _multiplied(self.hessian_ECC[:, at], self.halves_ECR)
+        return _multiplied(self._rows(at), self.halves_ECR)
+
+    def _rows(self, at: slice) -> Tensor:
+        """H[at] in halves, made for several slabs at once."""
+        if self.made is None or at.stop > self.made[0] + self.made[1].shape[1]:
+            self.made = at.start, left(self.hessian_ECC[:, at.start : max(at.start + AHEAD, at.stop)])
+        start, halves_ENC = self.made
+        return halves_ENC[:, at.start - start : at.stop - start]
 
 
 def split_pays(one_AK: Tensor) -> bool:

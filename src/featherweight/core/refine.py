@@ -22,7 +22,7 @@ from featherweight.core.serial import each, one_thread
 from featherweight.core.solution import Solution
 
 SLAB = 128
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}  # of the temporaries in `refit_scales`; a CPU's in its cache
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 28}  # of the temporaries in `refit_scales`; a CPU's in its cache
 
 
 def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Solution:
@@ -33,16 +33,10 @@ def refine(problem: LayerProblem, solution: Solution, rounds: int = 3) -> Soluti
     if not rounds:
         return solution
     weight_RC, hessian_CC = problem.weight_RC, problem.damped(solution.damping)
-    pull_RC = pull_on(weight_RC, hessian_CC, solution)
+    pull_RC = times(weight_RC, hessian_CC)
     for _ in range(rounds):
-        solution = refit_scales(weight_RC, hessian_CC, solution, pull_RC)
-        solution, pull_RC = _descended(weight_RC, hessian_CC, solution, None)
+        solution = descend(weight_RC, hessian_CC, refit_scales(weight_RC, hessian_CC, solution, pull_RC))
     return refit_scales(weight_RC, hessian_CC, solution, pull_RC)
-
-
-def pull_on(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tensor:
-    """D H: half of what the loss falls by where a value moves a little."""
-    return times(weight_RC - solution.values(weight_RC.dtype), hessian_CC)
 
 
 def row_loss(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tensor:
@@ -51,75 +45,72 @@ def row_loss(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution) -> Tenso
     return (times(delta_RC, hessian_CC) * delta_RC).sum(-1)
 
 
-def keep_better(
-    weight_RC: Tensor, hessian_CC: Tensor, old: Solution, new: Solution, price_E: Tensor | None = None
-) -> Solution:
-    """Row by row, the solution with the smaller loss; `old`, whose loss_R must be for this H, where they tie.
-
-    With a price, every weight that is not zero adds it to the loss that is compared.
-    """
-    return _better(old, new, row_loss(weight_RC, hessian_CC, new), price_E)[0]
+def keep_better(weight_RC: Tensor, hessian_CC: Tensor, old: Solution, new: Solution) -> Solution:
+    """Row by row, the solution with the smaller loss; `old`, whose loss_R must be for this H, where they tie."""
+    return _better(old, new, row_loss(weight_RC, hessian_CC, new), None)
 
 
-def _better(old: Solution, new: Solution, new_R: Tensor, price_E: Tensor | None) -> tuple[Solution, Tensor]:
-    """`keep_better` where the new losses are known; and which rows are new, R x 1."""
+def _better(old: Solution, new: Solution, new_R: Tensor, price_E: Tensor | None) -> Solution:
+    """`keep_better` with the new losses known; with a price, every weight that is not zero adds it to a loss."""
     old_R = old.loss_R.to(new_R.dtype)
     saved_R = 0.0 if price_E is None else price_E.unsqueeze(-1) * (old.nonzero().sum(-1) - new.nonzero().sum(-1))
     take_R = new_R < old_R + saved_R
     take_R1 = take_R.unsqueeze(-1)
-    solution = replace(
+    return replace(
         old,
         codes_RC=torch.where(take_R1, new.codes_RC, old.codes_RC),
         scales_RG=torch.where(take_R1, new.scales_RG, old.scales_RG),
         zeros_RG=torch.where(take_R1, new.zeros_RG, old.zeros_RG),
         loss_R=torch.where(take_R, new_R, old_R),
     )
-    return solution, take_R1
 
 
 def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, pull_RC: Tensor | None = None) -> Solution:
     """The least-squares scales of each row for its codes, all groups of the row at once, rounded as they are stored.
 
-    With K the codes less their zeros, masked to one group a row (G x C), the scales move by (K H K^T)^-1 K H d, d being
-    what is left of the row; `pull_RC` is D H, where the caller has it (or zero, for a row to stay as it is).
-    A row keeps its scales where the new ones, once rounded, are no better; `solution.loss_R` must be true for this H.
+    With K the codes less their zeros, masked to one group a row (G x C), the scales solve (K H K^T) s = K H w, and
+    scales that differ by d change the loss by d K H K^T d^T - 2 d K H (w - v). A row keeps its scales where the new
+    ones, once rounded, are no better. `pull_RC` is W H, where the caller has it.
     """
-    pull_RC = pull_on(weight_RC, hessian_CC, solution) if pull_RC is None else pull_RC
-    each_row = solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
+    pull_RC = times(weight_RC, hessian_CC) if pull_RC is None else pull_RC
+    rows, width = weight_RC.shape[-2], weight_RC.shape[-1] // solution.scales_RG.shape[-1]
+    each_row = 2 * solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
     chunk = max(1, CHUNK_ELEMENTS[weight_RC.device.type] // each_row)
-    rows = weight_RC.shape[-2]
+    halves = fused.halved(hessian_CC) if fused.grams(weight_RC, width) else None
 
     def refit(at: int) -> tuple[Tensor, Tensor]:
         stop = min(at + chunk, rows)
-        return _least_squares(solution.rows(at, stop), pull_RC[..., at:stop, :], hessian_CC)
+        return _refitted(pull_RC[..., at:stop, :], hessian_CC, solution.rows(at, stop), halves)
 
-    scales_RG, loss_R = zip(*each(refit, range(0, rows, chunk), weight_RC.device), strict=True)
-    return replace(solution, scales_RG=torch.cat(scales_RG, -2), loss_R=torch.cat(loss_R, -1))
+    parts = each(refit, range(0, rows, chunk), weight_RC.device)
+    scales_RG, loss_R = (torch.cat(part, axis) for part, axis in zip(zip(*parts, strict=True), (-2, -1), strict=True))
+    return replace(solution, scales_RG=scales_RG, loss_R=loss_R)
 
 
-def _least_squares(part: Solution, pull_RC: Tensor, hessian_CC: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and losses of some rows: scales that move by t change the loss by t K H K^T t^T - 2 t (K H d)."""
-    dtype, groups = pull_RC.dtype, part.scales_RG.shape[-1]
-    shift_RGN = part.codes_RC.unflatten(-1, (groups, -1)).to(dtype) - part.zeros_RG.unsqueeze(-1).to(dtype)
+def _refitted(
+    pull_RC: Tensor, hessian_CC: Tensor, solution: Solution, halves: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Scales and losses of some rows."""
+    groups, dtype = solution.scales_RG.shape[-1], pull_RC.dtype
+    shift_RGN = solution.codes_RC.unflatten(-1, (groups, -1)).to(dtype)
+    shift_RGN = shift_RGN - solution.zeros_RG.unsqueeze(-1).to(dtype)
     right_RG = (pull_RC.unflatten(-1, (groups, -1)) * shift_RGN).sum(-1)
-    left_RGG = fused.gram(shift_RGN, hessian_CC)
+    left_RGG = None if halves is None else fused.gram(shift_RGN, halves)
     if left_RGG is None:
         left_RGG = _gram(shift_RGN, hessian_CC)
+    whole_RGG = left_RGG.tril() + left_RGG.tril(-1).mT
     diagonal_RG = left_RGG.diagonal(dim1=-2, dim2=-1)
-    more_R1 = 1e-6 * diagonal_RG.mean(-1, keepdim=True) + torch.finfo(dtype).tiny
-    diagonal_RG += more_R1
+    diagonal_RG += 1e-6 * diagonal_RG.mean(-1, keepdim=True) + torch.finfo(dtype).tiny
     lower_RGG = torch.linalg.cholesky_ex(left_RGG)[0]
-    old_RG = part.scales_RG
-    move_RG = torch.cholesky_solve(right_RG.unsqueeze(-1), lower_RGG).squeeze(-1)
-    new_RG = scales.store(old_RG.to(dtype) + move_RG, part.grid.scale_dtype)
+    found_RG: Tensor = torch.cholesky_solve(right_RG.unsqueeze(-1), lower_RGG).squeeze(-1)
+    new_RG, old_RG = scales.store(found_RG, solution.grid.scale_dtype), solution.scales_RG
     usable = torch.isfinite(new_RG) & (new_RG.abs() > 1e-3 * old_RG.abs()) & (new_RG.abs() < 1e3 * old_RG.abs())
     new_RG = torch.where(usable, new_RG, old_RG)
-    move_RG = new_RG.to(dtype) - old_RG.to(dtype)
-    bent_R = (lower_RGG.mT @ move_RG.unsqueeze(-1)).square().sum((-2, -1)) - (more_R1 * move_RG.square()).sum(-1)
-    change_R = bent_R - 2 * (move_RG * right_RG).sum(-1)
-    better_R = change_R < 0
-    loss_R = part.loss_R.to(dtype) + torch.where(better_R, change_R, 0.0)
-    return torch.where(better_R.unsqueeze(-1), new_RG, old_RG), loss_R
+    step_RG = new_RG.to(dtype) - old_RG.to(dtype)
+    middle_RG = old_RG.to(dtype) + step_RG / 2
+    gain_R = 2 * (step_RG * (right_RG - (whole_RGG @ middle_RG.unsqueeze(-1)).squeeze(-1))).sum(-1)
+    better_R, loss_R = gain_R > 0, solution.loss_R.to(dtype)
+    return torch.where(better_R.unsqueeze(-1), new_RG, old_RG), torch.where(better_R, loss_R - gain_R, loss_R)
 
 
 def _gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor:
@@ -141,17 +132,17 @@ def descend(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: 
     besides, and the better of that value and zero is taken. Columns go by slabs: one GEMM brings D H up to date for
     the next slab.
     """
-    return _descended(weight_RC, hessian_CC, solution, price_E)[0]
+    if weight_RC.dim() == 2:
+        price_E = None if price_E is None else price_E.reshape(1)
+        return descend(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked(), price_E).layer(0)
+    codes_RC, gain_R = _descended(weight_RC, hessian_CC, solution, price_E)
+    return _better(solution, replace(solution, codes_RC=codes_RC), solution.loss_R.to(gain_R.dtype) - gain_R, price_E)
 
 
 def _descended(
     weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: Tensor | None
-) -> tuple[Solution, Tensor]:
-    """`descend`, and D H as it then is; zero for rows that are left as they were."""
-    if weight_RC.dim() == 2:
-        price_E = None if price_E is None else price_E.reshape(1)
-        found, pull_ERC = _descended(weight_RC.unsqueeze(0), hessian_CC.unsqueeze(0), solution.stacked(), price_E)
-        return found.layer(0), pull_ERC[0]
+) -> tuple[Tensor, Tensor]:
+    """The codes after `descend`'s pass, and what the losses fall by, step after step (with a price, less than zero)."""
     weight_ECR = weight_RC.transpose(1, 2)
     scale_EGR, zero_EGR = (
         t.to(weight_RC.dtype).transpose(1, 2).contiguous() for t in (solution.scales_RG, solution.zeros_RG)
@@ -163,18 +154,19 @@ def _descended(
     free_ECR, hessian_CC = None, hessian_CC.contiguous()
     if solution.keep_RC is not None:
         free_ECR = solution.keep_RC.transpose(1, 2).to(weight_RC.dtype, memory_format=torch.contiguous_format)
-    pulls, bounds = Pulls(hessian_CC, delta_ECR), (solution.grid.bottom, solution.grid.top)
+    pulls, gain_ER = Pulls(hessian_CC, delta_ECR), torch.zeros_like(weight_RC[..., 0])
+    bounds = solution.grid.bottom, solution.grid.top
     levels: columns.Levels | None = None  # made where they are needed: a GPU would have to be waited for
     group_EC = (torch.arange(weight_ECR.shape[1], device=weight_RC.device) // width).expand(len(weight_ECR), -1)
     for start in range(0, weight_ECR.shape[1], SLAB):
         at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
         pull_ENR = pulls.of(at)
-        state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR)
+        state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR, gain_ER)
         if fused.descend_slab(pull_ENR, *state, at, bounds, price_E):
             continue
         levels = levels or columns.Levels.of(scale_EGR, zero_EGR, *bounds)
         with one_thread(weight_RC.device):
-            moved_ENR, codes_ENR = columns.descend_slab(
+            moved_ENR, codes_ENR, fallen_ER = columns.descend_slab(
                 pull_ENR,
                 hessian_CC[:, at, at],
                 values_ECR[:, at],
@@ -185,8 +177,5 @@ def _descended(
             )
         delta_ECR[:, at] -= moved_ENR
         codes_ECR[:, at] = codes_ENR
-    new = replace(solution, codes_RC=codes_ECR.transpose(1, 2).contiguous())
-    delta_RC = weight_RC - new.values(weight_RC.dtype)
-    pull_RC = times(delta_RC, hessian_CC)
-    found, taken_R1 = _better(solution, new, (pull_RC * delta_RC).sum(-1), price_E)
-    return found, pull_RC.mul_(taken_R1)
+        gain_ER += fallen_ER
+    return codes_ECR.transpose(1, 2).contiguous(), gain_ER

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])  # one kernel whatever the number of groups
 def gram(
     shift_ptr,  # E x R x C, bfloat16 (or, with nothing to be gained from halves, float32)
-    hessian_ptr,  # E x C x C
+    first_ptr,  # E x C x C, H's upper bits in bfloat16 (or all of it)
+    second_ptr,  # E x C x C, what they leave; read with HALVES alone
     gram_ptr,  # E x R x G x G, the lower triangle written
     rows,
     all_columns,
@@ -28,17 +29,16 @@ def gram(
     place_N = tl.arange(0, SPAN)
     inside_M = row_M < rows
     shift_row = shift_ptr + (layer * rows + row_M)[:, None] * all_columns + place_N[None, :]
-    hessian_row = hessian_ptr + (layer * all_columns + group * SPAN + place_N)[:, None] * all_columns
+    hessian_NN = (layer * all_columns + group * SPAN + place_N)[:, None] * all_columns + place_N[None, :]
     own_MN = tl.load(shift_row + group * SPAN, mask=inside_M[:, None], other=0.0)
     gram_M = gram_ptr + ((layer * rows + row_M) * groups + group) * groups
     for other in range(0, group + 1):
-        hessian_NN = tl.load(hessian_row + other * SPAN + place_N[None, :])
+        first_NN = tl.load(first_ptr + hessian_NN + other * SPAN)
         if HALVES:
-            first_NN = hessian_NN.to(tl.bfloat16)
-            second_NN = (hessian_NN - first_NN.to(tl.float32)).to(tl.bfloat16)
+            second_NN = tl.load(second_ptr + hessian_NN + other * SPAN)
             sum_MN = tl.dot(own_MN, second_NN)
             sum_MN = tl.dot(own_MN, first_NN, sum_MN)
         else:
-            sum_MN = tl.dot(own_MN, hessian_NN, input_precision="ieee")
+            sum_MN = tl.dot(own_MN, first_NN, input_precision="ieee")
         other_MN = tl.load(shift_row + other * SPAN, mask=inside_M[:, None], other=0.0)
         tl.store(gram_M + other, tl.sum(sum_MN * other_MN.to(tl.float32), axis=1), mask=inside_M)

@@ -46,7 +46,7 @@ def load_groups(weight_ptr, price_ptr, groups, per_layer, across, WIDTH, TILE: t
     return weight_MN, price_MN, group_M, inside_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "per_layer", "across", "coarse"])
 def symmetric_search(
     weight_ptr,
     price_ptr,
@@ -95,7 +95,7 @@ def symmetric_search(
     tl.store(scale_ptr + group_M, best_M, mask=inside_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "per_layer", "across", "coarse"])
 def asymmetric_search(
     weight_ptr,
     price_ptr,

@@ -22,7 +22,7 @@ def nearest(value_R, low_R, high_R):
     return (tl.minimum(tl.maximum(value_R, low_R), high_R) + MAGIC) - MAGIC
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])  # one kernel whatever the number of groups
 def sweep_slab(
     weight_ptr,  # E x C x R
     upper_ptr,  # E x C x C
@@ -85,7 +85,7 @@ def sweep_slab(
     tl.store(loss_ptr + layer * rows + row_R, loss_R, mask=inside_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def descend_slab(
     pull_ptr,  # E x N x R
     hessian_ptr,  # E x C x C
@@ -96,6 +96,7 @@ def descend_slab(
     price_ptr,  # E, of a weight that is not zero
     delta_ptr,  # E x C x R, brought up to date
     code_ptr,  # E x C x R, uint8, written
+    gain_ptr,  # E x R, what the loss falls by, added to
     rows,
     all_columns,
     groups,
@@ -129,6 +130,7 @@ def descend_slab(
     value_next_R = tl.load(value_ptr + first * rows + row_R, mask=inside_R, other=0.0)
     delta_next_R = tl.load(delta_ptr + first * rows + row_R, mask=inside_R, other=0.0)
     hessian_next_N = tl.load(hessian_row, mask=inside_N, other=0.0)
+    gain_R = tl.load(gain_ptr + layer * rows + row_R, mask=inside_R, other=0.0)
     for j in range(0, columns):
         scale_R, zero_R, value_R, delta_R = scale_next_R, zero_next_R, value_next_R, delta_next_R
         hessian_N = hessian_next_N
@@ -152,7 +154,9 @@ def descend_slab(
             new_R = step_R * scale_R
             step_R = tl.where((2.0 * goal_R - new_R) * new_R > price * (1.0 / curve), step_R, 0.0)
         moved_R = step_R * scale_R - value_R
+        gain_R += moved_R * (2.0 * pull_R - moved_R * curve)
         tl.store(delta_ptr + at_R, delta_R - moved_R, mask=inside_R)
         tl.store(code_ptr + at_R, (step_R + zero_R).to(tl.uint8), mask=inside_R)
         after_N = tl.where(column_N > j, hessian_N, 0.0)
         tile_NR -= after_N[:, None] * moved_R[None, :]
+    tl.store(gain_ptr + layer * rows + row_R, gain_R, mask=inside_R)

@@ -80,15 +80,21 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(width, inner, layout.bias, "meta", dtype)
         self.down_proj = nn.Linear(inner, width, layout.bias, "meta", dtype)
         self.layout, self.activate = layout, activate
+        self.gated: Callable[[Tensor, Tensor], Tensor] | None = None  # the same of gate and up apart, where known
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.layout.gated:
-            inner: Tensor = self.down_proj(self.activate(self.up_proj(x)))
-            return inner
-        both = (self.gate_proj(x), self.up_proj(x))
-        joined = torch.stack(both, -1).flatten(-2) if self.layout.interleaved else torch.cat(both, -1)
-        output: Tensor = self.down_proj(self.activate(joined))
+        output: Tensor = self.down_proj(self.inner(x))
         return output
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What `down_proj` is given."""
+        if not self.layout.gated:
+            return self.activate(self.up_proj(x))
+        both = (self.gate_proj(x), self.up_proj(x))
+        if self.gated is not None:
+            return self.gated(*both)
+        joined = torch.stack(both, -1).flatten(-2) if self.layout.interleaved else torch.cat(both, -1)
+        return self.activate(joined)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shapes: S sequences, T tokens, R outputs, C inputs.
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import OutputFolder
+from featherweight.stream.fused import fuse, rotations
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
@@ -37,6 +39,7 @@ from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.phases import Phases
 from featherweight.stream.request import check_ids, manifest
 from featherweight.stream.shard import require_all
+from featherweight.stream.solving import compile_solver
 from featherweight.stream.states import States
 from featherweight.stream.storing import OUTSIDE, Packed, Shards
 from featherweight.stream.tokens import round_tokens
@@ -154,7 +157,9 @@ class _Job:
         self.phases = Phases(device)
         self.beside = device.type == "cuda"  # on a CPU, reading and writing beside the solver takes cores from it
         self.dtype = compute_dtype(tree.dtype, device)
+        self.fuses = device.type == "cuda" and not recipe.trains  # training compiles blocks and needs gradients
         self.low = memory == "low"
+        self.compiled: Future[None] | None = None
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
         together = min(BATCH_TOKENS[device.type], LOW_TOKENS) if self.low else BATCH_TOKENS[device.type]
@@ -184,11 +189,16 @@ class _Job:
         """Writes every shard that is not there yet."""
         self.tell(0, len(self.tree.blocks), "reading")
         finished = self.world.first([folder.finished(number) for number in range(len(self.tree.blocks) + 1)])
-        with Writer(self.beside) as writer:
+        with Writer(self.beside) as writer, ThreadPoolExecutor(1, "compiler") as beside:
             if not finished[0]:
                 self._solve_rest(folder, writer)
             runner = BlockRunner(self.tree, self.device, self.dtype)
-            with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead:
+            if self.device.type == "cuda" and not all(finished):
+                rule = next(iter(self.rules.values()))
+                # only now: while a model is made, torch's default dtype is the model's, on all threads
+                self.compiled = beside.submit(compile_solver, rule, self.choices, self.device)
+            turned = rotations(runner.model) if self.fuses else nullcontext()
+            with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead, turned:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
     def _run_blocks(
@@ -214,6 +224,8 @@ class _Job:
                     continue
                 with self.phases("load"):
                     module = runner.load(index, ahead.take(index))
+                if self.fuses:
+                    fuse(module)
                 if not finished[index]:
                     found = self._solve(folder, writer, index, block, states.view(index, module, block, weights))
                 else:
@@ -275,6 +287,8 @@ class _Job:
     ) -> dict[str, AnySolution]:
         """Solves a block and has its shard written; returns what that will hold."""
         began, total = time.perf_counter(), len(self.tree.blocks)
+        if self.compiled is not None:
+            wait([self.compiled])  # whatever it may have met, the block meets too, and says so
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solve_block = trained if self.recipe.trains else layerwise
         solutions = solve_block(

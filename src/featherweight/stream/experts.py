@@ -14,7 +14,6 @@ Shapes: T tokens, D width, K choices, E experts (in a chunk), N tokens of one ex
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,10 +25,9 @@ from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
-from featherweight.models.experts import Experts, Routed, find_experts
+from featherweight.models.experts import Expert, Experts, Routed, find_experts
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
-from featherweight.stream.feed import Enough
 from featherweight.stream.groups import BlockView
 from featherweight.stream.routing import Gathered, Served, Tokens, gather, served_by
 from featherweight.stream.solving import energy_R, solve_stack, split
@@ -244,25 +242,25 @@ def _sums_over(
             before = replace(mixture.original.routed, scale_TK=now.scale_TK)
             before_NC = _heard(expert, leaf, before.inputs(*piece).to(device), original)
             gap.add(before_NC - inputs_NC, inputs_NC)
-    return Sums(hessian.mean(), None if mixture.original is None else gap.mean(), hessian.tokens)
+    gap_CC = None if mixture.original is None else gap.sum_RC.div_(max(gap.tokens, 1))
+    return Sums(hessian.into_mean(), gap_CC, hessian.tokens)
 
 
 @torch.no_grad()
 def _heard(expert: nn.Module, leaf: str, x_ND: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """What one of an expert's matrices is given when the expert is given x, with other weights if asked for."""
-    heard: list[Tensor] = []
-
-    def hear(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        heard.append(args[0])
-        raise Enough
-
-    handle = expert.get_submodule(leaf).register_forward_pre_hook(hear)
+    assert isinstance(expert, Expert)
+    if leaf != "down_proj":
+        return x_ND
+    parameters = dict(expert.named_parameters())
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    for name, weight in (weights or {}).items():
+        parameters[name].data = weight
     try:
-        with suppress(Enough):
-            torch.func.functional_call(expert, dict(weights or {}), (x_ND,))
+        return expert.inner(x_ND)
     finally:
-        handle.remove()
-    return heard[0]
+        for name, weight in own.items():
+            parameters[name].data = weight
 
 
 @dataclass(frozen=True)

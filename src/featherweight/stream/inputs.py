@@ -25,6 +25,7 @@ from featherweight.stream.parallel import World
 __all__ = ["BlockView", "Group", "GroupSums", "Tick", "collect", "input_groups"]
 
 Tick = Callable[[float], None]
+WHOLE = slice(None)
 
 
 class GroupSums:
@@ -35,6 +36,7 @@ class GroupSums:
         self.hessian = HessianSum(columns, device)
         self.gap = CrossSum(group.matrices[0].rows if group.writes else columns, columns, device) if drift else None
         self.sinks = GroupSums(group, drift, False, device) if sinks else None
+        self.writes = bool(group.writes)
         self.without = False  # whether the gap is that of the stream without the group's own outputs
 
     def add(self, inputs_STC: Tensor, gap: Tensor | None) -> None:
@@ -58,11 +60,15 @@ class GroupSums:
         if self.sinks is not None:
             self.sinks.add_up(world)
 
-    def gap_mean(self, weight_RC: Tensor, hessian_CC: Tensor) -> Tensor | None:
-        """How far the original is, as a mean; the group's outputs are W X, so what they leave of it is known from H."""
+    def gap_mean(self, weight_RC: Tensor, hessian_CC: Tensor, rows: slice = WHOLE) -> Tensor | None:
+        """How far the original is, as a mean; the group's outputs are W X, so what they leave of it is known from H.
+
+        Where the group writes to the residual stream, of these `rows`, whose weights are given.
+        """
         if self.gap is None:
             return None
-        return self.gap.mean() - times(weight_RC, hessian_CC) if self.without else self.gap.mean()
+        mean = self.gap.mean(rows if self.writes else WHOLE)
+        return mean - times(weight_RC, hessian_CC) if self.without else mean
 
     def weigh_sinks(self, share: float) -> None:
         """Repeats the windows' first tokens until they hold this share of H's trace, if they do not hold it yet."""

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from featherweight.core.problem import Factor, LayerProblem
 from featherweight.core.products import times
-from featherweight.core.rules import Rule
-from featherweight.core.solution import AnySolution
+from featherweight.core.rules import Grid, Rule
+from featherweight.core.solution import AnySolution, Solution
 from featherweight.core.solve import Choices, solve
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.experts import mixtures_of, solve_mixtures, without_experts
 from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, collect, input_groups
+from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.solving import check_certificate, energy_R, split
+
+FACTOR = 0.5  # what a column costs the factor, in rows of the sweep and the descent (measured on an H100)
 
 
 def layerwise(
@@ -81,15 +84,26 @@ def solve_stage(
     recipe: Recipe,
     choices: Choices,
 ) -> dict[str, AnySolution]:
-    """Solves the groups of one stage; of several processes each solves some, and has the others' from the others."""
-    columns = [group.matrices[0].columns for group in stage]
-    rows = [sum(matrix.rows for matrix in group.matrices) for group in stage]
-    costs = [(r + c) * c**2 for r, c in zip(rows, columns, strict=True)]  # the sweep and the factor
+    """Solves the groups of one stage; of several processes each solves some, or a part of the rows of each, whichever
+    is done first, and has the others' from the others."""
+    world, dealt, apart = view.world, [], 0.0
+    for group in stage:
+        rows, columns = sum(matrix.rows for matrix in group.matrices), group.matrices[0].columns
+        dealt.append((rows + FACTOR * columns) * columns**2)  # the sweep and the factor
+        apart += (rows / world.size + FACTOR * columns) * columns**2
+    loads = [0.0] * world.size
+    for owner, cost in zip(world.deal(dealt), dealt, strict=True):
+        loads[owner] += cost
+    if apart < max(loads) and all(isinstance(rules[m.path], Grid) for group in stage for m in group.matrices):
+        found: dict[str, AnySolution] = {}
+        for group, each in zip(stage, sums, strict=True):
+            found |= solve_group(view, group, each, rules, recipe, choices, world)
+        return found
 
     def solve_one(number: int) -> dict[str, AnySolution]:
         return solve_group(view, stage[number], sums[number], rules, recipe, choices)
 
-    return view.world.solved(costs, solve_one, rules)
+    return world.solved(dealt, solve_one, rules)
 
 
 def solve_group(
@@ -99,8 +113,12 @@ def solve_group(
     rules: Mapping[str, Rule],
     recipe: Recipe,
     choices: Choices,
+    sharers: World = ALONE,
 ) -> dict[str, AnySolution]:
-    """Solves matrices with one H and one rule as one problem of all their rows, and takes the solution apart again."""
+    """Solves matrices with one H and one rule as one problem of all their rows, and takes the solution apart again.
+
+    Of several `sharers` each solves its part of every matrix's rows, where the rules let rows be solved apart.
+    """
     by_rule: dict[Rule, list[Matrix]] = {}
     for matrix in group.matrices:
         by_rule.setdefault(rules[matrix.path], []).append(matrix)
@@ -108,25 +126,51 @@ def solve_group(
     hessian_CC = sums.hessian.into_mean()
     for rule, matrices in by_rule.items():
         alike = replace(group, matrices=tuple(matrices))
-        solutions |= _solve_alike(view, alike, hessian_CC, sums, rule, recipe, choices)
+        solutions |= _solve_alike(view, alike, hessian_CC, sums, rule, recipe, choices, sharers)
     return solutions
 
 
 def _solve_alike(
-    view: BlockView, group: Group, hessian_CC: Tensor, sums: GroupSums, rule: Rule, recipe: Recipe, choices: Choices
+    view: BlockView,
+    group: Group,
+    hessian_CC: Tensor,
+    sums: GroupSums,
+    rule: Rule,
+    recipe: Recipe,
+    choices: Choices,
+    sharers: World,
 ) -> dict[str, AnySolution]:
-    weight_RC = torch.cat([view.weight(matrix) for matrix in group.matrices])
+    parts = [sharers.split(matrix.rows) for matrix in group.matrices]
+    weight_RC = torch.cat([view.weight(matrix)[at] for matrix, at in zip(group.matrices, parts, strict=True)])
     name = " + ".join(matrix.name for matrix in group.matrices)
     problem = LayerProblem(weight_RC, hessian_CC, sums.hessian.tokens, recipe.relative_damping, name)
     with view.phases("factor"):
         factor = problem.factor(recipe.order)
     with view.phases("solve"):
-        gap = sums.gap_mean(weight_RC, problem.hessian_CC)
+        gap = sums.gap_mean(weight_RC, problem.hessian_CC, parts[0])
         if gap is not None:
             problem = replace(problem, weight_RC=undo_drift(problem, factor, group, gap, recipe.pull))
+        del weight_RC, gap
         solution = solve(problem, rule, choices, factor)
         check_certificate(problem, solution)
-        return split(energy_R(problem), solution, group.matrices)
+        energy = energy_R(problem)
+        if sharers.size > 1:
+            solution, energy = _whole(solution, energy, group, sharers)
+        return split(energy, solution, group.matrices)
+
+
+def _whole(solution: AnySolution, energy_R: Tensor, group: Group, sharers: World) -> tuple[AnySolution, Tensor]:
+    """What all sharers have, each of its part of every matrix's rows, in the order of the matrices."""
+    assert isinstance(solution, Solution) and solution.keep_RC is None
+    ours = [solution.codes_RC, solution.scales_RG, solution.zeros_RG, solution.loss_R, energy_R]
+    wholes = [torch.empty(0)] * len(ours)
+    counts = [[len(range(*each.split(m.rows).indices(m.rows))) for m in group.matrices] for each in sharers.all()]
+    theirs = [sharers.from_each(tensor) for tensor in ours]
+    for number, parts in enumerate(theirs):
+        by_matrix = zip(*(part.split(rows) for part, rows in zip(parts, counts, strict=True)), strict=True)
+        wholes[number] = torch.cat([torch.cat(each) for each in by_matrix])
+    codes_RC, scales_RG, zeros_RG, loss_R, energy_R = wholes
+    return replace(solution, codes_RC=codes_RC, scales_RG=scales_RG, zeros_RG=zeros_RG, loss_R=loss_R), energy_R
 
 
 def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor, pull: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -72,6 +72,10 @@ class World:
         """This process's part of `count` things in a row."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def all(self) -> list[World]:
+        """Every process as it sees itself, in their order."""
+        return [replace(self, rank=rank) for rank in range(self.size)]
+
     def deal(self, costs: Sequence[float]) -> list[int]:
         """Which process gets which of some tasks: the dearest first, each to the one with least to do."""
         loads, owners = [0.0] * self.size, [0] * len(costs)
@@ -121,6 +125,10 @@ class World:
         for number, owner in enumerate(owners):
             found |= mine[number] if self.size == 1 else self._solutions(owner, mine.get(number, {}), rules)
         return found
+
+    def from_each(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors that the processes have here, in their order."""
+        return [self._from(owner, (None, [tensor]))[1][0] for owner in range(self.size)]
 
     def _solutions(
         self, owner: int, solutions: Mapping[str, AnySolution], rules: Mapping[str, Rule]
@@ -189,10 +197,8 @@ def check_divisible(world: World, tree: ModelTree, recipe: Recipe) -> None:
             f"--samples to {world.size} or use --nproc-per-node {recipe.samples}."
         )
     mixture = next(find_experts(tree.model), None)
-    method = recipe.start if recipe.trains else recipe.method
     refused = {
-        f"--method {recipe.method}{' from ' + method if recipe.trains else ''}": method != "gptq",
-        "--mask obs": recipe.prunes and recipe.mask == "obs",
+        f"--method {recipe.method} from {recipe.start}": recipe.trains and recipe.start != "gptq",
         "--guide": recipe.guide > 0,
         "a budget (--size, --average-bits, --non-uniform)": recipe.budget is not None,
         f"a model with experts ({mixture and mixture[0]})": mixture is not None,

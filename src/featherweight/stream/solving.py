@@ -5,20 +5,28 @@ Shapes: E layers of equal shape, R outputs, C inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from featherweight.core import fused, scales
 from featherweight.core.problem import LayerProblem
-from featherweight.core.products import times
-from featherweight.core.rules import Rule
-from featherweight.core.solution import AnySolution
+from featherweight.core.products import roughly, times
+from featherweight.core.refine import descend, refit_scales
+from featherweight.core.rules import Grid, Rule
+from featherweight.core.solution import AnySolution, Solution
 from featherweight.core.solve import Choices
+from featherweight.core.sweep import sweep
 from featherweight.errors import FeatherweightError
 from featherweight.models.tree import Matrix
 from featherweight.stream.onelayer import solve_layer
+
+COMPILERS = 2  # threads
+COMPILED_ROWS, COMPILED_COLUMNS = 64, 256  # of the layer that is solved for the sake of its kernels
 
 
 def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
@@ -36,8 +44,8 @@ def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
 
 
 def energy_R(problem: LayerProblem) -> Tensor:
-    """What losses are relative to, w H w^T of every row; on the CPU."""
-    return (times(problem.weight_RC, problem.hessian_CC) * problem.weight_RC).sum(-1).cpu()
+    """What losses are relative to, w H w^T of every row, to three digits; on the CPU."""
+    return (roughly(problem.weight_RC, problem.hessian_CC) * problem.weight_RC).sum(-1).cpu()
 
 
 def split(energy_R: Tensor, solution: AnySolution, matrices: Iterable[Matrix]) -> dict[str, AnySolution]:
@@ -73,11 +81,54 @@ def solve_stack(
         moved_ERC = torch.cat([one.weight_RC for one, _ in found])
         return replace(problem, weight_RC=moved_ERC), [solution for _, each in found for solution in each]
     if gap_ECC is not None:
-        problem = replace(problem, weight_RC=problem.weight_RC + factor.solve(problem.weight_RC @ gap_ECC))
+        problem = replace(problem, weight_RC=problem.weight_RC + factor.solve(times(problem.weight_RC, gap_ECC)))
     stack = solve_layer(problem, rule, choices, factor)
     check_certificate(problem, stack)
     stack = replace(stack, loss_R=stack.loss_R.cpu())
     return problem, [stack.layer(n) for n in range(count)]
+
+
+def compile_solver(rule: Rule, choices: Choices, device: torch.device) -> None:
+    """Has Triton compile what the first real layer needs, on a small random one, one kernel a thread: it takes seconds,
+    and the device has other work meanwhile.
+    """
+    if not isinstance(rule, Grid) or choices.method != "gptq" or not fused.usable(torch.empty(0, device=device)):
+        return
+    with torch.cuda.device(device), torch.no_grad():  # neither is known to other threads than the first
+        pieces = _pieces(rule, choices, device)
+        torch.cuda.current_stream().synchronize()
+    with ThreadPoolExecutor(COMPILERS, "compiler") as pool:
+        list(pool.map(lambda piece: _run_apart(piece, device), pieces))
+    fused.try_again()  # if compiling beside other things has failed, the first layer may yet do it alone
+
+
+def _pieces(grid: Grid, choices: Choices, device: torch.device) -> list[Callable[[], Any]]:
+    """What of a solver is a kernel each, on a small layer."""
+    width = grid.group_size or COMPILED_COLUMNS
+    columns = -(-COMPILED_COLUMNS // width) * width
+    draw = torch.Generator(device).manual_seed(0)
+    weight_RC = torch.randn(COMPILED_ROWS, columns, generator=draw, dtype=torch.float32, device=device)
+    problem = LayerProblem(weight_RC, torch.eye(columns, dtype=torch.float32, device=device), columns)
+    shape = (COMPILED_ROWS, columns // width)
+    fitted = (
+        torch.ones(shape, dtype=grid.scale_dtype, device=device),
+        torch.full(shape, grid.middle, dtype=torch.uint8, device=device),
+    )
+    codes_RC = torch.full_like(weight_RC, grid.middle, dtype=torch.uint8)
+    solution = Solution(codes_RC, *fitted, grid, weight_RC.square().sum(-1))
+    return [
+        lambda: scales.fit(grid, weight_RC.unflatten(-1, (-1, width)), None, choices.lowest_zero),
+        lambda: sweep(problem, grid, choices.order, fitted=fitted),
+        lambda: descend(weight_RC, problem.hessian_CC, solution),
+        lambda: refit_scales(weight_RC, problem.hessian_CC, solution),
+    ]
+
+
+def _run_apart(work: Callable[[], Any], device: torch.device) -> None:
+    stream = torch.cuda.Stream(device)
+    with torch.no_grad(), torch.cuda.stream(stream):
+        work()
+    stream.synchronize()
 
 
 def _of(problem: LayerProblem, at: slice) -> LayerProblem:
