@@ -657,7 +657,7 @@ def test_no_more_than_four_times_the_mean(folders: Any, tmp_path: Path, text: Pa
 
 
 def test_switch_transformers_by_its_own_batches() -> None:
-    """The stream takes decoders only; any module with batches of the user's goes through `compress_module`."""
+    """Any module with batches of the user's goes through `compress_module` (by the stream: test_encoder_decoder)."""
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
     config = SwitchTransformersConfig(

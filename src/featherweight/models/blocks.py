@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from featherweight.errors import RequestError
 from featherweight.models.load import fill_buffers, meta_tensors, place, put
 from featherweight.models.names import Source
-from featherweight.models.tree import ModelTree, skeleton
+from featherweight.models.skeleton import skeleton
+from featherweight.models.tree import ModelTree
 
 # Shapes whose arguments are kept: the usual batch, the smaller one at the end, and a short probe. Masks are big.
 SHAPES_KEPT = 3
 
 
-class _AllSeen(Exception):
+class AllSeen(Exception):
     """Raised in the last recorder: whatever follows the blocks is never run."""
 
 
@@ -35,18 +36,22 @@ class _WrongAnswer(Exception):
     """A recorder was not handed what the one before it returned."""
 
 
+MEMORY = object()
+"""In a call, the place of what a decoder's encoder returned."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """What one block was called with: everything but the hidden states."""
+    """What one block was called with: everything but the hidden states, and what an encoder returned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keyword: bool
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
-        if self.keyword:
-            return block(*self.args, hidden_states=hidden, **self.kwargs)
-        return block(hidden, *self.args, **self.kwargs)
+    def __call__(self, block: nn.Module, hidden: Tensor, memory: Tensor | None = None) -> Any:
+        args = [memory if value is MEMORY else value for value in self.args]
+        kwargs = {name: memory if value is MEMORY else value for name, value in self.kwargs.items()}
+        return block(*args, hidden_states=hidden, **kwargs) if self.keyword else block(hidden, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,8 @@ class BlockRunner:
         self.device = torch.device(device)
         self.dtype = dtype
         self.model = skeleton(tree.checkpoint, dtype)
-        blocks = self.model.get_submodule(tree.blocks_path)
-        assert isinstance(blocks, nn.ModuleList)
-        self.blocks: list[nn.Module] = list(blocks)
-        inside = {id(module) for module in blocks.modules()}
+        self.blocks: list[nn.Module] = [self.model.get_submodule(block.module) for block in tree.blocks]
+        inside = {id(module) for path in tree.lists for module in self.model.get_submodule(path).modules()}
         self._outside = {path: module for path, module in self.model.named_modules() if id(module) not in inside}
         for module in self._outside.values():
             fill_buffers(self.model, module, self.device)
@@ -110,14 +113,18 @@ class BlockRunner:
         """Block `index` on the device, in eval mode, with its weights from disk (or what `read` gave before); lets go
         of the embedding."""
         self.release()
+        self._loaded[index] = block = self.build(index, self.read(index) if tensors is None else tensors)
+        return block
+
+    def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of block `index` on the device, in eval mode, with these weights."""
         block = copy.deepcopy(self.blocks[index])
+        block.__dict__.pop("forward", None)  # a recorder's
         for child in block.modules():
             fill_buffers(self.model, child, self.device)
-        tensors = self.read(index) if tensors is None else tensors
         for name, source in self._wanted(index).items():
             place(block, name, source.of(tensors[source.name]), self.device)
-        self._loaded[index] = block.eval()
-        return block
+        return block.eval()
 
     def _wanted(self, index: int) -> dict[str, Source]:
         """Where each parameter and buffer of a block comes from; buffers that no file holds are not among them."""
@@ -196,7 +203,7 @@ class BlockRunner:
             except (_WrongAnswer, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
                 failures.append(error)
                 continue
-            if not _same(first.calls, second.calls):
+            if not same(first.calls, second.calls):
                 raise RequestError(
                     f"{self._family} hands its blocks more that depends on the tokens than the hidden states: this "
                     "architecture is not supported by this version."
@@ -219,7 +226,7 @@ class BlockRunner:
         with self._recorders(seen, held), self._reading():
             try:
                 self.model(input_ids=ids_ST.to(self.device), use_cache=False)
-            except _AllSeen:
+            except AllSeen:
                 hidden = held[0]
                 if hidden.is_meta:
                     raise RequestError(f"{self._family} embeds tokens by weights outside its modules.") from None
@@ -237,9 +244,9 @@ class BlockRunner:
                 if index != len(seen) or (held and hidden is not held[0]):
                     raise _WrongAnswer(f"block {index} was not handed the output of block {index - 1}")
                 held.append(hidden)
-                seen.append(_call(args[1:], kwargs, keyword))
+                seen.append(clean_call(args[1:], kwargs, keyword))
                 if len(seen) == len(self.blocks):
-                    raise _AllSeen
+                    raise AllSeen
                 assert self._answer is not None
                 return self._answer(hidden)
 
@@ -274,7 +281,7 @@ class BlockRunner:
             place(module, name, self.tree.checkpoint.read([on_disk])[on_disk] if value is None else value, self.device)
 
 
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool) -> Call:
+def clean_call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool) -> Call:
     """A call without caches: they would grow with every batch."""
 
     def clean(value: Any) -> Any:
@@ -283,14 +290,14 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool) -> Call:
     return Call(tuple(map(clean, args)), {name: clean(value) for name, value in kwargs.items()}, keyword)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether two nests of arguments are equal, tensors by value."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, Call):
-        return _same((one.args, one.kwargs), (other.args, other.kwargs))
+        return same((one.args, one.kwargs), (other.args, other.kwargs))
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     return True

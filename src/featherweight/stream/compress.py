@@ -23,6 +23,7 @@ from featherweight.formats import by_name as format_by_name
 from featherweight.models import tree as trees
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
+from featherweight.models.encoder_decoder import runner_of
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
@@ -35,7 +36,7 @@ from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.phases import Phases
-from featherweight.stream.request import check_ids, manifest
+from featherweight.stream.request import check_ids, manifest, refuse_parts
 from featherweight.stream.shard import require_all
 from featherweight.stream.states import States
 from featherweight.stream.storing import OUTSIDE, Packed, Shards
@@ -98,6 +99,7 @@ def _compress(
     torch_device = world.device(device)
     checkpoint = Checkpoint.open(resolve(model))
     tree = trees.build(checkpoint)
+    refuse_parts(tree, recipe)
     recipe = recipe.but(tokens=window_length(recipe, tree))
     check_divisible(world, tree, recipe)
     tell = tell if tell and world.leads else lambda done, total, what: None
@@ -187,7 +189,7 @@ class _Job:
         with Writer(self.beside) as writer:
             if not finished[0]:
                 self._solve_rest(folder, writer)
-            runner = BlockRunner(self.tree, self.device, self.dtype)
+            runner = runner_of(self.tree, self.device, self.dtype)
             with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
@@ -224,6 +226,7 @@ class _Job:
                     with self.phases("forward"):
                         self.shards.put(module, block, found)
                         states.finish(index, module)
+                        states.turn(index)
                 runner.unload(index)
                 self.tell(index + 1, total, f"block {index + 1}")
         finally:

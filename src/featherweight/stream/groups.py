@@ -44,6 +44,7 @@ class BlockView:
         world: the processes among which the sequences are split.
         phases: what is told where the time goes.
         ending: keeps the end of the last pass over `inputs`, which it then writes over; None where they stay.
+        carries: half of the states' tokens are what an encoder returned, behind the block's own.
     """
 
     module: nn.Module
@@ -57,6 +58,7 @@ class BlockView:
     world: World = ALONE
     phases: Phases = field(default_factory=lambda: Phases(torch.device("cpu")))
     ending: Ending | None = None
+    carries: bool = False
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""
@@ -131,7 +133,7 @@ def input_groups(view: BlockView) -> list[Group]:
             f"{min(missed)} was never run by its block: it cannot be calibrated; ignore it or use --method rtn."
         )
     groups = [Group(tuple(matrices), first=not number) for number, (_, matrices) in enumerate(seen)]
-    return groups if view.dense is None or not groups else _find_writers(view, groups, hidden_STD)
+    return groups if view.dense is None or view.carries or not groups else _find_writers(view, groups, hidden_STD)
 
 
 @torch.no_grad()

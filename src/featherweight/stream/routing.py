@@ -54,7 +54,8 @@ def gather(view: BlockView, path: str, states: HiddenStates, name: str) -> Gathe
                 view.run(hidden_STD)
             routed = heard.pop()
             if kept is None:
-                kept = states.another(name, routed.inputs_TD.shape[-1])
+                tokens, width = routed.inputs_TD.shape
+                kept = states.another(name, width, tokens // len(hidden_STD))
             place = kept.states_STD[at]
             place.copy_(routed.inputs_TD.view(place.shape))
             routing.append(routed.expert_TK.to(place.device))

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from featherweight.models.blocks import BlockRunner
+from featherweight.models.encoder_decoder import EncoderDecoderRunner
 from featherweight.models.tree import Block
 from featherweight.stream.ending import Ending
 from featherweight.stream.guide import Weights
@@ -49,17 +50,18 @@ class States:
         self.hidden: HiddenStates | None = None
         self.dense: HiddenStates | None = None
         self.ending: Ending | None = None
+        self.ids_ST: Tensor | None = None
         if ids_ST is None:
             return
-        ids = ids_ST[world.split(len(ids_ST))]
+        self.ids_ST = ids = ids_ST[world.split(len(ids_ST))]
         end = f"{world.rank}.scratch" if world.size > 1 else "scratch"
-        shape = (ids.shape[0], ids.shape[1], runner.embed(ids[:1]).shape[-1])
+        shape = (len(ids), *runner.embed(ids[:1]).shape[1:])
         self.hidden = HiddenStates(shape, runner.dtype, runner.device, out / f"hidden.{end}", world.size, low)
         self.hidden.fill(batch, lambda at: runner.embed(ids[at]))
         if original:
             self.dense = HiddenStates(shape, runner.dtype, runner.device, out / f"dense.{end}", world.size, low)
             self.dense.states_STD.copy_(self.hidden.states_STD)
-        self.ending = Ending(self.hidden) if endings else None
+        self.ending = Ending(self.hidden) if endings and not isinstance(runner, EncoderDecoderRunner) else None
         runner.release()
         if stored:
             with runner.instead(stored):
@@ -77,6 +79,7 @@ class States:
             weights=weights and {m.path: weights[m.name] for m in block.matrices if m.name in weights},
             world=self.world,
             ending=self.ending,
+            carries=isinstance(self.runner, EncoderDecoderRunner) and index >= self.runner.turn,
         )
 
     def finish(self, index: int, module: nn.Module) -> None:
@@ -84,6 +87,25 @@ class States:
         assert self.hidden is not None
         if self.ending is None or not self.ending.finish(module, self.batch):
             self.advance(self.hidden, index, module)
+
+    def turn(self, index: int) -> None:
+        """Behind an encoder's last block: the decoder's states, with what the encoder returns behind them."""
+        runner, ids = self.runner, self.ids_ST
+        if not isinstance(runner, EncoderDecoderRunner) or index + 1 != runner.turn or ids is None:
+            return
+        assert self.hidden is not None
+        self.hidden = self._decoding(runner, ids, self.hidden, "decoder")
+        if self.dense is not None:
+            self.dense = self._decoding(runner, ids, self.dense, "decoder.dense")
+        runner.release()
+
+    def _decoding(self, runner: EncoderDecoderRunner, ids: Tensor, encoded: HiddenStates, name: str) -> HiddenStates:
+        _, tokens, width = encoded.states_STD.shape
+        states = encoded.another(name, width, 2 * tokens)
+        for at, encoder_STD in encoded.batches(self.batch):
+            states.states_STD[at] = runner.embed(ids[at], encoder_STD)
+        encoded.close()
+        return states
 
     def advance(self, states: HiddenStates, index: int, module: nn.Module) -> None:
         """Replaces the states by the block's outputs, batch by batch."""
