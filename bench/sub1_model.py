@@ -1,9 +1,10 @@
 """Tokens a second of a random mixture of experts, its experts entropy-coded and ternary beside the same in bfloat16.
 
-    PYTHONPATH=src python bench/sub1_model.py [--shapes qwen3-30b-a3b switch-like] [--blocks 4] [--batch 1 8]
+    PYTHONPATH=src python bench/sub1_model.py [--shapes qwen3-30b-a3b switch-like] [--blocks N] [--batch 1 8]
 
 Attention, routers, embeddings and head are bfloat16 in both and drawn anew; experts are independent ternary weights, of
 which --zero-share are zero, with one scale a row (a few matrices of each shape, copied as often as there are experts).
+All blocks share one block's experts, in both models: what is read between two uses of one is more than a cache holds.
 bfloat16 is the fastest of transformers' own ways to multiply experts. A step is one token of each sequence after
 --context tokens, one CUDA graph on a GPU; the median of ROUNDS steps. The last line is JSON.
 """
@@ -24,12 +25,11 @@ from featherweight.benchmarks.shapes import Shapes, named
 from featherweight.benchmarks.timing import machine
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
-from featherweight.evaluate.size import read_bytes
 from featherweight.formats import FORMATS
 from featherweight.linear import CompressedLinear
 from featherweight.mixture import join_experts
-from featherweight.models.experts import find_experts, take_apart
-from featherweight.models.load import fill_buffers, meta_tensors, place
+from featherweight.models.experts import find_experts, layout_of, take_apart
+from featherweight.models.load import fill_buffers, place
 
 OWN = {
     "switch-like": Shapes(2048, 6144, 24, 32, 32, 64, 32128, experts=64, experts_per_token=1),
@@ -63,6 +63,9 @@ def build(shapes: Shapes, blocks: int, zero_share: float | None, rival: str, dev
     torch.manual_seed(0)
     for module in model.modules():
         fill_buffers(model, module, device)
+    places = [path for path, module in model.named_modules() if layout_of(module) is not None]
+    for path in places[1:]:
+        model.set_submodule(path, model.get_submodule(places[0]))
     if zero_share is None:
         model.set_experts_implementation(rival)
     else:
@@ -78,7 +81,9 @@ def build(shapes: Shapes, blocks: int, zero_share: float | None, rival: str, dev
                     args = (FORMATS["sub1"], grid_of(), tensors, None, torch.bfloat16, kernel)
                     experts.set_submodule(path, CompressedLinear.from_tensors(*args))
         join_experts(model)
-    for name, parameter in list(meta_tensors(model)):
+        for path in places[1:]:
+            model.set_submodule(path, model.get_submodule(places[0]))
+    for name, parameter in [(name, each) for name, each in model.named_parameters() if each.is_meta]:
         spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.0
         value = torch.randn(parameter.shape, device=device, dtype=parameter.dtype).mul_(spread)
         place(model, name, value.add_(1) if parameter.dim() == 1 else value, device)
@@ -129,8 +134,8 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def row(name: str, model: Any, batches: list[int], context: int, device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {"weights": name, "read_bytes": read_bytes(model)}
-    found["expert_bytes"] = sum(
+    found: dict[str, Any] = {"weights": name}
+    found["expert_bytes_of_a_block"] = sum(
         tensor.nbytes for _, each in find_experts(model) for tensor in (*each.parameters(), *each.buffers())
     ) or sum(each.nbytes for each in model.parameters() if each.dim() == 3)
     for batch in batches:
@@ -143,26 +148,30 @@ def row(name: str, model: Any, batches: list[int], context: int, device: torch.d
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--shapes", nargs="*", default=["qwen3-30b-a3b", "switch-like"])
-    ask.add_argument("--blocks", type=int, default=4)
+    ask.add_argument("--blocks", type=int, help="instead of all")
     ask.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     ask.add_argument("--context", type=int, default=16)
     ask.add_argument("--zero-share", type=float, default=0.885)
     ask.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
     asked = ask.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = {"machine": machine(device), "blocks": asked.blocks, "zero_share": asked.zero_share}
+    found: dict[str, Any] = {"machine": machine(device), "zero_share": asked.zero_share}
     for shapes_name in asked.shapes:
         shapes = OWN.get(shapes_name) or named(shapes_name)
-        rows = [
-            row("sub1", build(shapes, asked.blocks, asked.zero_share, "", device), asked.batch, asked.context, device)
-        ]
-        dense = build(shapes, asked.blocks, None, asked.rivals[0], device)
+        began, blocks = time.perf_counter(), asked.blocks or shapes.layers
+        rows = [row("sub1", build(shapes, blocks, asked.zero_share, "", device), asked.batch, asked.context, device)]
+        print(f"{time.perf_counter() - began:.1f} s", flush=True)
+        dense = build(shapes, blocks, None, asked.rivals[0], device)
         for rival in asked.rivals:
             dense.set_experts_implementation(rival)
             rows.append(row(f"bfloat16 {rival}", dense, asked.batch, asked.context, device))
         del dense
         best = {b: min(r[f"batch_{b}"]["us"] for r in rows[1:]) / rows[0][f"batch_{b}"]["us"] for b in asked.batch}
-        found[shapes_name] = {"rows": rows, "times_bfloat16": {str(b): round(each, 2) for b, each in best.items()}}
+        found[shapes_name] = {
+            "blocks": blocks,
+            "rows": rows,
+            "times_bfloat16": {str(b): round(each, 2) for b, each in best.items()},
+        }
     print(json.dumps(found))
 
 

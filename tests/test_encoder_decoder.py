@@ -83,7 +83,7 @@ def test_blocks_one_at_a_time_are_the_model(family: str, folders: dict[str, Path
 
 @pytest.mark.parametrize(("family", "changes"), [
     ("switch", {}),
-    ("switch", {"bits": 1.58, "format": "sub1", "target": "drifted"}),
+    pytest.param("switch", {"bits": 1.58, "format": "sub1", "target": "drifted"}, marks=pytest.mark.slow),
     pytest.param("t5", {}, marks=pytest.mark.slow),
     pytest.param("bart", {"method": "rtn"}, marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -123,6 +123,7 @@ def test_a_killed_run_goes_on_in_the_decoder(folders: dict[str, Path], text: Pat
     assert one.keys() == other.keys() and all(same_bytes(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_what_a_decoder_reads_shows_in_the_sums(folders: dict[str, Path], text: Path, tmp_path: Path) -> None:
     """Cross attention is calibrated on what the compressed encoder returns: another encoder, other keys."""
     changed = shutil.copytree(folders["t5"], tmp_path / "changed")

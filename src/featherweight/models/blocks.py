@@ -12,15 +12,18 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.errors import RequestError
+from featherweight.models.experts import find_experts
 from featherweight.models.load import fill_buffers, meta_tensors, place, put
 from featherweight.models.names import Source
+from featherweight.models.offload import Apart, Shelf
 from featherweight.models.skeleton import skeleton
 from featherweight.models.tree import ModelTree
 
@@ -69,14 +72,17 @@ class BlockRunner:
         tree: the model; it is left as it is (the runner has a skeleton of its own).
         device: where blocks, hidden states and recorded arguments live.
         dtype: what parameters are turned into and computed in (the family's float32 modules excepted).
+        expert_bytes: leave the experts of a block in the files and hold so many bytes of them at most; None holds all.
 
     The order is `embed` for each batch, then for each block `load`, `run` for each batch, `unload`. Nothing here
     switches gradients off but `embed` and the recording; loaded parameters do not require them. Raises RequestError
     for architectures whose blocks depend on each other or on the tokens by more than the hidden states.
     """
 
-    def __init__(self, tree: ModelTree, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.tree = tree
+    def __init__(
+        self, tree: ModelTree, device: torch.device | str, dtype: torch.dtype, expert_bytes: int | None = None
+    ) -> None:
+        self.tree, self.expert_bytes = tree, expert_bytes
         self.device = torch.device(device)
         self.dtype = dtype
         self.model = skeleton(tree.checkpoint, dtype)
@@ -122,6 +128,8 @@ class BlockRunner:
         block.__dict__.pop("forward", None)  # a recorder's
         for child in block.modules():
             fill_buffers(self.model, child, self.device)
+        if self.expert_bytes is not None:
+            self._set_apart(index, block, Shelf(self.expert_bytes))
         for name, source in self._wanted(index).items():
             place(block, name, source.of(tensors[source.name]), self.device)
         return block.eval()
@@ -129,12 +137,34 @@ class BlockRunner:
     def _wanted(self, index: int) -> dict[str, Source]:
         """Where each parameter and buffer of a block comes from; buffers that no file holds are not among them."""
         module, block = self.tree.blocks[index].module, self.blocks[index]
+        apart = tuple(f"{path}." for path, _ in find_experts(block)) if self.expert_bytes is not None else ()
         made = {
             f"{path}.{name}".removeprefix(".")
             for path, child in block.named_modules()
             for name in child._non_persistent_buffers_set
         }
-        return {name: self.tree.disk[f"{module}.{name}"] for name, _ in meta_tensors(block) if name not in made}
+        names = [name for name, _ in meta_tensors(block) if name not in made and not name.startswith(apart)]
+        return {name: self.tree.disk[f"{module}.{name}"] for name in names}
+
+    def _set_apart(self, index: int, block: nn.Module, shelf: Shelf) -> None:
+        """Puts an `Apart` in the place of every expert of a block."""
+        for path, experts in find_experts(block):
+            for number in range(len(experts)):
+                at = f"{path}.{number}"
+                experts.set_submodule(str(number), Apart(at, shelf, partial(self._expert, index, at)))
+
+    def _expert(self, index: int, at: str) -> nn.Module:
+        """One expert as the files have it, on the device."""
+        expert = copy.deepcopy(self.blocks[index].get_submodule(at))
+        for name, _ in list(meta_tensors(expert)):
+            source = self.tree.disk[f"{self.tree.blocks[index].module}.{at}.{name}"]
+            if source.part is None:
+                tensor = self.tree.checkpoint.read([source.name])[source.name]
+            else:
+                row = self.tree.checkpoint.read_row(source.name, source.part.expert)
+                source, tensor = replace(source, part=replace(source.part, expert=0)), row
+            place(expert, name, source.of(tensor), self.device)
+        return expert.eval()
 
     def run(self, index: int, block: nn.Module, hidden_STD: Tensor) -> Tensor:
         """The output of one block for one batch, S x T x D; `block` may have had modules replaced.

@@ -37,8 +37,10 @@ class EncoderDecoderRunner(BlockRunner):
     position bias) is handed to all others, as the model does; it must not depend on the tokens.
     """
 
-    def __init__(self, tree: ModelTree, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__(tree, device, dtype)
+    def __init__(
+        self, tree: ModelTree, device: torch.device | str, dtype: torch.dtype, expert_bytes: int | None = None
+    ) -> None:
+        super().__init__(tree, device, dtype, expert_bytes)
         self.turn = len(self.model.get_submodule(tree.lists[0]))  # type: ignore[arg-type]
         self._beside: OrderedDict[Shape, tuple[Any, ...] | None] = OrderedDict()  # what first blocks return besides
         self._seen: OrderedDict[Shape, tuple[Call, ...]] = OrderedDict()
@@ -161,9 +163,11 @@ class EncoderDecoderRunner(BlockRunner):
         return answer_STD if beside is None else (answer_STD, *beside)
 
 
-def runner_of(tree: ModelTree, device: torch.device | str, dtype: torch.dtype) -> BlockRunner:
+def runner_of(
+    tree: ModelTree, device: torch.device | str, dtype: torch.dtype, expert_bytes: int | None = None
+) -> BlockRunner:
     """What runs the blocks of a model."""
-    return (BlockRunner if len(tree.lists) == 1 else EncoderDecoderRunner)(tree, device, dtype)
+    return (BlockRunner if len(tree.lists) == 1 else EncoderDecoderRunner)(tree, device, dtype, expert_bytes)
 
 
 class _Notes:

@@ -30,6 +30,7 @@ from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
+from featherweight.stream.experts import room_for_experts
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
@@ -160,6 +161,7 @@ class _Job:
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
         together = min(BATCH_TOKENS[device.type], LOW_TOKENS) if self.low else BATCH_TOKENS[device.type]
+        self.expert_bytes = room_for_experts(tree, recipe, device, self.dtype, self.low)
         self.batch = max(1, together // (recipe.tokens or TOKENS))
 
     def plan(self) -> None:
@@ -189,7 +191,7 @@ class _Job:
         with Writer(self.beside) as writer:
             if not finished[0]:
                 self._solve_rest(folder, writer)
-            runner = runner_of(self.tree, self.device, self.dtype)
+            runner = runner_of(self.tree, self.device, self.dtype, self.expert_bytes)
             with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
@@ -217,11 +219,13 @@ class _Job:
                 with self.phases("load"):
                     module = runner.load(index, ahead.take(index))
                 if not finished[index]:
-                    found = self._solve(folder, writer, index, block, states.view(index, module, block, weights))
+                    keep = None if self.expert_bytes is None else partial(self.shards.keep, block)
+                    view = states.view(index, module, block, weights, keep)
+                    found = self._solve(folder, writer, index, block, view)
                 else:
                     if states.dense is not None:
                         states.advance(states.dense, index, module)
-                    found = self.shards.read(folder, block) if states.hidden is not None else {}
+                    found = self.shards.read(folder, block, module) if states.hidden is not None else {}
                 if states.hidden is not None and index + 1 < total:
                     with self.phases("forward"):
                         self.shards.put(module, block, found)

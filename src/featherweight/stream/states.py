@@ -5,15 +5,17 @@ Shapes: S sequences, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from featherweight.core.solution import AnySolution
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.encoder_decoder import EncoderDecoderRunner
-from featherweight.models.tree import Block
+from featherweight.models.tree import Block, Matrix
 from featherweight.stream.ending import Ending
+from featherweight.stream.groups import Kept
 from featherweight.stream.guide import Weights
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView
@@ -67,7 +69,14 @@ class States:
             with runner.instead(stored):
                 self.hidden.fill(batch, lambda at: runner.embed(ids[at]))
 
-    def view(self, index: int, module: nn.Module, block: Block, weights: Weights | None) -> BlockView:
+    def view(
+        self,
+        index: int,
+        module: nn.Module,
+        block: Block,
+        weights: Weights | None,
+        keep: Callable[[Matrix, AnySolution], Kept] | None = None,
+    ) -> BlockView:
         """The block as the solver sees it (with round-to-nearest, without any hidden states)."""
         return BlockView(
             module,
@@ -79,6 +88,7 @@ class States:
             weights=weights and {m.path: weights[m.name] for m in block.matrices if m.name in weights},
             world=self.world,
             ending=self.ending,
+            keep=keep,
             carries=isinstance(self.runner, EncoderDecoderRunner) and index >= self.runner.turn,
         )
 
