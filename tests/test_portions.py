@@ -19,6 +19,7 @@ from featherweight.models.tree import build
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
 from featherweight.stream import experts as solver
+from featherweight.stream import portions
 from runs import journal, recipe, same_bytes, tensors_of
 from test_offload import PROGRAM, large_mixture
 from tiny import add_tokenizer, make
@@ -37,7 +38,7 @@ def made(family: str, folder: Path) -> Path:
     {"target": "original"},
     pytest.param({"target": "drifted", "bits": 1.58, "format": "sub1"}, marks=pytest.mark.slow),
     pytest.param({"method": "rtn"}, marks=pytest.mark.slow),
-    pytest.param({"method": "sparsegpt", "bits": 16, "sparsity": "2:4", "format": "dense"}, marks=pytest.mark.slow),
+    pytest.param({"bits": 16, "sparsity": "2:4", "format": "dense"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_portions_make_the_same_bytes(
     family: str, changes: dict[str, Any], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
@@ -47,7 +48,8 @@ def test_portions_make_the_same_bytes(
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "room_for_experts", lambda *_: None)
         api.compress(source, tmp_path / "whole", chosen, memory="low")
-    monkeypatch.setattr(solver, "CHUNK_BYTES", {"cpu": 4096})
+    for module in (solver, portions):
+        monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4096})
     held: list[int] = []
     taken_out = solver.taken_out
 
@@ -55,7 +57,8 @@ def test_portions_make_the_same_bytes(
         held.append(sum(not isinstance(each, Apart) for each in experts.children()))
         return taken_out(experts, numbers)
 
-    monkeypatch.setattr(solver, "taken_out", watched)
+    for module in (solver, portions):
+        monkeypatch.setattr(module, "taken_out", watched)
     api.compress(source, tmp_path / "low", chosen, memory="low")
     assert held and not any(held), "no expert is in memory but those that are being solved"
     whole, low = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "low")
@@ -76,8 +79,8 @@ def test_when_experts_are_taken_in_portions(tmp_path: Path, monkeypatch: pytest.
     floats = 4 * sum(matrix.rows * matrix.columns for matrix in inside)
 
     def room(free: int, low: bool = False, **changes: Any) -> int | None:
-        monkeypatch.setattr(solver, "free_memory_bytes", lambda: free)
-        return solver.room_for_experts(tree, Recipe(**changes), cpu, torch.float32, low)
+        monkeypatch.setattr(portions, "free_memory_bytes", lambda: free)
+        return portions.room_for_experts(tree, Recipe(**changes), cpu, torch.float32, low)
 
     assert room(4 * floats) is None and room(4 * floats - 4) == floats - 1
     assert room(40 * floats, low=True) is not None

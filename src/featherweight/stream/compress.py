@@ -24,19 +24,20 @@ from featherweight.models import tree as trees
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.encoder_decoder import runner_of
+from featherweight.models.load import load_tokenizer
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
-from featherweight.stream.experts import room_for_experts
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.guide import Weights, token_weights
 from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.phases import Phases
+from featherweight.stream.portions import room_for_experts
 from featherweight.stream.request import check_ids, manifest, refuse_parts
 from featherweight.stream.shard import require_all
 from featherweight.stream.states import States
@@ -209,7 +210,10 @@ class _Job:
         stored = {} if ids_ST is None else self._stored_tokens(folder, writer)
         ids_ST = ids_ST if ids_ST is None else dealt(ids_ST, self.recipe, self.world)
         original = self.recipe.target == "original"
-        states = States(runner, ids_ST, self.out, self.batch, original, stored, self.world, self.low, self.endings)
+        special = load_tokenizer(self.tree.checkpoint.path).all_special_ids if self.recipe.drop_special else ()
+        states = States(
+            runner, ids_ST, self.out, self.batch, original, stored, self.world, self.low, self.endings, special
+        )
         stored.clear()
         weights = self._weights(folder, ids_ST)
         try:

@@ -25,20 +25,18 @@ from featherweight.core.hessian import CrossSum, HessianSum
 from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
-from featherweight.core.solve import Choices, solve
+from featherweight.core.solve import Choices
 from featherweight.models.experts import Experts, Routed, find_experts
-from featherweight.models.offload import apart_in, taken_out, with_weights
-from featherweight.models.tree import Matrix, ModelTree
+from featherweight.models.offload import taken_out
+from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.feed import Enough
 from featherweight.stream.groups import BlockView, Solved
-from featherweight.stream.hidden import free_memory_bytes
+from featherweight.stream.portions import CHUNK_BYTES, put_away
 from featherweight.stream.routing import Gathered, Served, Tokens, gather, served_by
 from featherweight.stream.solving import energy_R, solve_stack, split
 
-CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the sums of experts that are solved together
 PIECE_TOKENS = 1 << 14  # of one expert, run at a time
-SHARE = 0.25  # of the free memory that a block's experts may take as floats: solving them takes as much again, and more
 
 
 @dataclass(frozen=True)
@@ -58,29 +56,6 @@ class Mixture:
 
     def matrix_path(self, expert: int, leaf: str) -> str:
         return f"{self.path}.{expert}.{leaf}"
-
-
-def room_for_experts(
-    tree: ModelTree, recipe: Recipe, device: torch.device, dtype: torch.dtype, low: bool
-) -> int | None:
-    """How many bytes of a block's experts are held at a time, the others in the files; None: all of them.
-
-    All are held where they take no more than SHARE of the memory that is free, beside what is made of them, unless it
-    is `low`; and where training goes through them again and again.
-    """
-    inside = [f"{path}." for path, _ in find_experts(tree.model)]
-    most = max(
-        (
-            dtype.itemsize
-            * sum(m.rows * m.columns for m in block.matrices if f"{block.module}.{m.path}".startswith(tuple(inside)))
-            for block in tree.blocks
-        ),
-        default=0,
-    )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
-    if not most or recipe.trains or (not low and most <= SHARE * free):
-        return None
-    return min(CHUNK_BYTES[device.type], int(SHARE * free))
 
 
 def mixtures_of(view: BlockView) -> list[Mixture]:
@@ -137,48 +112,6 @@ def _solve_mixture(
     return solutions
 
 
-def put_away(
-    view: BlockView, path: str, experts: Experts, solutions: Mapping[str, AnySolution]
-) -> Mapping[str, Solved]:
-    """What is solved of experts that are apart, packed, and those experts made of that from now on."""
-    if view.keep is None:
-        return solutions
-    matrices = {matrix.path: matrix for matrix in view.matrices}
-    kept = {at: view.keep(matrices[at], solution) for at, solution in solutions.items()}
-    for at in kept:
-        view.originals.pop(at, None)
-    for number, expert in apart_in(experts).items():
-        mine = {
-            at.removeprefix(f"{path}.{number}."): each
-            for at, each in kept.items()
-            if at.startswith(f"{path}.{number}.")
-        }
-        if mine:
-            expert.compressed = partial(
-                with_weights, expert.original, {leaf: each.values for leaf, each in mine.items()}
-            )
-    return kept
-
-
-def round_experts(view: BlockView, rules: Mapping[str, Rule], choices: Choices) -> dict[str, Solved]:
-    """Every matrix of every expert of a block, by itself and without inputs."""
-    solutions: dict[str, Solved] = {}
-    for path, experts in find_experts(view.module):
-        for number in range(len(experts)):
-            inside = [matrix for matrix in view.matrices if matrix.path.startswith(f"{path}.{number}.")]
-            with taken_out(experts, [number]):
-                solved = {
-                    matrix.path: solve(rtn_problem(view, matrix), rules[matrix.path], choices) for matrix in inside
-                }
-            solutions |= put_away(view, path, experts, solved)
-    return solutions
-
-
-def rtn_problem(view: BlockView, matrix: Matrix) -> LayerProblem:
-    weight_RC = view.weight(matrix)
-    return LayerProblem(weight_RC, torch.eye(matrix.columns, device=weight_RC.device), 0, 0.0, matrix.name)
-
-
 def expert_sums(view: BlockView, mixture: Mixture, recipe: Recipe) -> Iterator[tuple[tuple[Matrix, ...], Sums]]:
     """Expert by expert, the matrices that are given the same tensor and its sums, with all weights as they are."""
     assert view.inputs is not None
@@ -202,7 +135,8 @@ def _prepared(
         steps = _steps(mixture, [m.path for m in view.matrices], now.inputs_TD[:2].to(view.inputs.device))
     first = mixture.matrix_path(0, steps[0][0])
     columns = next(matrix.columns for matrix in view.matrices if matrix.path == first)
-    return gathered, served_by(mixture.name, mixture.experts, now, recipe, columns), steps
+    special_T = None if view.special_ST is None else view.special_ST.flatten()
+    return gathered, served_by(mixture.name, mixture.experts, now, recipe, columns, special_T), steps
 
 
 def _solve_chunk(

@@ -66,6 +66,7 @@ class BlockView:
         ending: keeps the end of the last pass over `inputs`, which it then writes over; None where they stay.
         keep: packs a solved matrix of an expert that is apart (`models.offload`) at once, and says how to have its
             values again; None where experts are held.
+        special_ST: which of the block's own tokens are special, bool; None where all tokens are alike.
         carries: half of the states' tokens are what an encoder returned, behind the block's own.
     """
 
@@ -81,6 +82,7 @@ class BlockView:
     phases: Phases = field(default_factory=lambda: Phases(torch.device("cpu")))
     ending: Ending | None = None
     keep: Callable[[Matrix, AnySolution], Kept] | None = None
+    special_ST: Tensor | None = None
     carries: bool = False
 
     def weight(self, matrix: Matrix) -> Tensor:

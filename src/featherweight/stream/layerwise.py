@@ -18,9 +18,10 @@ from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices, solve
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
-from featherweight.stream.experts import mixtures_of, round_experts, rtn_problem, solve_mixtures, without_experts
+from featherweight.stream.experts import mixtures_of, solve_mixtures, without_experts
 from featherweight.stream.groups import Solved
 from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, collect, input_groups
+from featherweight.stream.portions import round_experts, rtn_problem
 from featherweight.stream.solving import check_certificate, energy_R, split
 
 

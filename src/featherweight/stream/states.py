@@ -5,15 +5,17 @@ Shapes: S sequences, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from featherweight.core.solution import AnySolution
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.encoder_decoder import EncoderDecoderRunner
 from featherweight.models.tree import Block, Matrix
+from featherweight.models.windows import model_inputs
 from featherweight.stream.ending import Ending
 from featherweight.stream.groups import Kept
 from featherweight.stream.guide import Weights
@@ -41,18 +43,21 @@ class States:
         world: World = ALONE,
         low: bool = False,
         endings: bool = False,
+        special: Sequence[int] = (),
     ) -> None:
         """Embeds the windows.
 
         `out` is the folder for scratch files, `batch` the sequences of one forward pass; `stored` has values by name on
         disk that the compressed model has in place of the original's. Of several processes, each keeps its own windows.
         `low` on memory, nothing is kept on a GPU. `endings` may be kept, where the blocks' weights are solved last.
+        `special` are ids of tokens that do not count for experts.
         """
         self.runner, self.batch, self.world = runner, batch, world
         self.hidden: HiddenStates | None = None
         self.dense: HiddenStates | None = None
         self.ending: Ending | None = None
         self.ids_ST: Tensor | None = None
+        self.special = torch.tensor(special, dtype=torch.int64)
         if ids_ST is None:
             return
         self.ids_ST = ids = ids_ST[world.split(len(ids_ST))]
@@ -78,6 +83,7 @@ class States:
         keep: Callable[[Matrix, AnySolution], Kept] | None = None,
     ) -> BlockView:
         """The block as the solver sees it (with round-to-nearest, without any hidden states)."""
+        decoding = isinstance(self.runner, EncoderDecoderRunner) and index >= self.runner.turn
         return BlockView(
             module,
             block.matrices,
@@ -89,8 +95,16 @@ class States:
             world=self.world,
             ending=self.ending,
             keep=keep,
-            carries=isinstance(self.runner, EncoderDecoderRunner) and index >= self.runner.turn,
+            special_ST=self._special(decoding),
+            carries=decoding,
         )
+
+    def _special(self, decoding: bool) -> Tensor | None:
+        """Which tokens of the encoder, or else of the decoder, are special."""
+        if self.ids_ST is None or not len(self.special):
+            return None
+        inputs = model_inputs(self.runner.model, self.ids_ST)
+        return torch.isin(inputs["decoder_input_ids" if decoding else "input_ids"], self.special)
 
     def finish(self, index: int, module: nn.Module) -> None:
         """Replaces the hidden states by the block's outputs, by what is kept of its last pass if anything is."""
