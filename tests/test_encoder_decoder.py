@@ -18,12 +18,14 @@ from torch import nn
 
 from featherweight import api
 from featherweight.errors import RequestError
+from featherweight.evaluate.generate import generate
 from featherweight.linear import CompressedLinear
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.encoder_decoder import EncoderDecoderRunner, runner_of
-from featherweight.models.load import load_dense
+from featherweight.models.load import load_dense, load_tokenizer
 from featherweight.models.tree import build, matrices_left
 from featherweight.models.windows import model_inputs
+from featherweight.stream.tune import tune
 from runs import journal, recipe, same_bytes, tensors_of
 from tiny import add_tokenizer, token_ids
 
@@ -150,6 +152,17 @@ def test_what_decoders_alone_can_have_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=said):
         api.compress(folders["t5"], tmp_path / "out", ours(text, **changes))
+
+
+def test_what_goes_on_with_a_text_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    api.compress(folders["t5"], tmp_path / "out", api.Recipe(method="rtn", bits=4, group_size=16))
+    loaded, tokenizer = api.load(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    with pytest.raises(RequestError, match="answers a text and does not go on with it"):
+        generate(loaded, tokenizer, "some text", 2)
+    with pytest.raises(RequestError, match="tune trains decoders alone"):
+        tune(tmp_path / "out", [], device="cpu")
+    written = loaded.generate(input_ids=token_ids(1, 8), decoder_start_token_id=0, max_new_tokens=3, min_new_tokens=3)
+    assert written.shape == (1, 4)
 
 
 def test_a_decoder_that_begins_with_nothing(folders: dict[str, Path], text: Path, tmp_path: Path) -> None:

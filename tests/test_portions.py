@@ -94,9 +94,9 @@ def test_when_experts_are_taken_in_portions(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is anonymous memory on Linux alone")
 def test_a_block_larger_than_the_memory_compresses_and_runs(tmp_path: Path) -> None:
-    """Two blocks, each four times the limit."""
+    """Four blocks, each twice the limit; what one has become is held twice while its shard is written."""
     limit = 128 << 20
-    source = large_mixture(tmp_path / "source", 8 * limit, blocks=2)
+    source = large_mixture(tmp_path / "source", 8 * limit, blocks=4)
     said = {}
     for what in ("compress", "run"):
         program = PROGRAM.replace('but(method="rtn"), "cpu")', 'but(method="rtn"), "cpu", memory="low")')

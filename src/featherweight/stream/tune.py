@@ -22,6 +22,7 @@ from featherweight.errors import RequestError
 from featherweight.linear import CompressedEmbedding, CompressedLinear
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_dense, load_tokenizer, load_with
+from featherweight.models.skeleton import is_encoder_decoder
 from featherweight.models.tree import checkpoint_dtype, disk_names, find_blocks
 from featherweight.stream.calibration import Tell, windows_apart
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
@@ -170,6 +171,8 @@ class _Job:
     ) -> None:
         self.checkpoint, self.settings, self.device = Checkpoint.open(folder), settings, device
         self.world = world
+        if is_encoder_decoder(self.checkpoint):
+            raise RequestError(f"{folder} has an encoder and a decoder: tune trains decoders alone.")
         quantization = formats.config_of(self.checkpoint.config, self.checkpoint.names)
         if quantization is None:
             raise RequestError(f"{folder} is dense: tune takes a folder that compress wrote.")
