@@ -24,7 +24,7 @@ from runs import journal, recipe, same_bytes, tensors_of
 from test_offload import PROGRAM, large_mixture
 from tiny import add_tokenizer, make
 
-SOME = {"samples": 8, "tokens": 48, "group_size": 16}
+SOME = {"samples": 4, "tokens": 32, "group_size": 16}
 FAMILIES = [pytest.param(family, marks=pytest.mark.slow) for family in ("gpt-oss", "llama4", "qwen2-moe")]
 
 

@@ -86,19 +86,20 @@ template <int M> struct Element {
 #define HELD_4 HELD_2, "+r"(held[1])
 #define HELD_8 HELD_4, "+r"(held[2]), "+r"(held[3])
 
-// A symbol, the lowest bits of `v`: a gap leads on from `at`, and the column there is to be added or, by the sign below
-// the gap, taken away. A gap of all ones is an escape: G columns that were zero, or 2 G. Eight instructions:
+// A symbol, the lowest bits of `v`: a gap leads on from `at`, and the column there is added or, by the sign below the
+// gap, taken away. A gap of all ones is an escape: G columns that were zero, or 2 G. Eight instructions:
 // * the gap is taken with its bits turned over, so that the same instruction says whether this is an escape, where none
 //   is left. `at` then moves back by it, and G + 1 columns a symbol ahead, which the offsets of the loads hold;
 // * an escape moves `at` by -1 or G - 1 columns, which is one product: y, an odd constant (1 / G modulo 2^32) or that
 //   less 1 by the sign, times -G columns. It is written beside the other step, not after it, into a new register: one
 //   that a load has its address from cannot be overwritten before that has read it;
 // * a multiprocessor multiplies integers beside whatever else it does, and adds them at half the rate of floats.
-// An escape loads nothing over a zero. (Written with the opposite predicate, setp.eq, this does not come out of ptxas 13.0.)
-#define SYMBOL(GET, V, GAPS, BACK, FAR, ODD, HERE) \
-    "{ .reg .pred n; .reg .u32 g, f, q; lop3.b32 g, " V ", " GAPS ", " GAPS ", 0x0c; setp.ne.u32 n, g, 0; " \
-    "lop3.b32 f, " V ", 1, " ODD ", 0x6a; mad.lo.u32 q, g, " BACK ", %0; @!n mad.lo.u32 q, f, " FAR ", %0; @n " \
-    GET "[q+" HERE "]; mad.lo.u32 %1, " V ", 0x80000000, 0x3f800000; mov.u32 %0, q; }"
+// What is loaded goes into registers of the caller's, since one that is written under a predicate alone is alive from
+// the beginning on. (Written with the opposite predicate, setp.eq, this does not come out of ptxas 13.0.)
+#define SYMBOL(LOAD, ADD, V, GAPS, BACK, FAR, ODD, HERE) \
+    "{ " REGISTERS "lop3.b32 g, " V ", " GAPS ", " GAPS ", 0x0c; setp.ne.u32 n, g, 0; " \
+    "lop3.b32 f, " V ", 1, " ODD ", 0x6a; mad.lo.u32 q, g, " BACK ", %0; @!n mad.lo.u32 q, f, " FAR ", %0; " \
+    LOAD("@n ", "q+" HERE) "mad.lo.u32 f, " V ", 0x80000000, 0x3f800000; mov.b32 s, f; mov.u32 %0, q; " ADD "}"
 
 __device__ constexpr u32 inverse(u32 odd) {  // modulo 2^32
     u32 found = odd;
@@ -106,37 +107,13 @@ __device__ constexpr u32 inverse(u32 odd) {  // modulo 2^32
     return found;
 }
 
-// A column on its way: up to 8 tokens' x, and 1 or -1 as a float's bits.
-template <int M> struct Column {
-    u32 word[(M + 1) / 2];
-    u32 sign;
-};
-
-template <int B, int M, int S> __device__ __forceinline__ void ask_column(Column<M>& c, u32& at, u32 v) {
+template <int B, int M, int S> __device__ __forceinline__ void add_symbol(float (&acc)[M], u32 (&held)[(M + 1) / 2], u32& at, u32 v) {
     constexpr int GAPS = (1 << B) - 2, G = GAPS / 2, BACK = -STRIDE / 2, FAR = -G * STRIDE, HERE = (S * (G + 1) + G) * STRIDE;
 #define GIVEN "r"(v), "n"(GAPS), "n"(BACK), "n"(FAR), "n"(inverse(G)), "n"(HERE)
-#pragma unroll
-    for (int i = 0; i < (M + 1) / 2; i++) c.word[i] = 0;
-    if constexpr (M <= 2)
-        asm volatile(SYMBOL("ld.shared.u32 %2, ", "%3", "%4", "%5", "%6", "%7", "%8")
-                     : "+r"(at), "=r"(c.sign), "+r"(c.word[0]) : GIVEN);
-    if constexpr (M == 4)
-        asm volatile(SYMBOL("ld.shared.v2.u32 {%2, %3}, ", "%4", "%5", "%6", "%7", "%8", "%9")
-                     : "+r"(at), "=r"(c.sign), "+r"(c.word[0]), "+r"(c.word[1]) : GIVEN);
-    if constexpr (M == 8)
-        asm volatile(SYMBOL("ld.shared.v4.u32 {%2, %3, %4, %5}, ", "%6", "%7", "%8", "%9", "%10", "%11")
-                     : "+r"(at), "=r"(c.sign), "+r"(c.word[0]), "+r"(c.word[1]), "+r"(c.word[2]), "+r"(c.word[3]) : GIVEN);
-}
-
-template <int M> __device__ __forceinline__ void add_column(float (&acc)[M], const Column<M>& c) {
-    const float sign = __uint_as_float(c.sign);
-    if constexpr (M == 1) acc[0] = fmaf(__uint_as_float(c.word[0]), sign, acc[0]);
-#pragma unroll
-    for (int i = 0; i < M / 2; i++) {
-        acc[2 * i] = fmaf(activation_to_float((u16)c.word[i]), sign, acc[2 * i]);
-        const float high = BF16 ? __uint_as_float(c.word[i] & 0xffff0000u) : activation_to_float((u16)(c.word[i] >> 16));
-        acc[2 * i + 1] = fmaf(high, sign, acc[2 * i + 1]);
-    }
+    if constexpr (M == 1) asm volatile(SYMBOL(LOAD_1, ADD_1, "%3", "%4", "%5", "%6", "%7", "%8") : "+r"(at), SUMS_1, HELD_1 : GIVEN);
+    if constexpr (M == 2) asm volatile(SYMBOL(LOAD_2, ADD_2, "%4", "%5", "%6", "%7", "%8", "%9") : "+r"(at), SUMS_2, HELD_2 : GIVEN);
+    if constexpr (M == 4) asm volatile(SYMBOL(LOAD_4, ADD_4, "%7", "%8", "%9", "%10", "%11", "%12") : "+r"(at), SUMS_4, HELD_4 : GIVEN);
+    if constexpr (M == 8) asm volatile(SYMBOL(LOAD_8, ADD_8, "%13", "%14", "%15", "%16", "%17", "%18") : "+r"(at), SUMS_8, HELD_8 : GIVEN);
 }
 
 // A flag, a bit of `flags`: if it is set, the column at `at` is added or, by the highest bit of `sign`, taken away, and
@@ -166,36 +143,23 @@ __device__ __forceinline__ u32 word_or_ones(u32 at, int is_there) {
 }
 
 // Symbol S of B words.
-template <int B, int M, int S> __device__ __forceinline__ void take_symbol(Column<M>& c, u32& at, const u32 (&w)[B]) {
+template <int B, int M, int S> __device__ __forceinline__ void add_place(float (&acc)[M], u32 (&held)[(M + 1) / 2], u32& at, const u32 (&w)[B]) {
     constexpr int word = S * B / 32, bit = S * B % 32, next = word + 1 < B ? word + 1 : word;
-    ask_column<B, M, S>(c, at, bit + B > 32 ? __funnelshift_r(w[word], w[next], bit) : w[word] >> bit);
-}
-
-// Symbols S to S + 3 or S + 7. The last column is added first: the compiler expects a load to take as long as an idle
-// memory takes, and asks for the sum that soon; behind the last one, all others have come.
-template <int B, int M, int S> __device__ __forceinline__ void take_symbols(float (&acc)[M], u32& at, const u32 (&w)[B]) {
-    constexpr int TOGETHER = M <= 2 ? 8 : 4;
-    Column<M> c[TOGETHER];
-    take_symbol<B, M, S>(c[0], at, w), take_symbol<B, M, S + 1>(c[1], at, w);
-    take_symbol<B, M, S + 2>(c[2], at, w), take_symbol<B, M, S + 3>(c[3], at, w);
-    if constexpr (TOGETHER == 8) {
-        take_symbol<B, M, S + 4>(c[4], at, w), take_symbol<B, M, S + 5>(c[5], at, w);
-        take_symbol<B, M, S + 6>(c[6], at, w), take_symbol<B, M, S + 7>(c[7], at, w);
-    }
-#pragma unroll
-    for (int i = TOGETHER - 1; i >= 0; i--) add_column<M>(acc, c[i]);
-    if constexpr (TOGETHER == 4 && S % 8 == 0) take_symbols<B, M, S + 4>(acc, at, w);
+    add_symbol<B, M, S>(acc, held, at, bit + B > 32 ? __funnelshift_r(w[word], w[next], bit) : w[word] >> bit);
 }
 
 // Runs: 32 symbols are B words. Behind a row's last word there are ones, which are escapes.
 template <int B, int M> __device__ __forceinline__ void sum_runs(float (&acc)[M], u32 row, int words, int longest, u32 at) {
+    constexpr int AHEAD = M <= 2 ? 8 : 4;  // columns on their way
+    u32 held[AHEAD][(M + 1) / 2] = {};
     for (int first = 0; first < longest; first += B) {
         u32 w[B];
 #pragma unroll
         for (int i = 0; i < B; i++) w[i] = word_or_ones(row + 4 * i, first + i < words);
         row += 4 * B;
-        take_symbols<B, M, 0>(acc, at, w), take_symbols<B, M, 8>(acc, at, w);
-        take_symbols<B, M, 16>(acc, at, w), take_symbols<B, M, 24>(acc, at, w);
+#define PLACE(S) add_place<B, M, S>(acc, held[(S) % AHEAD], at, w);
+#define PLACES(S) PLACE(S) PLACE(S + 1) PLACE(S + 2) PLACE(S + 3) PLACE(S + 4) PLACE(S + 5) PLACE(S + 6) PLACE(S + 7)
+        PLACES(0) PLACES(8) PLACES(16) PLACES(24)
         at += 32 * STRIDE << (B - 1);
     }
 }
