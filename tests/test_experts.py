@@ -653,11 +653,22 @@ def test_no_more_than_four_times_the_mean(folders: Any, tmp_path: Path, text: Pa
     assert stacks[0].problem.tokens <= 192
 
 
+def test_special_tokens_do_not_count_if_asked(folders: Any, tmp_path: Path, text: Path) -> None:
+    """Two of every window of 48 are made beginnings and ends: 16 of 384 tokens, with two experts each."""
+    ids = token_ids(8, 48).clamp(min=4)  # 3 stands for what is unknown, and is special too
+    ids[:, 0], ids[:, -1] = 1, 2
+    for name, drops in (("kept", False), ("dropped", True)):
+        pipeline.compress(folders("qwen3-moe"), tmp_path / name, calm(text, drop_special=drops), "cpu", ids_ST=ids)
+    counts = [sum(row["tokens"] for row in tokens_by_expert(tmp_path / name).values()) for name in ("kept", "dropped")]
+    assert counts == [2 * 384, 2 * 368]
+    assert "drop_special" not in calm(text).as_dict() and calm(text, drop_special=True).as_dict()["drop_special"]
+
+
 # --- experts that are modules of their own, in an encoder-decoder
 
 
 def test_switch_transformers_by_its_own_batches() -> None:
-    """The stream takes decoders only; any module with batches of the user's goes through `compress_module`."""
+    """Any module with batches of the user's goes through `compress_module` (by the stream: test_encoder_decoder)."""
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
     config = SwitchTransformersConfig(

@@ -30,6 +30,7 @@ from featherweight.linear import CompressedLinear
 FORMAT = FORMATS["sub1"]
 HALF, BFLOAT = torch.float16, torch.bfloat16
 H100_BYTES, RTX_3090_BYTES = 232448, 101376
+BASE = 4096  # where x begins in shared memory
 ROW = Grid(1.58, None, scale_dtype=BFLOAT)
 
 
@@ -63,19 +64,20 @@ def test_symbols_lead_to_their_columns(bits: int, stride: int) -> None:
 def emulated_row(words: np.ndarray, bits: int, stride: int, x: np.ndarray) -> int:
     """One lane: `at` is where the next column of x lies, in bytes."""
     whole = int.from_bytes(words.tobytes(), "little")
-    gaps, at, total = (1 << bits) - 2, 0, 0
-    for place in range(0, len(words) * 32 // bits * bits, bits):
-        v = whole >> place & 0xFFFFFFFF
-        gap = v & gaps
-        next_at = (gap * (stride // 2) + at) & 0xFFFFFFFF
+    gaps, total = (1 << bits) - 2, 0
+    columns, odd = gaps // 2, pow(gaps // 2, -1, 1 << 32)
+    at = BASE
+    for place in range(len(words) * 32 // bits):
+        v = whole >> place * bits & 0xFFFFFFFF
+        gap, y = ~v & gaps, v & 1 ^ odd
+        at = ((gap * -(stride // 2) if gap else y * -columns * stride) + at) & 0xFFFFFFFF
         sign = (v * 0x80000000 + 0x3F800000) & 0xFFFFFFFF
         assert sign in (0x3F800000, 0xBF800000)  # 1 and -1 as floats
-        escape = gap == gaps
-        if not escape:
-            total += int(x[next_at // stride]) * (1 if sign < 1 << 31 else -1)
-        at = next_at + (0 if escape else stride)
-        if escape and sign >> 31:
-            at += gaps // 2 * stride
+        if gap:
+            column = (at + (place % 32 * (columns + 1) + columns) * stride - BASE & 0xFFFFFFFF) // stride
+            total += int(x[column]) * (1 if sign < 1 << 31 else -1)
+        if place % 32 == 31:
+            at += 32 * stride << (bits - 1)
     return total
 
 
@@ -86,12 +88,14 @@ def weight_of(tokens: int) -> int:
 @pytest.mark.parametrize(("experts", "rows", "matrices"), [(1, 40, 1), (8, 6144, 1), (64, 768, 2), (128, 100, 2)])
 @pytest.mark.parametrize("pairs", [1, 8, 9, 130])
 def test_every_tile_of_every_pair_is_in_one_share(experts: int, rows: int, matrices: int, pairs: int) -> None:
-    """The shares of work that CTAs find for themselves, as csrc/sub1.cu has them."""
+    """The shares of work that CTAs find for themselves, as csrc/sub1.cu has them: in tiles, or turns of all warps."""
     counts = np.bincount(np.random.default_rng(0).integers(0, experts, pairs), minlength=experts)
     tiles, ctas = -(-rows // 32), 132
     cost = [n // 8 * weight_of(8) + (weight_of(n % 8) if n % 8 else 0) for n in counts]
     before = np.concatenate([[0], np.cumsum(cost)])
-    each = tiles * matrices
+    turn = MOST_WARPS if tiles * matrices * before[-1] >= 2 * weight_of(1) * MOST_WARPS * ctas else 1
+    turns = -(-tiles // turn)
+    each = turns * matrices
     done = np.zeros((pairs, matrices, tiles), dtype=int)
     starts = np.concatenate([[0], np.cumsum(counts)])
     for cta in range(ctas):
@@ -103,11 +107,11 @@ def test_every_tile_of_every_pair_is_in_one_share(experts: int, rows: int, matri
                 tokens = min(8, starts[expert + 1] - pair)
                 weight = weight_of(tokens)
                 for matrix in range(matrices):
-                    first = 0 if low <= at else -(-(low - at) // weight)
-                    last = min(tiles, -(-(high - at) // weight)) if at < high else 0
+                    first = (0 if low <= at else -(-(low - at) // weight)) * turn
+                    last = min(tiles, min(turns, -(-(high - at) // weight)) * turn) if at < high else 0
                     if first < last:
                         done[pair : pair + tokens, matrix, first:last] += 1
-                    at += tiles * weight
+                    at += turns * weight
             expert += 1
     assert (done == 1).all()
 
@@ -119,8 +123,9 @@ def test_shared_memory_is_laid_out_within_its_limit(columns: int, stage_bytes: i
     for pairs in (1, 64, 1024):
         layout = lay_out(pairs, 64, columns, stride, stage_bytes, limit)
         assert layout.bytes <= limit or layout.warps == 0
-        assert layout.at_x >= 8 * pairs + 8 * 65 and layout.at_stage >= layout.at_x + columns * stride
-        assert layout.at_x % 16 == layout.at_stage % 16 == layout.stage_bytes % 4 == 0
+        assert layout.at_stage >= 8 * pairs + 8 * 65 and layout.bytes >= layout.at_x + columns * stride
+        assert layout.at_x >= layout.at_stage + layout.warps * layout.stages * stage_bytes
+        assert layout.at_x % 128 == layout.at_stage % 16 == layout.stage_bytes % 4 == 0
     if limit == H100_BYTES and columns == 2048 and stage_bytes == 5728:  # what was measured
         assert (stride, lay_out(64, 64, columns, stride, stage_bytes, limit).warps) == (64, MOST_WARPS)
 
@@ -164,9 +169,9 @@ def test_a_symbol_takes_few_instructions(tmp_path: Path) -> None:
             if inside.count("FFMA") == 32:
                 loops.append(inside)
     symbols, flags = sorted((loop for loop in loops if loop.count("BRA") == 1), key=len, reverse=True)[:2]
-    assert len(symbols) <= 12 * 32 and len(flags) <= 6 * 32
+    assert len(symbols) <= 9 * 32 and len(flags) <= 6 * 32
     integer = sum(symbols.count(each) for each in ("LOP3", "SHF", "ISETP", "IADD3", "LEA", "SEL", "VIADD"))
-    assert integer <= 5 * 32, "half rate: more of these than of anything else"
+    assert integer <= 3.5 * 32, "half rate: more of these than of anything else"
 
 
 # ---- where it is taken ----------------------------------------------------------------------------------------------
@@ -184,7 +189,7 @@ def test_it_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert why(ROW) == "None"
     assert pick(FORMAT, ROW, 64, 256, BFLOAT, "cuda", wanted="sub1-cuda").name == "sub1-cuda"
-    assert pick(FORMAT, ROW, 64, 256, BFLOAT, "cuda").name == "sub1-tiles"  # it has to be asked for
+    assert pick(FORMAT, ROW, 64, 256, BFLOAT, "cuda").name == "sub1-cuda"
 
 
 def packed(symbols: Tensor, scales: Tensor, kind: str) -> dict[str, Tensor]:
@@ -254,12 +259,12 @@ def bank_on_gpu(
 @pytest.mark.parametrize(
     ("experts", "matrices", "rows", "columns", "tokens", "choices"),
     [(3, 2, 70, 256, 2, 2), (4, 1, 70, 250, 1, 2), (8, 2, 96, 1024, 5, 3), (8, 1, 100, 2048, 33, 4),
-     (128, 2, 33, 768, 8, 8), (4, 1, 40, 6144, 3, 2)],
+     (128, 2, 33, 768, 8, 8), (4, 1, 40, 6144, 3, 2), (6, 1, 22600, 64, 1, 6)],
 )  # fmt: skip
 def test_products_of_every_pair(
     experts: int, matrices: int, rows: int, columns: int, tokens: int, choices: int, dtype: torch.dtype
 ) -> None:
-    bank, exact = bank_on_gpu(experts, matrices, rows, columns, [0.46, 0.8, 0.885, 0.93], dtype)
+    bank, exact = bank_on_gpu(experts, matrices, rows, columns, [0.46, 0.8, 0.885, 0.93, 0.99], dtype)
     x = torch.randn(tokens, columns, device="cuda").to(dtype)
     expert_N = torch.stack([torch.randperm(experts)[:choices] for _ in range(tokens)]).flatten().cuda()
     want = torch.einsum("nmrc,nc->nmr", exact[expert_N], x.double().repeat_interleave(choices, 0))

@@ -41,7 +41,7 @@ def dense(folder: Path) -> Any:
 
 
 def test_tree_has_every_matrix(tree: ModelTree, dense: Any) -> None:
-    blocks = dense.get_submodule(tree.blocks_path)
+    blocks = dense.get_submodule(tree.lists[0])
     expected = {
         f"{index}.{path}": module
         for index, block in enumerate(blocks)
@@ -94,7 +94,7 @@ def stream(runner: BlockRunner, batches: list[Tensor]) -> Iterator[list[Tensor]]
 
 def assert_streams_like_dense(tree: ModelTree, dense: Any, batches: list[Tensor], dtype: torch.dtype) -> BlockRunner:
     runner = BlockRunner(tree, CPU, dtype)
-    expected = [block_outputs(dense, tree.blocks_path, ids)[0] for ids in batches]
+    expected = [block_outputs(dense, tree.lists[0], ids)[0] for ids in batches]
     for index, hidden in enumerate(stream(runner, batches)):
         for states, outputs in zip(hidden, expected, strict=True):
             torch.testing.assert_close(states, outputs[index], rtol=1e-5, atol=1e-5)
@@ -110,9 +110,9 @@ def test_streamed_blocks_equal_the_dense_model(tree: ModelTree, dense: Any) -> N
 
 def test_last_hidden_states_give_the_logits(tree: ModelTree, dense: Any) -> None:
     ids = token_ids(2, 16)
-    logits = block_outputs(dense, tree.blocks_path, ids)[1]
+    logits = block_outputs(dense, tree.lists[0], ids)[1]
     *_, (hidden,) = stream(BlockRunner(tree, CPU, torch.float32), [ids])
-    last = dense.get_submodule(tree.blocks_path)[-1]
+    last = dense.get_submodule(tree.lists[0])[-1]
     hook = last.register_forward_hook(lambda _m, _a, out: (hidden, *out[1:]) if isinstance(out, tuple) else hidden)
     with torch.no_grad():
         ours = dense(input_ids=ids, use_cache=False).logits
@@ -125,7 +125,7 @@ def test_bfloat16_streams_like_bfloat16(tree: ModelTree, folder: Path) -> None:
     dense = load_dense(folder, CPU, torch.bfloat16)
     ids = token_ids(2, 24)
     *_, (hidden,) = stream(BlockRunner(tree, CPU, torch.bfloat16), [ids])
-    expected = block_outputs(dense, tree.blocks_path, ids)[0][-1]
+    expected = block_outputs(dense, tree.lists[0], ids)[0][-1]
     assert hidden.dtype == torch.bfloat16
     torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
 
@@ -137,7 +137,7 @@ def test_run_needs_no_embed(tree: ModelTree, dense: Any) -> None:
     resumed = BlockRunner(tree, CPU, torch.float32)
     block = resumed.load(0)
     output = resumed.run(0, block, hidden)
-    torch.testing.assert_close(output, block_outputs(dense, tree.blocks_path, ids)[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output, block_outputs(dense, tree.lists[0], ids)[0][0], rtol=1e-5, atol=1e-5)
     resumed.unload(0)
     assert all(tensor.is_meta for tensor in resumed.model.parameters())
 
@@ -330,6 +330,6 @@ def test_real_checkpoints(name: str, models_folder: Path) -> None:
     vocabulary = dense.config.get_text_config().vocab_size
     ids = token_ids(2, 64, vocabulary=vocabulary)
     *_, (hidden,) = stream(BlockRunner(tree, CPU, tree.dtype), [ids])
-    torch.testing.assert_close(hidden, block_outputs(dense, tree.blocks_path, ids)[0][-1], rtol=0, atol=0)
+    torch.testing.assert_close(hidden, block_outputs(dense, tree.lists[0], ids)[0][-1], rtol=0, atol=0)
     assert sum(len(block.matrices) for block in tree.blocks) == 7 * len(tree.blocks)
     assert len(load_tokenizer(folder)("a few words")["input_ids"]) >= 3

@@ -159,12 +159,14 @@ sys.stdout.write(json.dumps({"peak_bytes": 1024 * (seen[-1] - before), **said}))
 """
 
 
-def large_mixture(folder: Path, nbytes: int) -> Path:
-    """A Qwen3-MoE of random weights, as many blocks as make so many bytes; one block is written at a time."""
+def large_mixture(folder: Path, nbytes: int, blocks: int | None = None) -> Path:
+    """A Qwen3-MoE of random weights, of 16 experts a block and as many blocks as make so many bytes, or so many blocks
+    and as many experts; one block is written at a time."""
     from transformers import Qwen3MoeConfig
 
-    width, inner, experts = 256, 512, 16
-    blocks = nbytes // (2 * experts * 3 * width * inner)
+    width, inner = 256, 512
+    experts = 16 if blocks is None else nbytes // (2 * blocks * 3 * width * inner)
+    blocks = blocks or nbytes // (2 * experts * 3 * width * inner)
     config = Qwen3MoeConfig(
         hidden_size=width, intermediate_size=inner, moe_intermediate_size=inner, num_experts=experts, vocab_size=128,
         num_experts_per_tok=2, num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=2, head_dim=32,

@@ -83,7 +83,7 @@ def matrices_of(model: Any, blocks_path: str) -> dict[str, nn.Module]:
 
 def test_every_matrix_is_compressed(made: Made, dense: Any, loaded: Any) -> None:
     tree = build(Checkpoint.open(made.source))
-    expected = matrices_of(dense, tree.blocks_path)
+    expected = matrices_of(dense, tree.lists[0])
     found = {path for path, module in loaded.named_modules() if isinstance(module, CompressedLinear)}
     assert found == expected.keys() and len(found) >= 4 * len(tree.blocks)
     rows = journal(made.out)
@@ -122,8 +122,8 @@ def test_the_small_files_come_along(made: Made) -> None:
 
 
 def test_loads_as_the_solutions_say(made: Made, dense: Any, loaded: Any) -> None:
-    blocks = loaded.get_submodule(build(Checkpoint.open(made.source)).blocks_path)
-    originals = dense.get_submodule(build(Checkpoint.open(made.source)).blocks_path)
+    blocks = loaded.get_submodule(build(Checkpoint.open(made.source)).lists[0])
+    originals = dense.get_submodule(build(Checkpoint.open(made.source)).lists[0])
     assert len(made.seen) == len(blocks)
     for block, original, seen in zip(blocks, originals, made.seen, strict=True):
         for path, solution in seen.solutions.items():
@@ -186,7 +186,7 @@ def test_blocks_see_what_the_stored_blocks_before_them_make(
         api.compress(source, tmp_path / "out", chosen)
     ids_ST = pipeline.calibration_ids(source, chosen)
     assert ids_ST is not None and ids_ST.shape == (4, 32)
-    path = build(Checkpoint.open(source)).blocks_path
+    path = build(Checkpoint.open(source)).lists[0]
     drifted = block_inputs(api.load(tmp_path / "out", "cpu", torch.float32, kernel="dense"), path, ids_ST)
     original = block_inputs(load_dense(source, CPU, torch.float32), path, ids_ST)
     assert not torch.allclose(drifted[-1], original[-1], rtol=1e-3, atol=1e-3)

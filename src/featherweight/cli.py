@@ -90,9 +90,14 @@ def compress(
     route_all: Annotated[
         bool | None, typer.Option("--route-all", help="Calibrate every expert on every token.")
     ] = None,
+    drop_special: Annotated[
+        bool | None, typer.Option("--drop-special", help="Calibrate experts without special tokens.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
     device: Device = "auto",
-    memory: Annotated[Literal["auto", "low"], typer.Option(help="low: slower, with less of it on a GPU.")] = "auto",
+    memory: Annotated[
+        Literal["auto", "low"], typer.Option(help="low: slower, with less of it on a GPU, experts in the files.")
+    ] = "auto",
 ) -> None:
     """Compress MODEL into the folder OUT."""
     from featherweight import api
@@ -135,6 +140,7 @@ def compress(
         starved=starved,
         diverged=diverged,
         route_all=route_all,
+        drop_special=drop_special,
         seed=seed,
     )
     chosen = _with_group_size(chosen, group_size)

@@ -71,6 +71,7 @@ class Recipe:
         diverged: what to do where block-ap's loss is no longer finite: give the block the solution it began with
             ("restore"), or stop ("error").
         route_all: calibrate every expert on every token; where tokens go in the model stays as it is.
+        drop_special: leave special tokens (beginnings, ends, padding) out of what experts are calibrated on.
         size_bytes: a size for all shards; average_bits: bits per weight of the matrices, from bytes on disk;
             non_uniform: with sparsity, the share of zeros of the whole. With one of these each matrix gets a rule of
             its own, where it harms the model least (`plan`); bits and group_size are then not used.
@@ -117,6 +118,7 @@ class Recipe:
     starved: Literal["shared", "round", "error"] = "shared"
     diverged: Literal["restore", "error"] = "restore"
     route_all: bool = False
+    drop_special: bool = False
     format: str = "auto"
     calibration: tuple[str, ...] = ("builtin",)
     chat_template: bool = False
@@ -246,8 +248,9 @@ class Recipe:
         return Choices(method, **own, lowest_zero=lowest_zero, value_dtype=value_dtype)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "calibration": list(self.calibration)}
+        """Plain JSON values; `drop_special` only where it is asked for, as recipes older than it do not know it."""
+        found = {**asdict(self), "calibration": list(self.calibration)}
+        return found if self.drop_special else {name: value for name, value in found.items() if name != "drop_special"}
 
     def digest(self) -> str:
         """Twelve hex digits that name this recipe."""

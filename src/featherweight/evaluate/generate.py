@@ -91,6 +91,11 @@ def write(
         raise RequestError(f"{max_new_tokens} new tokens were asked for and at least 1 is needed: raise the number")
     if not 0.0 <= temperature < float("inf"):
         raise RequestError(f"temperature {temperature} was asked for and 0 or more is allowed: use 0 for greedy")
+    if model.config.is_encoder_decoder:
+        raise RequestError(
+            f"a {type(model).__name__} has an encoder and a decoder, which answers a text and does not go on with it: "
+            "call the `generate` of the loaded model itself."
+        )
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if ids.shape[1] == 0:
         raise RequestError("the prompt has 0 tokens and this model needs at least 1 to go on from: give some text")

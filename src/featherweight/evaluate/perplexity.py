@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import FeatherweightError, RequestError
+from featherweight.models.windows import model_inputs, predicted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +85,7 @@ def evaluate(
                 )
             if progress is not None:
                 progress(first + len(ids_of_pass), windows)
-    predictions = windows * (context - 1)
+    predictions = windows * (context // 2 if model.config.is_encoder_decoder else context - 1)
     nll, kl, agreement = (sums / predictions).unbind()
     compared = reference is not None
     return Evaluation(
@@ -138,14 +139,13 @@ def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
 
 def _logits(model: PreTrainedModel, ids_ST: Tensor) -> Tensor:
     device = model.get_input_embeddings().weight.device
-    logits_STV: Tensor = model(input_ids=ids_ST.to(device), use_cache=False).logits
+    logits_STV: Tensor = model(**model_inputs(model, ids_ST.to(device)), use_cache=False).logits
     return logits_STV
 
 
 def _pass_sums(model: PreTrainedModel, reference: PreTrainedModel | None, ids_ST: Tensor) -> Tensor:
     """Sums of (NLL, KL, agreement) over one pass: float64, on the CPU."""
     logits_STV = _logits(model, ids_ST)
-    targets_ST = ids_ST.to(logits_STV.device)
     dense_STV = None if reference is None else _logits(reference, ids_ST)
     if dense_STV is not None and dense_STV.shape != logits_STV.shape:
         theirs, ours = dense_STV.shape[-1], logits_STV.shape[-1]
@@ -153,9 +153,10 @@ def _pass_sums(model: PreTrainedModel, reference: PreTrainedModel | None, ids_ST
             f"the reference has {theirs} logits and the model {ours}: compare with a model of the same vocabulary"
         )
     sums = torch.zeros(3, dtype=torch.float64, device=logits_STV.device)
+    logits_SNV, targets_SN = predicted(model, logits_STV, ids_ST.to(logits_STV.device))
+    dense_SNV = None if dense_STV is None else predicted(model, dense_STV, ids_ST)[0]
     for at in range(len(ids_ST)):
-        dense_NV = None if dense_STV is None else dense_STV[at, :-1]
-        sums += _window_sums(logits_STV[at, :-1], targets_ST[at, 1:], dense_NV)
+        sums += _window_sums(logits_SNV[at], targets_SN[at], None if dense_SNV is None else dense_SNV[at])
     return sums.cpu()
 
 

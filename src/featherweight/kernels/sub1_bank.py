@@ -32,6 +32,7 @@ WIDTHS = range(3, 9)  # bits of a symbol that the kernel reads
 STRIDES = (64, 32, 16)
 MOST_WARPS, FEWEST_WARPS = 16, 4  # of a CTA; with fewer, weights made floats are faster
 DENSE_WARPS, PITCH = 4, 33
+ALIGNED = 128  # x: to all banks
 
 
 class Params(ctypes.Structure):
@@ -40,7 +41,7 @@ class Params(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("matrices", "x", "experts_of", "y")),
         *((name, ctypes.c_int) for name in ("pairs", "choices", "experts", "parts", "rows", "columns")),
-        *((name, ctypes.c_int) for name in ("at_x", "at_stage", "stage_bytes", "stages")),
+        *((name, ctypes.c_int) for name in ("at_stage", "at_x", "stage_bytes", "stages")),
     )
 
 
@@ -58,19 +59,17 @@ class Layout:
     """Shared memory of a launch, in bytes, and its warps.
 
     Attributes:
-        at_x, at_stage: where x and the words of tiles begin; in front of them is the routing.
+        at_stage, at_x: where the words of tiles and x begin; in front of them is the routing.
+        bytes: of all.
         stages: tiles a warp holds: 2 where the next one is fetched meanwhile.
     """
 
-    at_x: int
     at_stage: int
+    at_x: int
+    bytes: int
     stage_bytes: int
     stages: int
     warps: int
-
-    @property
-    def bytes(self) -> int:
-        return self.at_stage + self.warps * self.stages * self.stage_bytes
 
 
 def stride_of(experts: int, columns: int, stage_bytes: int, limit: int) -> int:
@@ -86,11 +85,12 @@ def stride_of(experts: int, columns: int, stage_bytes: int, limit: int) -> int:
 
 def lay_out(pairs: int, experts: int, columns: int, stride: int, stage_bytes: int, limit: int) -> Layout:
     """Room for as many warps as there can be, then for a second tile of each; 0 warps: no room."""
-    at_x = _up(8 * _up(pairs, 4) + 8 * (experts + 1), 128)
-    at_stage = _up(at_x + columns * stride, 128)
-    warps = max(0, min(MOST_WARPS, (limit - at_stage) // stage_bytes))
-    stages = 2 if warps and limit - at_stage >= 2 * warps * stage_bytes else 1
-    return Layout(at_x, at_stage, stage_bytes, stages, warps)
+    at_stage = _up(8 * _up(pairs, 4) + 8 * (experts + 1), 16)
+    room = limit - at_stage - columns * stride - ALIGNED
+    warps = max(0, min(MOST_WARPS, room // stage_bytes))
+    stages = 2 if warps and room >= 2 * warps * stage_bytes else 1
+    at_x = _up(at_stage + warps * stages * stage_bytes, ALIGNED)
+    return Layout(at_stage, at_x, at_x + columns * stride, stage_bytes, stages, warps)
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def _products(
     params = Params(
         *(each.data_ptr() for each in (table, x_TC, expert_N, y_NMR)),
         *(len(expert_N), choices, experts, matrices, rows, columns),
-        *(layout.at_x, layout.at_stage, layout.stage_bytes, layout.stages),
+        *(layout.at_stage, layout.at_x, layout.stage_bytes, layout.stages),
     )
     with torch.cuda.device(x_TC.device):
         module = module_of(x_TC.device, x_TC.dtype, stride, codes)

@@ -12,22 +12,26 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.errors import RequestError
+from featherweight.models.experts import find_experts
 from featherweight.models.load import fill_buffers, meta_tensors, place, put
 from featherweight.models.names import Source
-from featherweight.models.tree import ModelTree, skeleton
+from featherweight.models.offload import Apart, Shelf
+from featherweight.models.skeleton import skeleton
+from featherweight.models.tree import ModelTree
 
 # Shapes whose arguments are kept: the usual batch, the smaller one at the end, and a short probe. Masks are big.
 SHAPES_KEPT = 3
 
 
-class _AllSeen(Exception):
+class AllSeen(Exception):
     """Raised in the last recorder: whatever follows the blocks is never run."""
 
 
@@ -35,18 +39,22 @@ class _WrongAnswer(Exception):
     """A recorder was not handed what the one before it returned."""
 
 
+MEMORY = object()
+"""In a call, the place of what a decoder's encoder returned."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """What one block was called with: everything but the hidden states."""
+    """What one block was called with: everything but the hidden states, and what an encoder returned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keyword: bool
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
-        if self.keyword:
-            return block(*self.args, hidden_states=hidden, **self.kwargs)
-        return block(hidden, *self.args, **self.kwargs)
+    def __call__(self, block: nn.Module, hidden: Tensor, memory: Tensor | None = None) -> Any:
+        args = [memory if value is MEMORY else value for value in self.args]
+        kwargs = {name: memory if value is MEMORY else value for name, value in self.kwargs.items()}
+        return block(*args, hidden_states=hidden, **kwargs) if self.keyword else block(hidden, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -64,21 +72,22 @@ class BlockRunner:
         tree: the model; it is left as it is (the runner has a skeleton of its own).
         device: where blocks, hidden states and recorded arguments live.
         dtype: what parameters are turned into and computed in (the family's float32 modules excepted).
+        expert_bytes: leave the experts of a block in the files and hold so many bytes of them at most; None holds all.
 
     The order is `embed` for each batch, then for each block `load`, `run` for each batch, `unload`. Nothing here
     switches gradients off but `embed` and the recording; loaded parameters do not require them. Raises RequestError
     for architectures whose blocks depend on each other or on the tokens by more than the hidden states.
     """
 
-    def __init__(self, tree: ModelTree, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.tree = tree
+    def __init__(
+        self, tree: ModelTree, device: torch.device | str, dtype: torch.dtype, expert_bytes: int | None = None
+    ) -> None:
+        self.tree, self.expert_bytes = tree, expert_bytes
         self.device = torch.device(device)
         self.dtype = dtype
         self.model = skeleton(tree.checkpoint, dtype)
-        blocks = self.model.get_submodule(tree.blocks_path)
-        assert isinstance(blocks, nn.ModuleList)
-        self.blocks: list[nn.Module] = list(blocks)
-        inside = {id(module) for module in blocks.modules()}
+        self.blocks: list[nn.Module] = [self.model.get_submodule(block.module) for block in tree.blocks]
+        inside = {id(module) for path in tree.lists for module in self.model.get_submodule(path).modules()}
         self._outside = {path: module for path, module in self.model.named_modules() if id(module) not in inside}
         for module in self._outside.values():
             fill_buffers(self.model, module, self.device)
@@ -110,24 +119,52 @@ class BlockRunner:
         """Block `index` on the device, in eval mode, with its weights from disk (or what `read` gave before); lets go
         of the embedding."""
         self.release()
+        self._loaded[index] = block = self.build(index, self.read(index) if tensors is None else tensors)
+        return block
+
+    def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of block `index` on the device, in eval mode, with these weights."""
         block = copy.deepcopy(self.blocks[index])
+        block.__dict__.pop("forward", None)  # a recorder's
         for child in block.modules():
             fill_buffers(self.model, child, self.device)
-        tensors = self.read(index) if tensors is None else tensors
+        if self.expert_bytes is not None:
+            self._set_apart(index, block, Shelf(self.expert_bytes))
         for name, source in self._wanted(index).items():
             place(block, name, source.of(tensors[source.name]), self.device)
-        self._loaded[index] = block.eval()
-        return block
+        return block.eval()
 
     def _wanted(self, index: int) -> dict[str, Source]:
         """Where each parameter and buffer of a block comes from; buffers that no file holds are not among them."""
         module, block = self.tree.blocks[index].module, self.blocks[index]
+        apart = tuple(f"{path}." for path, _ in find_experts(block)) if self.expert_bytes is not None else ()
         made = {
             f"{path}.{name}".removeprefix(".")
             for path, child in block.named_modules()
             for name in child._non_persistent_buffers_set
         }
-        return {name: self.tree.disk[f"{module}.{name}"] for name, _ in meta_tensors(block) if name not in made}
+        names = [name for name, _ in meta_tensors(block) if name not in made and not name.startswith(apart)]
+        return {name: self.tree.disk[f"{module}.{name}"] for name in names}
+
+    def _set_apart(self, index: int, block: nn.Module, shelf: Shelf) -> None:
+        """Puts an `Apart` in the place of every expert of a block."""
+        for path, experts in find_experts(block):
+            for number in range(len(experts)):
+                at = f"{path}.{number}"
+                experts.set_submodule(str(number), Apart(at, shelf, partial(self._expert, index, at)))
+
+    def _expert(self, index: int, at: str) -> nn.Module:
+        """One expert as the files have it, on the device."""
+        expert = copy.deepcopy(self.blocks[index].get_submodule(at))
+        for name, _ in list(meta_tensors(expert)):
+            source = self.tree.disk[f"{self.tree.blocks[index].module}.{at}.{name}"]
+            if source.part is None:
+                tensor = self.tree.checkpoint.read([source.name])[source.name]
+            else:
+                row = self.tree.checkpoint.read_row(source.name, source.part.expert)
+                source, tensor = replace(source, part=replace(source.part, expert=0)), row
+            place(expert, name, source.of(tensor), self.device)
+        return expert.eval()
 
     def run(self, index: int, block: nn.Module, hidden_STD: Tensor) -> Tensor:
         """The output of one block for one batch, S x T x D; `block` may have had modules replaced.
@@ -196,7 +233,7 @@ class BlockRunner:
             except (_WrongAnswer, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
                 failures.append(error)
                 continue
-            if not _same(first.calls, second.calls):
+            if not same(first.calls, second.calls):
                 raise RequestError(
                     f"{self._family} hands its blocks more that depends on the tokens than the hidden states: this "
                     "architecture is not supported by this version."
@@ -219,7 +256,7 @@ class BlockRunner:
         with self._recorders(seen, held), self._reading():
             try:
                 self.model(input_ids=ids_ST.to(self.device), use_cache=False)
-            except _AllSeen:
+            except AllSeen:
                 hidden = held[0]
                 if hidden.is_meta:
                     raise RequestError(f"{self._family} embeds tokens by weights outside its modules.") from None
@@ -237,9 +274,9 @@ class BlockRunner:
                 if index != len(seen) or (held and hidden is not held[0]):
                     raise _WrongAnswer(f"block {index} was not handed the output of block {index - 1}")
                 held.append(hidden)
-                seen.append(_call(args[1:], kwargs, keyword))
+                seen.append(clean_call(args[1:], kwargs, keyword))
                 if len(seen) == len(self.blocks):
-                    raise _AllSeen
+                    raise AllSeen
                 assert self._answer is not None
                 return self._answer(hidden)
 
@@ -274,7 +311,7 @@ class BlockRunner:
             place(module, name, self.tree.checkpoint.read([on_disk])[on_disk] if value is None else value, self.device)
 
 
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool) -> Call:
+def clean_call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool) -> Call:
     """A call without caches: they would grow with every batch."""
 
     def clean(value: Any) -> Any:
@@ -283,14 +320,14 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool) -> Call:
     return Call(tuple(map(clean, args)), {name: clean(value) for name, value in kwargs.items()}, keyword)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether two nests of arguments are equal, tensors by value."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, Call):
-        return _same((one.args, one.kwargs), (other.args, other.kwargs))
+        return same((one.args, one.kwargs), (other.args, other.kwargs))
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     return True

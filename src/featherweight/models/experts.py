@@ -28,6 +28,9 @@ class Layout:
         interleaved: gate and up take turns, row by row; else up comes after gate.
         bias: every parameter has one beside it, NAME_bias, E x outputs.
         by_rows: the module is called with E x T inputs, zero where a token does not go, and no routing.
+        one_hot: it is called with T x 1 x E ones and zeros where others are with numbers of experts.
+        files: of a module that holds an expert a module: what file and module call the matrices that are here
+            `up_proj` and `down_proj`; the experts are called expert_0, expert_1, ...
     """
 
     gated: bool = True
@@ -35,6 +38,8 @@ class Layout:
     interleaved: bool = False
     bias: bool = False
     by_rows: bool = False
+    one_hot: bool = False
+    files: tuple[str, str] | None = None
 
     @property
     def up(self) -> str:
@@ -58,6 +63,7 @@ class Layout:
 
 # Modules that transformers' experts interface does not describe, by class.
 UNDESCRIBED = {"Llama4TextExperts": Layout(transposed=True, by_rows=True)}
+APART = {"SwitchTransformersExperts": Layout(gated=False, one_hot=True, files=("wi", "wo"))}
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -153,6 +159,8 @@ class Experts(nn.Module):
         if self.layout.by_rows:
             return _by_rows(hidden.view(len(self), -1, hidden.shape[-1]))
         assert expert_TK is not None
+        if self.layout.one_hot:  # a row of zeros: the expert it would go to is full
+            expert_TK = torch.where(expert_TK.any(-1), expert_TK.argmax(-1), len(self))
         return Routed(hidden, expert_TK, share_TK)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -189,7 +197,9 @@ def _by_rows(rows_ETD: Tensor) -> Routed:
 def take_apart(model: nn.Module) -> None:
     """Puts `Experts` in the place of every module of a model (on meta) that holds experts in a way we know."""
     for path, module in list(model.named_modules()):
-        if (layout := layout_of(module)) is not None:
+        if (layout := APART.get(type(module).__name__)) is not None:
+            model.set_submodule(path, _from_apart(module, layout))
+        elif (layout := layout_of(module)) is not None:
             model.set_submodule(path, _from_fused(module, layout))
 
 
@@ -200,6 +210,15 @@ def _from_fused(module: nn.Module, layout: Layout) -> Experts:
         module._parameters[name] = None  # the experts call the module's functions, and hold its weights from now on
     activate = _activation(module, layout)
     return Experts([Expert(layout, width, inner, down.dtype, activate) for _ in range(len(down))], layout)
+
+
+def _from_apart(module: nn.Module, layout: Layout) -> Experts:
+    assert layout.files is not None
+    first: Any = module.get_submodule("expert_0")
+    up = first.get_submodule(layout.files[0])
+    inner, width = up.weight.shape
+    count = sum(1 for _ in module.children())
+    return Experts([Expert(layout, width, inner, up.weight.dtype, first.act) for _ in range(count)], layout)
 
 
 def _activation(module: Any, layout: Layout) -> Activate:

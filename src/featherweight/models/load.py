@@ -17,7 +17,8 @@ from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.experts import find_experts
 from featherweight.models.names import Source, disk_names, lookup, renamed
 from featherweight.models.offload import Remote, Shelf
-from featherweight.models.tree import checkpoint_dtype, find_blocks, is_matrix, skeleton
+from featherweight.models.skeleton import auto_class, skeleton
+from featherweight.models.tree import checkpoint_dtype, find_blocks, is_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,12 +34,10 @@ def load_dense(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """The model as transformers loads it from a local folder, in eval mode; dtype None = the checkpoint's own."""
-    from transformers import AutoModelForCausalLM
-
     checkpoint = Checkpoint.open(resolve(path))
     dtype = dtype or checkpoint_dtype(checkpoint)
     skeleton(checkpoint, dtype)  # for its error: from_pretrained's own runs over many lines
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = auto_class(checkpoint).from_pretrained(
         checkpoint.path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     result: PreTrainedModel = model.to(device).eval()  # type: ignore[arg-type]

@@ -112,12 +112,12 @@ def renamed(names: Iterable[str], model: PreTrainedModel, checkpoint: Checkpoint
     except ImportError:  # other releases keep these elsewhere; a missing name is then an error that names it
         logging.getLogger(__name__).info("this transformers has no table of renamed weights")
         return {}
+    found = _apart(names, model)
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter) and _known(step)]
     mixtures = list(find_experts(model))
     fused = {f"{path}.{name}": (path, experts) for path, experts in mixtures for name in experts.layout.parameters()}
-    found: dict[str, Source] = {}
     for name in names:
         new, piece = name, None
         for step in renamings:
@@ -134,6 +134,19 @@ def renamed(names: Iterable[str], model: PreTrainedModel, checkpoint: Checkpoint
             found[_unfused(home, *fused[home], *piece)] = Source(name)
         elif checkpoint is not None:
             found |= _parts(checkpoint, name, home, *fused[home])
+    return found
+
+
+def _apart(names: Iterable[str], model: PreTrainedModel) -> dict[str, Source]:
+    """The matrices of experts that file and model call something else than we do, an expert a module."""
+    there, found = set(names), {}
+    for path, experts in find_experts(model):
+        for at, ours in enumerate(("up_proj", "down_proj") if experts.layout.files is not None else ()):
+            assert experts.layout.files is not None
+            for index in range(len(experts)):
+                theirs = f"{path}.expert_{index}.{experts.layout.files[at]}.weight"
+                if (name := lookup(theirs, model.base_model_prefix, there)) is not None:
+                    found[f"{path}.{index}.{ours}.weight"] = Source(name)
     return found
 
 
@@ -196,7 +209,8 @@ def _require_experts(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[
                 "of the two: save it again with transformers."
             )
         found = _expert_numbers(checkpoint, [source.name for source in sources if source.part is None])
-        if found and found != {str(index) for index in range(len(experts))}:
+        prefix = "" if experts.layout.files is None else "expert_"
+        if found and found != {f"{prefix}{index}" for index in range(len(experts))}:
             raise RequestError(
                 f"{path} has {len(found)} experts on disk and config.json says {len(experts)}: config.json and weights "
                 "do not belong together."

@@ -6,18 +6,19 @@ Shapes: R outputs, C inputs. A Linear lies on disk as R x C, a Conv1D (GPT-2) as
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.errors import RequestError
 from featherweight.models.checkpoint import Checkpoint
-from featherweight.models.experts import router_paths, take_apart
+from featherweight.models.experts import router_paths
 from featherweight.models.names import Part, Source, disk_names, named_tensors
+from featherweight.models.skeleton import skeleton
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class ModelTree:
         rest: tensor names outside the blocks (embedding, final norm, head), sorted.
         dtype: what the weights are in: the configuration's dtype, else that of most bytes on disk.
         disk: module parameter or persistent buffer name -> where it is on disk; tied names share one.
-        blocks_path: module path of the list of blocks, such as 'model.layers'.
+        lists: module paths of the lists of blocks, such as 'model.layers': one, or an encoder's and then a decoder's.
     """
 
     checkpoint: Checkpoint
@@ -84,7 +85,7 @@ class ModelTree:
     rest: tuple[str, ...]
     dtype: torch.dtype
     disk: dict[str, Source]
-    blocks_path: str
+    lists: tuple[str, ...]
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -101,15 +102,17 @@ def build(checkpoint: Checkpoint) -> ModelTree:
         raise RequestError(f"{checkpoint.path} is quantized already ({method}): give the original checkpoint.")
     dtype = checkpoint_dtype(checkpoint)
     model = skeleton(checkpoint, dtype)
-    path, modules = find_blocks(model)
+    lists = find_lists(model)
     routers = router_paths(model)
-    _refuse_unsupported(path, modules, routers)
+    for path, modules in lists.items():
+        _refuse_unsupported(path, modules, routers)
     disk = disk_names(checkpoint, model)
     _require_all(checkpoint, model, disk)
-    blocks = tuple(_block(checkpoint, model, disk, index, f"{path}.{index}", routers) for index in range(len(modules)))
+    paths = [f"{path}.{index}" for path, modules in lists.items() for index in range(len(modules))]
+    blocks = tuple(_block(checkpoint, model, disk, index, path, routers) for index, path in enumerate(paths))
     taken = _require_disjoint(blocks)
     rest = tuple(name for name in checkpoint.names if name not in taken)
-    return ModelTree(checkpoint, model, blocks, rest, dtype, disk, path)
+    return ModelTree(checkpoint, model, blocks, rest, dtype, disk, tuple(lists))
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -125,53 +128,16 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
-def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The transformers model of config.json without its weights (meta device), in eval mode, never with remote code;
-    its experts are taken apart (`models.experts`).
-
-    `dtype` is that of the parameters, but for modules the family keeps in float32. Any quantization_config is left
-    out. Raises RequestError naming the model type and the transformers version for an unknown architecture.
-    """
-    import transformers
-
-    kind = checkpoint.config.get("model_type")
-    try:
-        config = _config(checkpoint)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # a family's own code reads the configuration here: anything may come out of it
-        raise RequestError(
-            f"{checkpoint.path} has model type {kind!r}, of which transformers {transformers.__version__} makes no "
-            f"causal language model ({_first_line(error)}): use a decoder-only model, or another transformers."
-        ) from error
-    take_apart(model)
-    _keep_in_fp32(model, dtype)
-    result: PreTrainedModel = model.eval().requires_grad_(False)
-    return result
-
-
-def _config(checkpoint: Checkpoint) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config  # type: ignore[no-any-return]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """As from_pretrained does: some parameters stay float32 in a float16 model, `strict` ones in a bfloat16 one too."""
-    keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else set()
-    if dtype == torch.float16:
-        keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if keep:
-        for name, parameter in model.named_parameters():
-            if keep.intersection(name.split(".")):
-                parameter.data = parameter.data.float()
+def find_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists of blocks by module path, in the order they run: that of a decoder, or an encoder's and a decoder's."""
+    if not model.config.is_encoder_decoder:
+        path, blocks = find_blocks(model)
+        return {path: blocks}
+    found = {}
+    for part in (model.get_encoder(), model.get_decoder()):
+        path, blocks = find_blocks(part)
+        found[f"{next(name for name, module in model.named_modules() if module is part)}.{path}"] = blocks
+    return found
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -204,7 +170,7 @@ def _require_all(checkpoint: Checkpoint, model: PreTrainedModel, disk: dict[str,
 
 def matrices_left(tree: ModelTree) -> list[str]:
     """What is left as it is, by name: every Linear and Conv1D outside the blocks (the head), and routers."""
-    inside = f"{tree.blocks_path}."
+    inside = tuple(f"{path}." for path in tree.lists)
     outside = [path for path, module in tree.model.named_modules() if is_matrix(module) and not path.startswith(inside)]
     return outside + [router for block in tree.blocks for router in block.routers]
 

@@ -24,6 +24,8 @@ from featherweight.formats import by_name as format_by_name
 from featherweight.models import tree as trees
 from featherweight.models.blocks import BlockRunner
 from featherweight.models.checkpoint import Checkpoint, resolve
+from featherweight.models.encoder_decoder import runner_of
+from featherweight.models.load import load_tokenizer
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
@@ -37,7 +39,8 @@ from featherweight.stream.inputs import BlockView
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.phases import Phases
-from featherweight.stream.request import check_ids, manifest
+from featherweight.stream.portions import room_for_experts
+from featherweight.stream.request import check_ids, manifest, refuse_parts
 from featherweight.stream.shard import require_all
 from featherweight.stream.solving import compile_solver
 from featherweight.stream.states import States
@@ -101,6 +104,7 @@ def _compress(
     torch_device = world.device(device)
     checkpoint = Checkpoint.open(resolve(model))
     tree = trees.build(checkpoint)
+    refuse_parts(tree, recipe)
     recipe = recipe.but(tokens=window_length(recipe, tree))
     check_divisible(world, tree, recipe)
     tell = tell if tell and world.leads else lambda done, total, what: None
@@ -163,6 +167,7 @@ class _Job:
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
         together = min(BATCH_TOKENS[device.type], LOW_TOKENS) if self.low else BATCH_TOKENS[device.type]
+        self.expert_bytes = room_for_experts(tree, recipe, device, self.dtype, self.low)
         self.batch = max(1, together // (recipe.tokens or TOKENS))
 
     def plan(self) -> None:
@@ -192,7 +197,7 @@ class _Job:
         with Writer(self.beside) as writer, ThreadPoolExecutor(1, "compiler") as beside:
             if not finished[0]:
                 self._solve_rest(folder, writer)
-            runner = BlockRunner(self.tree, self.device, self.dtype)
+            runner = runner_of(self.tree, self.device, self.dtype, self.expert_bytes)
             if self.device.type == "cuda" and not all(finished):
                 rule = next(iter(self.rules.values()))
                 # only now: while a model is made, torch's default dtype is the model's, on all threads
@@ -215,7 +220,10 @@ class _Job:
         stored = {} if ids_ST is None else self._stored_tokens(folder, writer)
         ids_ST = ids_ST if ids_ST is None else dealt(ids_ST, self.recipe, self.world)
         original = self.recipe.target == "original"
-        states = States(runner, ids_ST, self.out, self.batch, original, stored, self.world, self.low, self.endings)
+        special = load_tokenizer(self.tree.checkpoint.path).all_special_ids if self.recipe.drop_special else ()
+        states = States(
+            runner, ids_ST, self.out, self.batch, original, stored, self.world, self.low, self.endings, special
+        )
         stored.clear()
         weights = self._weights(folder, ids_ST)
         try:
@@ -227,15 +235,18 @@ class _Job:
                 if self.fuses:
                     fuse(module)
                 if not finished[index]:
-                    found = self._solve(folder, writer, index, block, states.view(index, module, block, weights))
+                    keep = None if self.expert_bytes is None else partial(self.shards.keep, block)
+                    view = states.view(index, module, block, weights, keep)
+                    found = self._solve(folder, writer, index, block, view)
                 else:
                     if states.dense is not None:
                         states.advance(states.dense, index, module)
-                    found = self.shards.read(folder, block) if states.hidden is not None else {}
+                    found = self.shards.read(folder, block, module) if states.hidden is not None else {}
                 if states.hidden is not None and index + 1 < total:
                     with self.phases("forward"):
                         self.shards.put(module, block, found)
                         states.finish(index, module)
+                        states.turn(index)
                 runner.unload(index)
                 self.tell(index + 1, total, f"block {index + 1}")
         finally:

@@ -36,7 +36,7 @@ class Ending:
         near = "device" if self.states.device.type == "cuda" else "memory"
         if room(size_bytes, self.states.device, self.states.sharers, self.states.low) != near:
             return False
-        self.inputs = self.states.another("ending", columns)
+        self.inputs = self.states.another("ending", columns, self.states.states_STD.shape[1])
         return True
 
     def keep(self, path: str, at: slice, inputs_STC: Tensor, stream_STD: Tensor) -> None:

@@ -26,13 +26,14 @@ from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
 from featherweight.models.experts import Expert, Experts, Routed, find_experts
+from featherweight.models.offload import taken_out
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
-from featherweight.stream.groups import BlockView
+from featherweight.stream.groups import BlockView, Solved
+from featherweight.stream.portions import CHUNK_BYTES, put_away
 from featherweight.stream.routing import Gathered, Served, Tokens, gather, served_by
 from featherweight.stream.solving import energy_R, solve_stack, split
 
-CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the sums of experts that are solved together
 PIECE_TOKENS = 1 << 14  # of one expert, run at a time
 
 
@@ -73,12 +74,12 @@ def without_experts(view: BlockView, mixtures: Sequence[Mixture]) -> BlockView:
 
 def solve_mixtures(
     view: BlockView, mixtures: Sequence[Mixture], rules: Mapping[str, Rule], recipe: Recipe, choices: Choices
-) -> dict[str, AnySolution]:
+) -> dict[str, Solved]:
     """Solves every matrix of every expert, puts its values in its place, and returns the solutions by `Matrix.path`.
 
     RequestError where an expert is starved and the recipe says that this is an error.
     """
-    solutions: dict[str, AnySolution] = {}
+    solutions: dict[str, Solved] = {}
     for mixture in mixtures:
         solutions |= _solve_mixture(view, mixture, rules, recipe, choices)
     return solutions
@@ -86,17 +87,23 @@ def solve_mixtures(
 
 def _solve_mixture(
     view: BlockView, mixture: Mixture, rules: Mapping[str, Rule], recipe: Recipe, choices: Choices
-) -> dict[str, AnySolution]:
+) -> dict[str, Solved]:
     assert view.inputs is not None
     gathered, served, steps = _prepared(view, mixture, recipe)
     matrices = {matrix.path: matrix for matrix in view.matrices}
     columns = [matrices[mixture.matrix_path(0, leaves[0])].columns for leaves in steps]
     each_bytes = 4 * max(columns) ** 2 * (1 if mixture.original is None else 2)
+    if view.keep is not None:  # and the weights, which are not held already
+        each_bytes += 8 * sum(
+            m.rows * m.columns for path, m in matrices.items() if path.startswith(f"{mixture.path}.0.")
+        )
     size = max(1, CHUNK_BYTES[view.inputs.device.type] // each_bytes)
-    solutions: dict[str, AnySolution] = {}
+    solutions: dict[str, Solved] = {}
     for start in range(0, len(served), size):
         chunk = served[start : start + size]
-        solutions |= _solve_chunk(view, mixture, gathered.routed, chunk, steps, rules, recipe, choices)
+        with taken_out(mixture.experts, (each.expert for each in chunk)):
+            solved = _solve_chunk(view, mixture, gathered.routed, chunk, steps, rules, recipe, choices)
+        solutions |= put_away(view, mixture.path, mixture.experts, solved)
     for each in (gathered, mixture.original):
         if each is not None:
             each.states.close()
@@ -122,10 +129,12 @@ def _prepared(
     assert view.inputs is not None
     gathered = gather(view, mixture.path, view.inputs, "experts")
     now = gathered.routed
-    steps = _steps(mixture, [m.path for m in view.matrices], now.inputs_TD[:2].to(view.inputs.device))
+    with taken_out(mixture.experts, [0]):
+        steps = _steps(mixture, [m.path for m in view.matrices], now.inputs_TD[:2].to(view.inputs.device))
     first = mixture.matrix_path(0, steps[0][0])
     columns = next(matrix.columns for matrix in view.matrices if matrix.path == first)
-    return gathered, served_by(mixture.name, mixture.experts, now, recipe, columns), steps
+    special_T = None if view.special_ST is None else view.special_ST.flatten()
+    return gathered, served_by(mixture.name, mixture.experts, now, recipe, columns, special_T), steps
 
 
 def _solve_chunk(

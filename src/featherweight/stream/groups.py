@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from featherweight.core.solution import AnySolution
 from featherweight.errors import FeatherweightError
 from featherweight.models.experts import find_experts
+from featherweight.models.offload import apart_in
 from featherweight.models.tree import Matrix
 from featherweight.stream.ending import Ending
 from featherweight.stream.hidden import HiddenStates
@@ -25,6 +27,24 @@ from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.phases import Phases
 
 PROBE_TOKENS = 64  # enough to see which way tensors go in a block
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A solved matrix as its shard will hold it, when its solution is no longer held.
+
+    Attributes:
+        tensors: by suffix, on the CPU.
+        line: the journal's.
+        values: makes the weights that the tensors stand for, R x C.
+    """
+
+    tensors: dict[str, Tensor]
+    line: dict[str, Any]
+    values: Callable[[], Tensor]
+
+
+Solved = AnySolution | Kept
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,10 @@ class BlockView:
         world: the processes among which the sequences are split.
         phases: what is told where the time goes.
         ending: keeps the end of the last pass over `inputs`, which it then writes over; None where they stay.
+        keep: packs a solved matrix of an expert that is apart (`models.offload`) at once, and says how to have its
+            values again; None where experts are held.
+        special_ST: which of the block's own tokens are special, bool; None where all tokens are alike.
+        carries: half of the states' tokens are what an encoder returned, behind the block's own.
     """
 
     module: nn.Module
@@ -57,6 +81,9 @@ class BlockView:
     world: World = ALONE
     phases: Phases = field(default_factory=lambda: Phases(torch.device("cpu")))
     ending: Ending | None = None
+    keep: Callable[[Matrix, AnySolution], Kept] | None = None
+    special_ST: Tensor | None = None
+    carries: bool = False
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""
@@ -73,11 +100,16 @@ class BlockView:
     def undone(self) -> Iterator[None]:
         """The block with all its original weights, for as long as this lasts."""
         current = {path: self.parameter(path).data for path in self.originals}
+        apart = apart_in(self.module).values()
+        for expert in apart:
+            expert.undone = True
         for path, weight in self.originals.items():
             self.parameter(path).data = weight
         try:
             yield
         finally:
+            for expert in apart:
+                expert.undone = False
             for path, weight in current.items():
                 self.parameter(path).data = weight
 
@@ -131,7 +163,7 @@ def input_groups(view: BlockView) -> list[Group]:
             f"{min(missed)} was never run by its block: it cannot be calibrated; ignore it or use --method rtn."
         )
     groups = [Group(tuple(matrices), first=not number) for number, (_, matrices) in enumerate(seen)]
-    return groups if view.dense is None or not groups else _find_writers(view, groups, hidden_STD)
+    return groups if view.dense is None or view.carries or not groups else _find_writers(view, groups, hidden_STD)
 
 
 @torch.no_grad()

@@ -60,9 +60,9 @@ class HiddenStates:
                     "needed beside the output); make room and repeat the command, finished blocks are kept."
                 ) from error
 
-    def another(self, name: str, width: int) -> HiddenStates:
-        """Room for as many tokens of another width, with a scratch file of its own should it need one."""
-        sequences, tokens, _ = self.states_STD.shape
+    def another(self, name: str, width: int, tokens: int) -> HiddenStates:
+        """Room for as many sequences of other tokens and width, with a scratch file of its own should it need one."""
+        sequences = self.states_STD.shape[0]
         scratch = self.beside.with_name(f"{name}.{self.beside.name}")
         shape, dtype = (sequences, tokens, width), self.states_STD.dtype
         return HiddenStates(shape, dtype, self.device, scratch, self.sharers, self.low)

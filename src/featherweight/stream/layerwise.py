@@ -19,8 +19,10 @@ from featherweight.core.solve import Choices, solve
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
 from featherweight.stream.experts import mixtures_of, solve_mixtures, without_experts
+from featherweight.stream.groups import Solved
 from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, collect, input_groups
 from featherweight.stream.parallel import ALONE, World
+from featherweight.stream.portions import round_experts, rtn_problem
 from featherweight.stream.solving import check_certificate, energy_R, split
 
 FACTOR = 0.5  # what a column costs the factor, in rows of the sweep and the descent (measured on an H100)
@@ -28,16 +30,18 @@ FACTOR = 0.5  # what a column costs the factor, in rows of the sweep and the des
 
 def layerwise(
     view: BlockView, rules: Mapping[str, Rule], recipe: Recipe, choices: Choices, tick: Tick
-) -> dict[str, AnySolution]:
+) -> dict[str, Solved]:
     """Solves every matrix of a block by itself; returns solutions by `Matrix.path`.
 
     `tick` hears the share of this block's work that is done, 0 .. 1.
     """
+    solutions: dict[str, Solved] = {}
     if recipe.method == "rtn":
-        return {matrix.path: solve(_rtn_problem(view, matrix), rules[matrix.path], choices) for matrix in view.matrices}
+        solutions |= round_experts(view, rules, choices)
+        others = [matrix for matrix in view.matrices if matrix.path not in solutions]
+        return solutions | {m.path: solve(rtn_problem(view, m), rules[m.path], choices) for m in others}
     mixtures = mixtures_of(view)
     rest = without_experts(view, mixtures)
-    solutions: dict[str, AnySolution] = {}
     stages = _stages(_agreed(rest, input_groups(rest)), recipe)
     # Experts come last, but before a matrix that writes the block's output and so makes up for them too.
     ends = bool(stages) and all(group.writes == "end" for group in stages[-1])
@@ -50,10 +54,11 @@ def layerwise(
     for number, stage in enumerate(stages):
         if number == turn:
             solutions |= solve_mixtures(view, mixtures, rules, recipe, choices)
-        solutions |= solve_stage(rest, stage, collect(rest, stages, number, recipe, collected), rules, recipe, choices)
+        found = solve_stage(rest, stage, collect(rest, stages, number, recipe, collected), rules, recipe, choices)
+        solutions |= found
         more = number + 1 < len(stages) or (mixtures and number < turn)
         for matrix in (m for group in stage for m in group.matrices) if more else ():
-            rest.put(matrix, solutions[matrix.path].values())
+            rest.put(matrix, found[matrix.path].values())
         tick((number + 1) / len(steps))
     if turn == len(stages):
         solutions |= solve_mixtures(view, mixtures, rules, recipe, choices)
@@ -186,8 +191,3 @@ def undo_drift(problem: LayerProblem, factor: Factor, group: Group, gap: Tensor,
     if weight_RC.shape[0] > len(gap):  # fewer rows go through the factor
         return weight_RC + pull * times(weight_RC, factor.solve(gap))
     return weight_RC + pull * factor.solve(times(weight_RC, gap))
-
-
-def _rtn_problem(view: BlockView, matrix: Matrix) -> LayerProblem:
-    weight_RC = view.weight(matrix)
-    return LayerProblem(weight_RC, torch.eye(matrix.columns, device=weight_RC.device), 0, 0.0, matrix.name)

@@ -36,7 +36,7 @@ class Probe:
     ) -> None:
         tree = build(Checkpoint.open(resolve(model)))
         self.model: Any = load_apart(tree.checkpoint.path, device, dtype)
-        blocks = self.model.get_submodule(tree.blocks_path)
+        blocks = self.model.get_submodule(tree.lists[-1])
         self.blocks: list[nn.Module] = list(blocks)
         self.homes: dict[str, tuple[Block, Matrix]] = {m.name: (b, m) for b in tree.blocks for m in b.matrices}
         self.windows_ST = windows_ST.to(device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from featherweight import data
 from featherweight.errors import RequestError
 from featherweight.models.tree import ModelTree
-from featherweight.recipe import Recipe
+from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.parallel import World
 
 
@@ -26,6 +26,23 @@ def check_ids(tree: ModelTree, ids_ST: Tensor | None) -> None:
         raise RequestError(
             f"the tokenizer gives token {int(ids_ST.max())} and the model knows 0 to {known - 1}: "
             "use the model's own tokenizer."
+        )
+
+
+def refuse_parts(tree: ModelTree, recipe: Recipe) -> None:
+    """RequestError for what goes through decoders alone, where the model has an encoder too."""
+    if len(tree.lists) == 1:
+        return
+    asked = {
+        "training (--method block-ap, ...)": recipe.trains,
+        "a budget (--size, --average-bits)": recipe.budget is not None,
+        "weights of tokens (guide)": bool(recipe.guide),
+        "rounded embeddings": recipe.embedding_bits < FLOAT_BITS,
+    }
+    if wrong := [what for what, is_asked in asked.items() if is_asked]:
+        raise RequestError(
+            f"{tree.checkpoint.path} has an encoder and a decoder, which are rounded or solved layer by layer: "
+            f"leave out {wrong[0]}."
         )
 
 

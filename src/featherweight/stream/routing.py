@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ def gather(view: BlockView, path: str, states: HiddenStates, name: str) -> Gathe
                 view.run(hidden_STD)
             routed = heard.pop()
             if kept is None:
-                kept = states.another(name, routed.inputs_TD.shape[-1])
+                tokens, width = routed.inputs_TD.shape
+                kept = states.another(name, width, tokens // len(hidden_STD))
             place = kept.states_STD[at]
             place.copy_(routed.inputs_TD.view(place.shape))
             routing.append(routed.expert_TK.to(place.device))
@@ -90,8 +91,11 @@ class Served:
         return self.help is not None
 
 
-def served_by(name: str, experts: Experts, now: Routed, recipe: Recipe, columns: int) -> list[Served]:
+def served_by(
+    name: str, experts: Experts, now: Routed, recipe: Recipe, columns: int, special_T: Tensor | None = None
+) -> list[Served]:
     """Which tokens each expert is calibrated on: its own, or all where the recipe says so; help where they are few.
+    Special ones are left out.
 
     No more than `MOST` times the mean are taken of either, one in so many. RequestError for a starved expert where the
     recipe calls that an error; a FallbackWarning with the numbers of tokens otherwise.
@@ -99,6 +103,9 @@ def served_by(name: str, experts: Experts, now: Routed, recipe: Recipe, columns:
     count, tokens = len(experts), now.expert_TK.shape[0]
     most = max(1, MOST * int((now.expert_TK < count).sum()) // count)
     everything = (torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
+    if special_T is not None:
+        now = replace(now, expert_TK=now.expert_TK.masked_fill(special_T.to(now.expert_TK.device)[:, None], count))
+        everything = (everything[0][~special_T], everything[1][~special_T])
     served = []
     for expert, routed in enumerate(now.dealt(count)):
         number, help = len(routed[0]), None

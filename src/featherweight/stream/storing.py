@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from featherweight.core.rules import Rule, grid_of, pattern_of
 from featherweight.core.solution import AnySolution
 from featherweight.errors import FeatherweightError
 from featherweight.formats import Format
+from featherweight.models.offload import apart_in, with_weights
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.folder import OutputFolder
+from featherweight.stream.groups import Kept, Solved
 from featherweight.stream.phases import Stretch, added
 from featherweight.stream.shard import block_tensors, plain_weight, require_same
 
@@ -46,21 +49,37 @@ class Shards:
     def __init__(self, tree: ModelTree, recipe: Recipe, format: Format, rule_of: Callable[[Matrix], Rule]) -> None:
         self.tree, self.recipe, self.format, self.rule_of = tree, recipe, format, rule_of
 
-    def pack(self, block: Block, solutions: Mapping[str, AnySolution], seconds: float) -> Packed:
-        """The solutions of a block as tensors of the format; FeatherweightError where they do not say the same."""
+    def pack(self, block: Block, solutions: Mapping[str, Solved], seconds: float) -> Packed:
+        """The solutions of a block as tensors of the format, but for those that are already: FeatherweightError where
+        they do not say the same."""
         tensors: dict[str, dict[str, Tensor]] = {}
         stored: dict[str, AnySolution] = {}
         lines: list[dict[str, Any]] = []
         for matrix in block.matrices:
             solution = solutions[matrix.path]
-            packed = self._turned(self.format.pack(solution, matrix.name, self.tree.dtype), matrix)
-            if any(tensor.device.type == "cpu" for tensor in packed.values()):  # a format that codes there
-                packed = {suffix: tensor.cpu() for suffix, tensor in packed.items()}
-            found = self._unpacked(packed, matrix)
-            require_same(matrix, solution, found)
-            tensors[matrix.path], stored[matrix.path] = packed, found
+            if isinstance(solution, Kept):
+                tensors[matrix.path] = solution.tensors
+                lines.append({**solution.line, "block_seconds": round(seconds, 3)})
+                continue
+            tensors[matrix.path], stored[matrix.path] = packed, _ = self._packed(matrix, solution)
             lines.append(self._line(block.index, matrix, solution, packed, seconds))
         return Packed(block, tensors, stored, lines)
+
+    def keep(self, block: Block, matrix: Matrix, solution: AnySolution) -> Kept:
+        """One solution as tensors of the format, at once."""
+        packed, _ = self._packed(matrix, solution)
+        line = self._line(block.index, matrix, solution, packed, 0.0)
+        on_cpu = {suffix: tensor.cpu() for suffix, tensor in packed.items()}
+        return Kept(on_cpu, line, lambda: self._unpacked(on_cpu, matrix).values())
+
+    def _packed(self, matrix: Matrix, solution: AnySolution) -> tuple[dict[str, Tensor], AnySolution]:
+        """The tensors of a solution, and what they say."""
+        packed = self._turned(self.format.pack(solution, matrix.name, self.tree.dtype), matrix)
+        if any(tensor.device.type == "cpu" for tensor in packed.values()):  # a format that codes there
+            packed = {suffix: tensor.cpu() for suffix, tensor in packed.items()}
+        found = self._unpacked(packed, matrix)
+        require_same(matrix, solution, found)
+        return packed, found
 
     def write(self, folder: OutputFolder, packed: Packed, stretch: Stretch) -> None:
         """Writes a shard and its lines of the journal, having read it back and compared byte by byte."""
@@ -75,17 +94,33 @@ class Shards:
             folder.lines += [*packed.lines, {"block": packed.block.index, "phase_seconds": rounded}]
 
     def put(self, module: nn.Module, block: Block, stored: Mapping[str, AnySolution]) -> None:
-        """Gives a block the weights that its shard holds."""
-        for matrix in block.matrices:
+        """Gives a block the weights that its shard holds; experts that are apart have theirs."""
+        for matrix in (matrix for matrix in block.matrices if matrix.path in stored):
             values_RC = stored[matrix.path].values()
             weight = module.get_submodule(matrix.path).weight
             assert isinstance(weight, Tensor)
             weight.copy_(values_RC.T if matrix.transposed else values_RC)
 
-    def read(self, folder: OutputFolder, block: Block) -> dict[str, AnySolution]:
-        """What a finished shard says of its matrices, by `Matrix.path`."""
+    def read(self, folder: OutputFolder, block: Block, module: nn.Module | None = None) -> dict[str, AnySolution]:
+        """What a finished shard says of its matrices, by `Matrix.path`; experts that are apart in the module read
+        there what they have become."""
+        inside: dict[str, dict[str, Callable[[], Tensor]]] = {}
+        apart = {} if module is None else apart_in(module)
+        others = []
+        for matrix in block.matrices:
+            path, _, leaf = matrix.path.rpartition(".")
+            if path in apart:
+                inside.setdefault(path, {})[leaf] = partial(self._values, folder, block, matrix)
+            else:
+                others.append(matrix)
+        for path, values in inside.items():
+            apart[path].compressed = partial(with_weights, apart[path].original, values)
         with safe_open(folder.shard(block.index + 1), framework="pt") as file:
-            return {matrix.path: self._read(file, matrix) for matrix in block.matrices}
+            return {matrix.path: self._read(file, matrix) for matrix in others}
+
+    def _values(self, folder: OutputFolder, block: Block, matrix: Matrix) -> Tensor:
+        with safe_open(folder.shard(block.index + 1), framework="pt") as file:
+            return self._read(file, matrix).values()
 
     def _read(self, file: Any, matrix: Matrix) -> AnySolution:
         if self.format.plain:

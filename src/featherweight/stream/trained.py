@@ -18,6 +18,7 @@ from featherweight.core.solve import Choices
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
+from featherweight.stream.groups import Kept
 from featherweight.stream.inputs import BlockView, Tick
 from featherweight.stream.layerwise import layerwise
 from featherweight.stream.parallel import World
@@ -108,7 +109,9 @@ def _start(
     if recipe.start == "rtn":  # which runs nothing
         assert view.dense is not None
         view.dense.advance(view.batch, view.run)
-    return solutions
+    found = {path: solution for path, solution in solutions.items() if not isinstance(solution, Kept)}
+    assert len(found) == len(solutions), "experts that are apart are not trained"
+    return found
 
 
 def _original(view: BlockView, matrix: Matrix) -> Tensor:

@@ -21,6 +21,7 @@ from featherweight import data
 from featherweight.errors import RequestError
 from featherweight.models.checkpoint import Checkpoint, resolve
 from featherweight.models.load import load_tokenizer
+from featherweight.models.skeleton import is_encoder_decoder
 from featherweight.models.tree import checkpoint_dtype
 from featherweight.stream.calibration import Tell, windows_apart
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
@@ -178,6 +179,8 @@ class _Job:
         shard: bool | None = None,
     ) -> None:
         self.checkpoint, self.settings, self.device, self.world = Checkpoint.open(folder), settings, device, world
+        if is_encoder_decoder(self.checkpoint):
+            raise RequestError(f"{folder} has an encoder and a decoder: tune trains decoders alone.")
         original = None if against is None else Checkpoint.open(resolve(against))
         self.teacher = None if original is None else original.fingerprint()
         dtype = compute_dtype(checkpoint_dtype(self.checkpoint), device)

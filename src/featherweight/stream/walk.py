@@ -54,6 +54,8 @@ class Walk:
     ) -> None:
         self.device = pick_device(device)
         self.tree = trees.build(Checkpoint.open(resolve(model)))
+        if len(self.tree.lists) > 1:
+            raise RequestError(f"{model} has an encoder and a decoder: sensitivities are measured in decoders alone.")
         self.recipe = recipe.but(tokens=window_length(recipe, self.tree), target="drifted")
         self.options = tuple(options) if options is not None else menu(scale_dtype=self.tree.dtype)
         self.choices = choices or quick(recipe)

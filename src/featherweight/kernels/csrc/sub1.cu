@@ -14,6 +14,7 @@
 #include "gpu.cuh"
 
 constexpr int ROWS = 32, MOST = 8;  // rows of a tile; tokens in one pass over a matrix
+constexpr int TURNS = 2;             // of all warps in a share, for it to be whole turns
 constexpr int PLAIN = 0, BITMAP = 1;  // of the codec's kinds; else runs
 
 struct Matrix {
@@ -31,7 +32,7 @@ struct Params {
     u16* y;                  // pairs x parts x rows
     int pairs, choices;      // pair i is of token i / choices
     int experts, parts, rows, columns;
-    int at_x, at_stage, stage_bytes, stages;  // places in shared memory; bytes of a warp's tile, and how many it has
+    int at_stage, at_x, stage_bytes, stages;  // places in shared memory; bytes of a warp's tile, and how many it has
 };
 
 // ---- shared memory ----------------------------------------------------------------------------------------------------
@@ -42,6 +43,11 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ u16 load_now(const u16* from) {  // not when it is used, as the compiler would
+    u16 v;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
+    return v;
+}
 template <int N> __device__ __forceinline__ void wait_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // x of up to M tokens as one element of a column: a float for one token, else 16 bits each.
@@ -51,23 +57,23 @@ template <int M> struct Element {
 
 // ---- adding columns: PTX, so that no lane goes its own way ------------------------------------------------------------
 
-// Predicates e: nothing to add here; s is 1 or -1.
-#define REGISTERS ".reg .pred e, t; .reg .u32 g, f, q; .reg .f32 s, x; .reg .b16 l, h; "
+// Predicate n: there is something to add here; s is 1 or -1.
+#define REGISTERS ".reg .pred n; .reg .u32 g, f, q; .reg .f32 s, x; .reg .b16 l, h; "
 #if BF16
 #define PAIR(W, A, B) \
-    "shl.b32 g, " W ", 16; mov.b32 x, g; @!e fma.rn.f32 " A ", x, s, " A "; " \
-    "and.b32 g, " W ", 0xffff0000; mov.b32 x, g; @!e fma.rn.f32 " B ", x, s, " B "; "
+    "shl.b32 g, " W ", 16; mov.b32 x, g; @n fma.rn.f32 " A ", x, s, " A "; " \
+    "and.b32 g, " W ", 0xffff0000; mov.b32 x, g; @n fma.rn.f32 " B ", x, s, " B "; "
 #else
 #define PAIR(W, A, B) \
-    "mov.b32 {l, h}, " W "; cvt.f32.f16 x, l; @!e fma.rn.f32 " A ", x, s, " A "; " \
-    "cvt.f32.f16 x, h; @!e fma.rn.f32 " B ", x, s, " B "; "
+    "mov.b32 {l, h}, " W "; cvt.f32.f16 x, l; @n fma.rn.f32 " A ", x, s, " A "; " \
+    "cvt.f32.f16 x, h; @n fma.rn.f32 " B ", x, s, " B "; "
 #endif
 // The column at AT into registers, and from there into the sums; LOAD under a predicate.
 #define LOAD_1(IF, AT) IF "ld.shared.u32 %2, [" AT "]; "
 #define LOAD_2(IF, AT) IF "ld.shared.u32 %3, [" AT "]; "
 #define LOAD_4(IF, AT) IF "ld.shared.v2.u32 {%5, %6}, [" AT "]; "
 #define LOAD_8(IF, AT) IF "ld.shared.v4.u32 {%9, %10, %11, %12}, [" AT "]; "
-#define ADD_1 "mov.b32 x, %2; @!e fma.rn.f32 %1, x, s, %1; "
+#define ADD_1 "mov.b32 x, %2; @n fma.rn.f32 %1, x, s, %1; "
 #define ADD_2 PAIR("%3", "%1", "%2")
 #define ADD_4 PAIR("%5", "%1", "%2") PAIR("%6", "%3", "%4")
 #define ADD_8 PAIR("%9", "%1", "%2") PAIR("%10", "%3", "%4") PAIR("%11", "%5", "%6") PAIR("%12", "%7", "%8")
@@ -81,19 +87,29 @@ template <int M> struct Element {
 #define HELD_8 HELD_4, "+r"(held[2]), "+r"(held[3])
 
 // A symbol, the lowest bits of `v`: a gap leads on from `at`, and the column there is added or, by the sign below the
-// gap, taken away. A gap of all ones is an escape: G columns that were zero, or 2 G. Sums are products
-// by `one`, 1: a multiprocessor multiplies integers beside whatever else it does, and adds them at half the rate. The
-// address of a load is not overwritten, which would have to wait for it. What is loaded goes into
-// registers of the caller's, since one that is written under a predicate alone is alive from the beginning on.
-#define SYMBOL(LOAD, ADD, V, ONE, NEXT, GAPS, HALF, SKIP) \
-    "{ " REGISTERS "and.b32 g, " V ", " GAPS "; setp.eq.u32 e, g, " GAPS "; mad.lo.u32 q, g, " HALF ", %0; " \
-    "mad.lo.u32 f, " V ", 0x80000000, 0x3f800000; mov.b32 s, f; setp.lt.and.s32 t, f, 0, e; " \
-    LOAD("@!e ", "q") "mad.lo.u32 %0, q, " ONE ", " NEXT "; @e mad.lo.u32 %0, q, " ONE ", 0; " \
-    "@t mad.lo.u32 %0, q, " ONE ", " SKIP "; " ADD "}"
+// gap, taken away. A gap of all ones is an escape: G columns that were zero, or 2 G. Eight instructions:
+// * the gap is taken with its bits turned over, so that the same instruction says whether this is an escape, where none
+//   is left. `at` then moves back by it, and G + 1 columns a symbol ahead, which the offsets of the loads hold;
+// * an escape moves `at` by -1 or G - 1 columns, which is one product: y, an odd constant (1 / G modulo 2^32) or that
+//   less 1 by the sign, times -G columns. It is written beside the other step, not after it, into a new register: one
+//   that a load has its address from cannot be overwritten before that has read it;
+// * a multiprocessor multiplies integers beside whatever else it does, and adds them at half the rate of floats.
+// What is loaded goes into registers of the caller's, since one that is written under a predicate alone is alive from
+// the beginning on. (Written with the opposite predicate, setp.eq, this does not come out of ptxas 13.0.)
+#define SYMBOL(LOAD, ADD, V, GAPS, BACK, FAR, ODD, HERE) \
+    "{ " REGISTERS "lop3.b32 g, " V ", " GAPS ", " GAPS ", 0x0c; setp.ne.u32 n, g, 0; " \
+    "lop3.b32 f, " V ", 1, " ODD ", 0x6a; mad.lo.u32 q, g, " BACK ", %0; @!n mad.lo.u32 q, f, " FAR ", %0; " \
+    LOAD("@n ", "q+" HERE) "mad.lo.u32 f, " V ", 0x80000000, 0x3f800000; mov.b32 s, f; mov.u32 %0, q; " ADD "}"
 
-template <int B, int M> __device__ __forceinline__ void add_symbol(float (&acc)[M], u32 (&held)[(M + 1) / 2], u32& at, u32 v, u32 one) {
-    constexpr int GAPS = (1 << B) - 2, SKIP = GAPS / 2 * STRIDE;
-#define GIVEN "r"(v), "r"(one), "n"(STRIDE), "n"(GAPS), "n"(STRIDE / 2), "n"(SKIP)
+__device__ constexpr u32 inverse(u32 odd) {  // modulo 2^32
+    u32 found = odd;
+    for (int i = 0; i < 5; i++) found *= 2 - odd * found;
+    return found;
+}
+
+template <int B, int M, int S> __device__ __forceinline__ void add_symbol(float (&acc)[M], u32 (&held)[(M + 1) / 2], u32& at, u32 v) {
+    constexpr int GAPS = (1 << B) - 2, G = GAPS / 2, BACK = -STRIDE / 2, FAR = -G * STRIDE, HERE = (S * (G + 1) + G) * STRIDE;
+#define GIVEN "r"(v), "n"(GAPS), "n"(BACK), "n"(FAR), "n"(inverse(G)), "n"(HERE)
     if constexpr (M == 1) asm volatile(SYMBOL(LOAD_1, ADD_1, "%3", "%4", "%5", "%6", "%7", "%8") : "+r"(at), SUMS_1, HELD_1 : GIVEN);
     if constexpr (M == 2) asm volatile(SYMBOL(LOAD_2, ADD_2, "%4", "%5", "%6", "%7", "%8", "%9") : "+r"(at), SUMS_2, HELD_2 : GIVEN);
     if constexpr (M == 4) asm volatile(SYMBOL(LOAD_4, ADD_4, "%7", "%8", "%9", "%10", "%11", "%12") : "+r"(at), SUMS_4, HELD_4 : GIVEN);
@@ -103,8 +119,8 @@ template <int B, int M> __device__ __forceinline__ void add_symbol(float (&acc)[
 // A flag, a bit of `flags`: if it is set, the column at `at` is added or, by the highest bit of `sign`, taken away, and
 // that bit of `sign` is used up.
 #define FLAG(LOAD, ADD, AT, FLAGS, BIT, ONE) \
-    "{ " REGISTERS "and.b32 g, " FLAGS ", " BIT "; setp.eq.u32 e, g, 0; lop3.b32 f, %0, 0x80000000, " ONE ", 0xea; " \
-    "mov.b32 s, f; " LOAD("", AT) ADD "@!e mad.lo.u32 %0, %0, 2, 0; }"
+    "{ " REGISTERS "and.b32 g, " FLAGS ", " BIT "; setp.ne.u32 n, g, 0; lop3.b32 f, %0, 0x80000000, " ONE ", 0xea; " \
+    "mov.b32 s, f; " LOAD("", AT) ADD "@n mad.lo.u32 %0, %0, 2, 0; }"
 
 template <int M> __device__ __forceinline__ void add_flag(float (&acc)[M], u32& sign, u32 at, u32 flags, u32 bit) {
     u32 held[(M + 1) / 2] = {};
@@ -126,23 +142,25 @@ __device__ __forceinline__ u32 word_or_ones(u32 at, int is_there) {
     return v;
 }
 
+// Symbol S of B words.
+template <int B, int M, int S> __device__ __forceinline__ void add_place(float (&acc)[M], u32 (&held)[(M + 1) / 2], u32& at, const u32 (&w)[B]) {
+    constexpr int word = S * B / 32, bit = S * B % 32, next = word + 1 < B ? word + 1 : word;
+    add_symbol<B, M, S>(acc, held, at, bit + B > 32 ? __funnelshift_r(w[word], w[next], bit) : w[word] >> bit);
+}
+
 // Runs: 32 symbols are B words. Behind a row's last word there are ones, which are escapes.
 template <int B, int M> __device__ __forceinline__ void sum_runs(float (&acc)[M], u32 row, int words, int longest, u32 at) {
-    constexpr int AHEAD = M <= 2 ? 8 : M == 4 ? 6 : 4;  // loads on their way
-    const u32 one = blockDim.y;
+    constexpr int AHEAD = M <= 2 ? 8 : 4;  // columns on their way
     u32 held[AHEAD][(M + 1) / 2] = {};
     for (int first = 0; first < longest; first += B) {
         u32 w[B];
 #pragma unroll
         for (int i = 0; i < B; i++) w[i] = word_or_ones(row + 4 * i, first + i < words);
         row += 4 * B;
-#pragma unroll
-        for (int s = 0; s < 32; s++) {
-            constexpr int LAST = B - 1;
-            const int word = s * B / 32, bit = s * B % 32;
-            const u32 v = bit + B > 32 ? __funnelshift_r(w[word], w[min(word + 1, LAST)], bit) : w[word] >> bit;
-            add_symbol<B, M>(acc, held[s % AHEAD], at, v, one);
-        }
+#define PLACE(S) add_place<B, M, S>(acc, held[(S) % AHEAD], at, w);
+#define PLACES(S) PLACE(S) PLACE(S + 1) PLACE(S + 2) PLACE(S + 3) PLACE(S + 4) PLACE(S + 5) PLACE(S + 6) PLACE(S + 7)
+        PLACES(0) PLACES(8) PLACES(16) PLACES(24)
+        at += 32 * STRIDE << (B - 1);
     }
 }
 
@@ -162,74 +180,44 @@ template <int M> __device__ __forceinline__ void sum_bitmap(float (&acc)[M], u32
 
 // ---- the tiles of one matrix -----------------------------------------------------------------------------------------
 
-struct Tile {
-    u32 row;  // where this lane's row begins in shared memory
-    int words;
+// Where a lane's row lies in a matrix's words; nowhere, behind the last tile.
+struct Span {
+    u32 begin, end;
 };
 
-// Starts the copy of a tile's words into a buffer, in pieces of 16 bytes.
-__device__ __forceinline__ Tile start_tile(const Params& p, const Matrix& matrix, int tile, u32 buffer, int lane) {
+__device__ __forceinline__ Span find_span(const Params& p, const Matrix& matrix, int tile, int last, int lane) {
+    if (tile >= last) return {0, 0};
     const int row = min(tile * ROWS + lane, p.rows), below = min(row + 1, p.rows);
-    const u32 begin = matrix.starts[row], end = matrix.starts[below];
-    const u32 first = __shfl_sync(~0u, begin, 0) & ~3u, last = __shfl_sync(~0u, end, 31);
-    const u32 to = shared_address(memory) + buffer;
+    return {matrix.starts[row], matrix.starts[below]};
+}
+__device__ __forceinline__ u32 first_of(const Span& span) { return __shfl_sync(~0u, span.begin, 0) & ~3u; }
+__device__ __forceinline__ u32 last_of(const Span& span) { return __shfl_sync(~0u, span.end, 31); }
+
+// Starts the copy of a tile's words into a buffer, in pieces of 16 bytes.
+__device__ __forceinline__ void start_tile(const Matrix& matrix, const Span& span, u32 buffer, int lane) {
+    const u32 first = first_of(span), last = last_of(span), to = shared_address(memory) + buffer;
     for (u32 i = first + lane * 4; i < last; i += 128) copy_async(to + (i - first) * 4, matrix.words + i);
-    return {to + (begin - first) * 4, (int)(end - begin)};
+    commit();
+}
+// Has a tile's words brought as near as the L2 cache.
+__device__ __forceinline__ void expect_tile(const Matrix& matrix, const Span& span, int lane) {
+    const u32 first = first_of(span), last = last_of(span);
+    if (lane == 0 && first < last) prefetch(matrix.words + first, (last - first + 3) / 4 * 16);
 }
 
 template <int M> __device__ __forceinline__ void sum_row(
-    const Params& p, const Matrix& matrix, const Tile& tile, float (&acc)[M], int lane) {
+    const Params& p, const Matrix& matrix, u32 row, int words, float (&acc)[M], int lane) {
     const u32 x = shared_address(memory) + p.at_x, at = x + lane % (STRIDE / Element<M>::BYTES) * Element<M>::BYTES;
     if ((matrix.kind & 0xff) == BITMAP) {
-        if constexpr (CODES & 1) sum_bitmap<M>(acc, tile.row, tile.words, p.columns, x);
+        if constexpr (CODES & 1) sum_bitmap<M>(acc, row, words, p.columns, x);
         return;
     }
-    const int longest = __reduce_max_sync(~0u, tile.words);
+    const int longest = __reduce_max_sync(~0u, words);
     switch (matrix.bits) {
-#define RUNS_OF(B) case B: if constexpr (CODES >> B & 1) sum_runs<B, M>(acc, tile.row, tile.words, longest, at); break;
+#define RUNS_OF(B) case B: if constexpr (CODES >> B & 1) sum_runs<B, M>(acc, row, words, longest, at); break;
         RUNS_OF(3) RUNS_OF(4) RUNS_OF(5) RUNS_OF(6) RUNS_OF(7) RUNS_OF(8)
 #undef RUNS_OF
     }
-}
-
-// y of tiles first .. last - 1 for the pairs of one pass.
-template <int M> __device__ __forceinline__ void multiply_tiles(
-    const Params& p, const Matrix& matrix, int part, const int* pairs, int count, int first, int last) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    const u32 buffers = p.at_stage + warp * p.stages * p.stage_bytes;
-    u32 buffer = buffers;
-    Tile next = {0, 0};
-    if (first + warp < last) next = start_tile(p, matrix, first + warp, buffer, lane);
-    commit();
-    for (int tile = first + warp; tile < last; tile += warps) {
-        const Tile now = next;
-        const int then = tile + warps;
-        if (p.stages > 1) {
-            buffer = 2 * buffers + p.stage_bytes - buffer;
-            if (then < last) next = start_tile(p, matrix, then, buffer, lane);
-            commit();
-            wait_but<1>();
-        } else {
-            wait_but<0>();
-        }
-        __syncwarp();
-        float acc[M] = {};
-        sum_row<M>(p, matrix, now, acc, lane);
-        const int row = tile * ROWS + lane;
-        if (row < p.rows) {
-            float scale = matrix.kind >> 30 & 1 ? bfloat_to_float(matrix.scales[row]) : half_to_float(matrix.scales[row]);
-            if (matrix.kind >> 31) scale = -scale;
-#pragma unroll
-            for (int m = 0; m < M; m++)
-                if (m < count) p.y[((u64)pairs[m] * p.parts + part) * p.rows + row] = float_to_activation(acc[m] * scale);
-        }
-        __syncwarp();  // the buffer is free again
-        if (p.stages == 1) {
-            if (then < last) next = start_tile(p, matrix, then, buffer, lane);
-            commit();
-        }
-    }
-    wait_but<0>();
 }
 
 // x of some pairs into shared memory: elements one after the other, or each STRIDE / BYTES times.
@@ -258,6 +246,49 @@ template <int M> __device__ __forceinline__ void load_x(const Params& p, const i
                     make_uint4(word[0], word[1], word[2], word[3]);
         }
     }
+}
+
+// y of tiles first .. last - 1 for the pairs of one pass; their x has to be loaded before, if `load`.
+template <int M> __device__ __forceinline__ void multiply_tiles(
+    const Params& p, const Matrix& matrix, int part, const int* pairs, int count, int first, int last, bool load) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    const u32 buffers = p.at_stage + warp * p.stages * p.stage_bytes;
+    u32 buffer = buffers;
+    Span now = find_span(p, matrix, first + warp, last, lane), next = find_span(p, matrix, first + warp + warps, last, lane);
+    start_tile(matrix, now, buffer, lane);
+    if (load) {
+        __syncthreads();
+        load_x<M>(p, pairs, count, (matrix.kind & 0xff) == BITMAP);
+        __syncthreads();
+    }
+    for (int tile = first + warp; tile < last; tile += warps) {
+        const int row = tile * ROWS + lane;
+        const u16 stored = row < p.rows ? load_now(matrix.scales + row) : 0;
+        const Span after = find_span(p, matrix, tile + 2 * warps, last, lane);
+        const u32 here = buffer;
+        if (p.stages > 1) {
+            buffer = 2 * buffers + p.stage_bytes - buffer;
+            start_tile(matrix, next, buffer, lane);
+            wait_but<1>();
+        } else {
+            expect_tile(matrix, next, lane);
+            wait_but<0>();
+        }
+        __syncwarp();
+        float acc[M] = {};
+        sum_row<M>(p, matrix, shared_address(memory) + here + (now.begin - first_of(now)) * 4, now.end - now.begin, acc, lane);
+        if (row < p.rows) {
+            float scale = matrix.kind >> 30 & 1 ? bfloat_to_float(stored) : half_to_float(stored);
+            if (matrix.kind >> 31) scale = -scale;
+#pragma unroll
+            for (int m = 0; m < M; m++)
+                if (m < count) p.y[((u64)pairs[m] * p.parts + part) * p.rows + row] = float_to_activation(acc[m] * scale);
+        }
+        __syncwarp();  // the buffer is free again
+        if (p.stages == 1) start_tile(matrix, next, buffer, lane);
+        now = next, next = after;
+    }
+    wait_but<0>();
 }
 
 // ---- who does what ------------------------------------------------------------------------------------------------------
@@ -320,8 +351,11 @@ extern "C" __global__ void __launch_bounds__(512, 1) sub1_products(const __grid_
     let_the_next_kernel_start();
     wait_for_the_kernel_before();
     const Plan plan = make_plan(p);
-    const int tiles = (p.rows + ROWS - 1) / ROWS;
-    const u64 each = (u64)tiles * p.parts, all = each * plan.work[p.experts];
+    const int tiles = (p.rows + ROWS - 1) / ROWS, warps = blockDim.x >> 5;
+    // Shares are whole turns of all warps where there are many: a share that ends in two experts has no more turns then.
+    const bool many = (u64)tiles * p.parts * plan.work[p.experts] >= (u64)TURNS * weight_of(1) * warps * gridDim.x;
+    const int turn = many ? warps : 1, turns = (tiles + turn - 1) / turn;
+    const u64 each = (u64)turns * p.parts, all = each * plan.work[p.experts];
     const u64 low = all * blockIdx.x / gridDim.x, high = all * (blockIdx.x + 1) / gridDim.x;
     int expert = 0;
     for (int step = 1024; step; step /= 2)
@@ -334,28 +368,21 @@ extern "C" __global__ void __launch_bounds__(512, 1) sub1_products(const __grid_
             const int count = min(MOST, plan.starts[expert + 1] - pair), weight = weight_of(count);
             const int* const pairs = plan.order + pair;
             bool loaded = false, as_packed = false;
-            for (int part = 0; part < p.parts; part++, at += (u64)tiles * weight) {
-                if (at >= high || at + (u64)tiles * weight <= low) continue;
-                const int first = low <= at ? 0 : (int)((low - at + weight - 1) / weight);
-                const int last = min(tiles, (int)((high - at + weight - 1) / weight));
+            for (int part = 0; part < p.parts; part++, at += (u64)turns * weight) {
+                if (at >= high || at + (u64)turns * weight <= low) continue;
+                const int first = low <= at ? 0 : (int)((low - at + weight - 1) / weight) * turn;
+                const int last = min(tiles, (int)min((u64)turns, (high - at + weight - 1) / weight) * turn);
                 if (first >= last) continue;
                 const Matrix matrix = p.matrices[expert * p.parts + part];
                 const bool packed = (matrix.kind & 0xff) == BITMAP;
                 const int mine = count == 1 ? pairs[0] / p.choices : -1;
-                if ((!loaded || packed != as_packed) && (mine < 0 || mine != token || packed != token_packed)) {
-                    __syncthreads();
-                    if (count == 1) load_x<1>(p, pairs, count, packed);
-                    else if (count == 2) load_x<2>(p, pairs, count, packed);
-                    else if (count <= 4) load_x<4>(p, pairs, count, packed);
-                    else load_x<8>(p, pairs, count, packed);
-                    __syncthreads();
-                    token = mine, token_packed = packed;
-                }
+                const bool load = (!loaded || packed != as_packed) && (mine < 0 || mine != token || packed != token_packed);
+                if (load) token = mine, token_packed = packed;
                 loaded = true, as_packed = packed;
-                if (count == 1) multiply_tiles<1>(p, matrix, part, pairs, count, first, last);
-                else if (count == 2) multiply_tiles<2>(p, matrix, part, pairs, count, first, last);
-                else if (count <= 4) multiply_tiles<4>(p, matrix, part, pairs, count, first, last);
-                else multiply_tiles<8>(p, matrix, part, pairs, count, first, last);
+                if (count == 1) multiply_tiles<1>(p, matrix, part, pairs, count, first, last, load);
+                else if (count == 2) multiply_tiles<2>(p, matrix, part, pairs, count, first, last, load);
+                else if (count <= 4) multiply_tiles<4>(p, matrix, part, pairs, count, first, last, load);
+                else multiply_tiles<8>(p, matrix, part, pairs, count, first, last, load);
             }
         }
     }
