@@ -62,7 +62,7 @@ def ours(text: Path, **changes: Any) -> Any:
     return recipe(text, **{"samples": 4, "tokens": 48, "target": "original", "group_size": 16, **changes})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["switch", pytest.param("t5", marks=pytest.mark.slow), "bart"])
 def test_blocks_one_at_a_time_are_the_model(family: str, folders: dict[str, Path]) -> None:
     model, ids_ST = load_dense(folders[family]), token_ids(3, 25)
     runner = runner_of(build(Checkpoint.open(folders[family])), "cpu", torch.float32)

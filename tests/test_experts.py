@@ -653,6 +653,7 @@ def test_no_more_than_four_times_the_mean(folders: Any, tmp_path: Path, text: Pa
     assert stacks[0].problem.tokens <= 192
 
 
+@pytest.mark.slow
 def test_special_tokens_do_not_count_if_asked(folders: Any, tmp_path: Path, text: Path) -> None:
     """Two of every window of 48 are made beginnings and ends: 16 of 384 tokens, with two experts each."""
     ids = token_ids(8, 48).clamp(min=4)  # 3 stands for what is unknown, and is special too
