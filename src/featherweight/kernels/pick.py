@@ -9,6 +9,7 @@ from featherweight.formats.base import Format, Rule
 from featherweight.kernels.base import Case, Kernel
 from featherweight.kernels.cpu_int4 import CpuInt4
 from featherweight.kernels.reference import Dense, Reference
+from featherweight.kernels.sparse24 import Sparse24
 from featherweight.kernels.sub1 import Sub1Tiles
 from featherweight.kernels.sub1_cuda import Sub1Cuda
 from featherweight.kernels.tiles import Dequantize
@@ -20,6 +21,7 @@ ALL: tuple[Kernel, ...] = (
     Sub1Cuda(),
     Sub1Tiles(),
     CpuInt4(),
+    Sparse24(),
     WNA16(),
     W4A16Hopper(),
     TritonLinear(),

@@ -120,13 +120,14 @@ def lay_out(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     chunks, parts = ceil(blocks / chunk), size * warp_splits
     ends = [chunks * r // parts for r in range(0, parts + 1, warp_splits)]
     slice_blocks = max(end - start for start, end in pairwise(ends)) * chunk
-    stride = slice_blocks * COLUMNS * 2 + 64  # 64: rows of x fall on different banks
+    stride = slice_blocks * COLUMNS * 2 + (16 if layout.sparse else 64)  # rows of x fall on different banks as read
     owned = ceil(row_warps * 2 / size)
     warps = row_warps * warp_splits
     at_barriers = warps * stages * chunk * layout.block_bytes
     at_x = _aligned(at_barriers + (warps * stages + 3) * 8)
     at_sums = _aligned(at_x + tokens * stride)
-    at_partials = at_sums + slice_blocks * layout.parts * -(-tokens // 8) * 64
+    sums = 0 if layout.sparse else slice_blocks * layout.parts * -(-tokens // 8) * 64
+    at_partials = at_sums + sums
     partials = parts * tokens * (owned * 16 + 4) * 4
     total = at_partials + min(passes, 2) * partials
     return Plan(
