@@ -1,8 +1,8 @@
 """2:4 sparse weights of 4 bits by 16-bit activations on NVIDIA GPUs (Ampere and later), by their sparse tensor cores.
 
 Of four neighbouring weights two codes and their places are read: 3 bits a weight and the scales. The blocks are those of
-`wna16_layout`, the code is `csrc/wna16.cu` with another inner loop, and many tokens go through a dense product, as in
-`wna16`.
+`wna16_layout`. Few tokens go through `csrc/wna16.cu` with another inner loop; more through `csrc/w4a16_hopper.cu`, with
+another product, on Hopper, and through a dense product with weights made floats elsewhere, as in `wna16`.
 
 The operator `featherweight::sparse24` is what torch.compile and CUDA graphs see. On a CPU it computes the same product
 from the same bytes, slowly: for tests.
@@ -24,7 +24,7 @@ from torch.nn import functional
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels import nvrtc, wna16, wna16_layout
+from featherweight.kernels import nvrtc, w4a16_hopper, wna16, wna16_layout
 from featherweight.kernels.base import Case, Kernel, Run, require_input
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.wna16_layout import GROUPS, Layout
@@ -49,7 +49,7 @@ class Sparse24(Kernel):
 
     def broken(self, case: Case) -> str | None:
         try:
-            wna16.kernels(torch.device("cuda", case.device.index or 0), case.dtype, layout_of(GROUPS[-1], case.dtype, False))
+            kernels(torch.device("cuda", case.device.index or 0), case.dtype, layout_of(GROUPS[-1], case.dtype, False))
         except nvrtc.CompileError as error:
             return str(error)
         return None
@@ -61,7 +61,7 @@ class Sparse24(Kernel):
         weights, layout = repack(solution)
         if weights.is_cuda:
             try:
-                wna16.kernels(weights.device, dtype, layout)
+                kernels(weights.device, dtype, layout)
             except nvrtc.CompileError as error:
                 warnings.warn(f"sparse24 gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
                 return Reference().prepare(format, rule, tensors, dtype)
@@ -76,6 +76,13 @@ class Sparse24(Kernel):
             return torch.ops.featherweight.sparse24(x_TC, weights, bias_R, *static)
 
         return run
+
+
+def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> wna16.Kernels | w4a16_hopper.Kernels:
+    """What multiplies any number of tokens, compiled and loaded. Raises CompileError."""
+    streamed = wna16.kernels(device, dtype, layout)
+    on_hopper = torch.cuda.get_device_capability(device) == w4a16_hopper.HOPPER
+    return w4a16_hopper.kernels(device, dtype, layout) if on_hopper else streamed
 
 
 def layout_of(group: int, scales: torch.dtype, zeros: bool) -> Layout:
@@ -114,7 +121,7 @@ def _on_cuda(
     if flat_TC.data_ptr() % 16:
         flat_TC = flat_TC.clone()
     with torch.cuda.device(x_TC.device):
-        made = wna16.kernels(x_TC.device, x_TC.dtype, layout_of(group, scales, zeros))
+        made = kernels(x_TC.device, x_TC.dtype, layout_of(group, scales, zeros))
         y_TR = made.product(flat_TC, weights, bias_R, rows)
     return y_TR.view(*x_TC.shape[:-1], rows)
 

@@ -66,6 +66,14 @@ COSTS = {
 }
 """Fitted to 227 launches on an H100, with an error of 3 to 8 per cent (bench/results/2026-11-22-h100-w4a16-hopper.md);
 those with sums are guessed by their instructions, 15 per cent more, and not measured."""
+SPARSE_COSTS = {
+    Tile(64, 2): Cost(5.0, 0.45, 2, 0),
+    Tile(64, 4): Cost(4.5, 0.75, 3, 0),
+    Tile(128, 4): Cost(0.7, 1.0, 5, 3.3),
+    Tile(256, 2): Cost(0, 0.95, 8.6, 0),
+    Tile(64, 4, True): Cost(4.5, 0.9, 3, 0),
+    Tile(128, 2, True): Cost(3.0, 0.75, 4, 1.5),
+}
 DENSE_GBPS, DENSE_GFLOPS = 2350.0, 750e3
 """Of making weights floats (bytes read and written), and of cuBLAS, on the same H100."""
 
@@ -103,13 +111,17 @@ class Plan:
         return self.sharers * 2 * self.tile.rows * self.tile.tokens * 4
 
 
+def costs_of(layout: Layout) -> dict[Tile, Cost]:
+    return SPARSE_COSTS if layout.sparse else COSTS
+
+
 def tiles(dtype: torch.dtype, layout: Layout) -> tuple[Tile, ...]:
     """Those that there are for activations of this dtype; sums take registers, and leave fewer for the tile.
 
     float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8.
     Scales of groups of 32 take registers too, which four warpgroups do not have beside sums or those of 128 tokens.
     """
-    fits = [tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16)]
+    fits = [tile for tile in costs_of(layout) if tile.sums != (dtype == layout.scales == torch.float16)]
     full = (Tile(128, 4), Tile(64, 4, True)) if layout.group == 32 else ()
     return tuple(tile for tile in fits if tile not in full)
 
@@ -121,7 +133,7 @@ def lay_out(
     """The launch with tiles of this shape, on so many multiprocessors with so much shared memory."""
     blocks = extent(rows, columns)[1]
     row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, processors)
+    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, processors)
     weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
     stages = min(MOST_STAGES, (block_bytes - staging - 128) // (weights_bytes + x_bytes + 16))
@@ -141,27 +153,27 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
 
     def estimate(tile: Tile) -> float:
         count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
-        return _estimate_us(tile, blocks, *_share(tile, count, blocks, processors))
+        return _estimate_us(costs_of(layout)[tile], blocks, *_share(tile, count, blocks, layout, processors))
 
     best = min(tiles(dtype, layout), key=estimate)
     dense_us = rows * columns * (2.5 / DENSE_GBPS + 2 * tokens / DENSE_GFLOPS) / 1e3
     return best if estimate(best) <= dense_us else None
 
 
-def _share(tile: Tile, count: int, blocks: int, processors: int) -> tuple[int, int, int]:
+def _share(tile: Tile, count: int, blocks: int, layout: Layout, processors: int) -> tuple[int, int, int]:
     """Of so many tiles: how many each CTA computes whole, how many are shared, and by how many CTAs."""
+    cost = costs_of(layout)[tile]
     whole, shared = divmod(count, processors)
     if not shared:
         return whole, 0, 0
     even = list(range(shared, min(processors, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
     all_of_them = [min(processors, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * processors else []
-    sharers = min(even + all_of_them, key=lambda n: _estimate_us(tile, blocks, whole, shared, n))
+    sharers = min(even + all_of_them, key=lambda n: _estimate_us(cost, blocks, whole, shared, n))
     return whole, shared, sharers
 
 
-def _estimate_us(tile: Tile, blocks: int, whole: int, shared: int, sharers: int) -> float:
+def _estimate_us(cost: Cost, blocks: int, whole: int, shared: int, sharers: int) -> float:
     """What the last CTA takes."""
-    cost = COSTS[tile]
     stretch = -(-shared * blocks // sharers) if shared else 0
     sums = 0 if sharers == shared else 1 if sharers % shared == 0 else 2
     stored = whole + (shared > 0)

@@ -15,19 +15,24 @@
 // SUMS 0: weights are rounded to float16 with their scale. SUMS 1: code minus zero, exact in either dtype, is multiplied,
 // and each group's sum scaled: twice the registers.
 //
-// Macros: BF16, GROUP, SCALE, ZEROS as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
+// SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns. The order of the words
+// is then the tensor cores' own.
+//
+// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
 
 #include "gpu.cuh"
 #include "hopper.cuh"
 #include "numbers.cuh"
 
-constexpr int ROWS = 32, COLUMNS = 128, CODES = ROWS * COLUMNS / 2, PARTS = COLUMNS / GROUP;
+constexpr int ROWS = 32, COLUMNS = 128, PARTS = COLUMNS / GROUP;
+constexpr int CODES = ROWS * COLUMNS / (SPARSE ? 4 : 2), PLACES = SPARSE ? ROWS * COLUMNS / 8 : 0;
 constexpr int SCALE_BYTES = PARTS * ROWS * (SCALE == 2 ? 4 : 2);
-constexpr int BLOCK = CODES + SCALE_BYTES + (ZEROS ? PARTS * ROWS : 0);
+constexpr int BLOCK = CODES + SCALE_BYTES + (ZEROS ? PARTS * ROWS : 0) + PLACES;
 constexpr int WARPS = 4 * WARPGROUPS, CONSUMERS = 32 * WARPS, STAGING = 1024;
 constexpr int TILES = 2 * WARPGROUPS, X_BYTES = TOKENS * COLUMNS * 2;        // 32-row tiles of weights; bytes of a stage
 constexpr int SIXTEENS = TOKENS / 16, QUADS = TOKENS / 8;                     // of a tile
 constexpr int BUFFERS = WARPGROUPS == 4 && (SUMS || TOKENS > 64) ? 1 : 2;     // sets of registers for weights
+constexpr int STEP = SPARSE ? 32 : 16, STEPS = 64 / STEP;                     // columns of a product; products of a unit
 
 struct Params {
     TensorMap x;
@@ -72,9 +77,19 @@ __device__ __forceinline__ void exchange(u32& w0, u32& w1, int lane) {
 
 __device__ __forceinline__ u32 times(u32 a, u32 b) {
     u32 c;
+#if BF16
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+#else
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+#endif
     return c;
 }
+
+__device__ __forceinline__ void load_words(u32 (&words)[4], const u8* from) {
+    uint4 v = *(const uint4*)from;
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+}
+
 // What a lane's rows g and g + 8 share over a group.
 struct Scales {
     float of[2];
@@ -104,7 +119,7 @@ __device__ __forceinline__ void to_floats(u32 (&a)[4], u32 w, const Scales& s) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         code_minus_zero(a[2 * i], a[2 * i + 1], w >> 8 * i, s.zeros);
-        if (!BF16 && !SUMS) {
+        if (!SUMS) {
             a[2 * i] = times(a[2 * i], s.pairs[0]);
             a[2 * i + 1] = times(a[2 * i + 1], s.pairs[1]);
         }
@@ -179,7 +194,7 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
     const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, half = warp & 1;
     u8* staging = memory + p.at_staging + warp * STAGING;
     float sum[TOKENS / 2], total[SUMS ? TOKENS / 2 : 1], scale[2];
-    u32 a[BUFFERS][4][4];
+    u32 a[BUFFERS][STEPS][4], places[BUFFERS][STEPS];
     Ring ring = {0, p.stages, 0};
     int shared_tile0 = -1, shared_tile1 = -1;
     Pieces pieces(p);
@@ -201,11 +216,12 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
             wait_barrier(full + 8 * ring.slot, ring.phase);
             const u8* block = memory + p.at_weights + (ring.slot * TILES + warp / 2) * BLOCK;
             const u64 x = operand_of(base + ring.slot * X_BYTES);
+            u32 words[4], all_places[4];
 #pragma unroll
             for (int u = 0; u < 2; u++) {
-                u32(&buffer)[4][4] = a[u % BUFFERS];
-                uint4 v = *(const uint4*)(block + half * (CODES / 2) + u * 512 + lane * 16);
-                u32 words[4] = {v.x, v.y, v.z, v.w};
+                u32(&buffer)[STEPS][4] = a[u % BUFFERS];
+                if (u == 0 || !SPARSE) load_words(words, block + half * (CODES / 2) + u * 512 + lane * 16);
+                if (u == 0 && SPARSE) load_words(all_places, block + BLOCK - PLACES + (lane & ~3 | half * 2 | lane & 1) * 16);
                 Scales s[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -213,27 +229,33 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
                         s[i] = load_scales(block, (2 * u + i) * 32 / GROUP, g, half);
                     else
                         s[i] = s[0];
-                    exchange(words[2 * i], words[2 * i + 1], lane);
+                    if (!SPARSE) exchange(words[2 * i], words[2 * i + 1], lane);
                     if (BUFFERS == 1 && i == 0) products_wait<0>();
-                    to_floats(buffer[2 * i], words[2 * i], s[i]);
-                    to_floats(buffer[2 * i + 1], words[2 * i + 1], s[i]);
+                    if (SPARSE) {
+                        to_floats(buffer[i], words[2 * u + i], s[i]);
+                        places[u % BUFFERS][i] = all_places[2 * u + i];
+                    } else {
+                        to_floats(buffer[2 * i], words[2 * i], s[i]);
+                        to_floats(buffer[2 * i + 1], words[2 * i + 1], s[i]);
+                    }
                 }
 #pragma unroll
-                for (int step = 0; step < 4; step++) {
-                    const bool begins = SUMS && (u * 64 + step * 16) % GROUP == 0;
+                for (int step = 0; step < STEPS; step++) {
+                    const bool begins = SUMS && (u * 64 + step * STEP) % GROUP == 0;
                     if (begins) {
                         if (step) products_commit();
                         if (more || u || step) {
                             products_wait<0>();
                             fold();
                         }
-                        scale[0] = s[step / 2].of[0], scale[1] = s[step / 2].of[1];
+                        scale[0] = s[step * STEP / 32].of[0], scale[1] = s[step * STEP / 32].of[1];
                     }
                     if (step == 0 || begins) {
                         settle(sum);
                         products_begin();
                     }
-                    warpgroup_product(sum, buffer[step], x + (u * (X_BYTES / 2) + step * 32 >> 4), SUMS ? !begins : more || u || step);
+                    warpgroup_product(sum, buffer[step], places[u % BUFFERS][step], x + (u * (X_BYTES / 2) + step * STEP * 2 >> 4),
+                                      SUMS ? !begins : more || u || step);
                 }
                 products_commit();
                 if (BUFFERS > 1) products_wait<1>();
