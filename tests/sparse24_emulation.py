@@ -1,4 +1,4 @@
-"""2:4 sparse blocks in plain torch: what the sparse products of csrc/wna16.cu and csrc/w4a16_hopper.cu make of their bytes.
+"""2:4 sparse blocks in plain torch: what the products of csrc/wna16.cu and csrc/w4a16_hopper.cu make of their bytes.
 
 Words, lanes and places are those of PTX's mma.sp.m16n8k32 (and of a warp's share of wgmma.sp.m64nNk32).
 

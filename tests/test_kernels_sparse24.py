@@ -1,4 +1,4 @@
-"""The kernel for 2:4 sparse weights of four bits: layout, launches in emulation, the operator, what it compiles to, refusals.
+"""The kernel for 2:4 sparse weights of four bits: layout, launches in emulation, operator, machine code, refusals.
 
 Tests marked gpu run it.
 """

@@ -133,7 +133,9 @@ def _say_row(row: dict[str, Any]) -> None:
     console.say(f"{row['layer']}, {row['kernel']}, {what}")
 
 
-def _pattern(sparsity: str | None) -> Pattern | None:
+def _pattern(sparsity: str | None) -> Any:
+    from featherweight.core.rules import Pattern
+
     found = None if sparsity is None else Pattern.of_text(sparsity)
     if found is not None and not found.of:
         raise RequestError(f"--sparsity {sparsity}: products are timed with N:M sparsity alone, such as 2:4.")

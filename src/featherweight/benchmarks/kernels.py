@@ -178,14 +178,10 @@ def pruned(weights: Solution, pattern: Pattern) -> Solution:
     runs = weights.codes_RC.unflatten(1, (-1, pattern.of))
     keep_RC = (torch.rand(runs.shape, device=runs.device).argsort(-1) < pattern.keep).flatten(1)
     zeros_RC = weights.zeros_RG.repeat_interleave(keep_RC.shape[1] // weights.zeros_RG.shape[1], 1)
-    return replace(
-        weights, codes_RC=torch.where(keep_RC, weights.codes_RC, zeros_RC), keep_RC=keep_RC, pattern=pattern
-    )
+    return replace(weights, codes_RC=torch.where(keep_RC, weights.codes_RC, zeros_RC), keep_RC=keep_RC, pattern=pattern)
 
 
-def stored_bytes(
-    columns: int, outputs: int, grid: Grid, dtype: torch.dtype, pattern: Pattern | None = None
-) -> float:
+def stored_bytes(columns: int, outputs: int, grid: Grid, dtype: torch.dtype, pattern: Pattern | None = None) -> float:
     """Of a matrix in a file: what has to be read. Of N:M patterns what is kept, and a bit a weight for where."""
     groups = columns // grid.width(columns)
     zeros = 0 if grid.symmetric else grid.stored_bits

@@ -1,8 +1,8 @@
 """2:4 sparse weights of 4 bits by 16-bit activations on NVIDIA GPUs (Ampere and later), by their sparse tensor cores.
 
-Of four neighbouring weights two codes and their places are read: 3 bits a weight and the scales. The blocks are those of
-`wna16_layout`. Few tokens go through `csrc/wna16.cu` with another inner loop; more through `csrc/w4a16_hopper.cu`, with
-another product, on Hopper, and through a dense product with weights made floats elsewhere, as in `wna16`.
+Of four neighbouring weights two codes and their places are read: 3 bits a weight and the scales. The blocks are those
+of `wna16_layout`. Few tokens go through `csrc/wna16.cu` with another inner loop; more through `csrc/w4a16_hopper.cu`,
+with another product, on Hopper, and through a dense product with weights made floats elsewhere, as in `wna16`.
 
 The operator `featherweight::sparse24` is what torch.compile and CUDA graphs see. On a CPU it computes the same product
 from the same bytes, slowly: for tests.
@@ -96,7 +96,9 @@ def repack(solution: Solution) -> tuple[Tensor, Layout]:
     """
     scales_RG, zeros_RG = solution.scales_RG, solution.zeros_RG
     width = solution.codes_RC.shape[1] // scales_RG.shape[1]
-    layout = layout_of(next(g for g in reversed(GROUPS) if width % g == 0), scales_RG.dtype, not solution.grid.symmetric)
+    layout = layout_of(
+        next(g for g in reversed(GROUPS) if width % g == 0), scales_RG.dtype, not solution.grid.symmetric
+    )
     scales_RG, zeros_RG = (each.repeat_interleave(width // layout.group, dim=1) for each in (scales_RG, zeros_RG))
     return wna16_layout.pack(solution.codes_RC, scales_RG, zeros_RG, layout), layout
 

@@ -30,14 +30,18 @@ def gather(codes_RC: Tensor, zeros_RG: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises RequestError where a run has more of them.
     """
-    off_RPN = (codes_RC != zeros_RG.repeat_interleave(codes_RC.shape[1] // zeros_RG.shape[1], 1)).unflatten(1, (-1, RUN))
+    off_RPN = (codes_RC != zeros_RG.repeat_interleave(codes_RC.shape[1] // zeros_RG.shape[1], 1)).unflatten(
+        1, (-1, RUN)
+    )
     flags_RP = sum(off_RPN[..., place].to(torch.uint8) << place for place in range(RUN))
     assert isinstance(flags_RP, Tensor)
     table = torch.tensor([pair or (RUN, RUN) for pair in PLACES], dtype=torch.uint8, device=codes_RC.device)
     places_RPN = table[flags_RP.int()]
     if bool((places_RPN == RUN).any()):
         most = int(off_RPN.sum(-1, dtype=torch.uint8).max())
-        raise RequestError(f"four neighbouring weights have {most} that are not zero, and 2:4 is 2: choose another kernel.")
+        raise RequestError(
+            f"four neighbouring weights have {most} that are not zero, and 2:4 is 2: choose another kernel."
+        )
     kept_RPN = codes_RC.unflatten(1, (-1, RUN)).gather(-1, places_RPN.long())
     return kept_RPN.flatten(1), places_RPN.flatten(1)
 

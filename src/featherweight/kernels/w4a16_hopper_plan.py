@@ -26,15 +26,22 @@ class Tile:
 
     Attributes:
         sums: whether scales multiply the sums of groups, and not weights, which rounds those to the dtype of x.
+        pair: whether two CTAs of a cluster take half of twice these rows each, and fetch half of x for both.
     """
 
     tokens: int
     warpgroups: int
     sums: bool = False
+    pair: bool = False
 
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups
+        return 64 * self.warpgroups * self.ctas
+
+    @property
+    def ctas(self) -> int:
+        """That take a tile together."""
+        return 2 if self.pair else 1
 
     @property
     def threads(self) -> int:
@@ -134,15 +141,15 @@ def lay_out(
     blocks = extent(rows, columns)[1]
     row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
     whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, processors)
-    weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
+    weights_bytes, x_bytes = tile.rows // tile.ctas // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
     stages = min(MOST_STAGES, (block_bytes - staging - 128) // (weights_bytes + x_bytes + 16))
     at_weights = stages * x_bytes
     at_staging = -(-(at_weights + stages * weights_bytes) // 128) * 128
     at_barriers = at_staging + staging
     return Plan(
-        tile, processors if whole else sharers, row_tiles, token_tiles, _band(tile, token_tiles, processors),
-        whole, shared, sharers, stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
+        tile, (processors // tile.ctas if whole else sharers) * tile.ctas, row_tiles, token_tiles,
+        _band(tile, token_tiles, processors), whole, shared, sharers, stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
     )  # fmt: skip
 
 
@@ -162,7 +169,7 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
 
 def _share(tile: Tile, count: int, blocks: int, layout: Layout, processors: int) -> tuple[int, int, int]:
     """Of so many tiles: how many each CTA computes whole, how many are shared, and by how many CTAs."""
-    cost = costs_of(layout)[tile]
+    cost, processors = costs_of(layout)[tile], processors // tile.ctas
     whole, shared = divmod(count, processors)
     if not shared:
         return whole, 0, 0

@@ -13,9 +13,10 @@ e = 2i + j of a nibble belongs to that product. At eight bits a product has two 
 Scales, and zeros as bytes, lie in the order group, g, half tile, (row g, row g + 8); zeros of two- and three-bit codes
 are nibbles in that order.
 
-Of 2:4 sparse weights (four bits) two of four are stored, and behind everything else which. A lane's word is one m16n8k32
-sparse product, a unit: rows g and g + 8, the two kept of columns 4t .. 4t + 3 and of those 16 further on. A lane's word of
-places is, for the half tile t / 2 and a unit, columns 16 (t % 2) .. + 15 of row g, two bits each kept, then of row g + 8.
+Of 2:4 sparse weights (four bits) two of four are stored, and behind everything else which. A lane's word is one
+m16n8k32 sparse product, a unit: rows g and g + 8, the two kept of columns 4t .. 4t + 3 and of those 16 further on. A
+lane's word of places is, for the half tile t / 2 and a unit, 16 columns from 16 (t % 2) on of row g, two bits for each
+that is kept, then those of row g + 8.
 
 Shapes: R rows, C columns, G groups of a row, T tiles, K blocks of a tile, B bytes of a block; weights are flat bytes.
 """

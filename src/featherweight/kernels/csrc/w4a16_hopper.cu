@@ -18,7 +18,9 @@
 // SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns. The order of the words
 // is then the tensor cores' own.
 //
-// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
+// PAIR 1: two CTAs of a cluster take the same tokens and different rows, and fetch half of x for both.
+//
+// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS; PAIR.
 
 #include "gpu.cuh"
 #include "hopper.cuh"
@@ -137,9 +139,24 @@ struct Ring {
     }
 };
 
+// In a pair of CTAs each brings half of the columns to both.
 __device__ __forceinline__ void fetch_x(const Params& p, u32 to, u32 barrier, int token, int k) {
+#if PAIR
+    copy_box_to_both(to + member() * (X_BYTES / 2), &p.x, k * COLUMNS + member() * (COLUMNS / 2), token, barrier);
+#else
     copy_box(to, &p.x, k * COLUMNS, token, barrier);
     copy_box(to + X_BYTES / 2, &p.x, k * COLUMNS + COLUMNS / 2, token, barrier);
+#endif
+}
+
+// A slot has been read by the warp: by all who fill it.
+__device__ __forceinline__ void release(u32 empty) {
+#if PAIR
+    arrive(empty);
+    arrive_remotely(remote_address(empty, member() ^ 1));
+#else
+    arrive(empty);
+#endif
 }
 
 // Weights are nobody's output: the ring takes its first before the kernel in front has ended, x after.
@@ -164,7 +181,7 @@ __device__ __forceinline__ void produce(const Params& p, u8* memory) {
     int waiting = 0;  // stages without x; -1 once it flows
     while (pieces.next(p, piece)) {
         int token_tile, tile0 = row_tile_of(p, piece.tile, token_tile) * TILES;
-        const int present = min(TILES, p.tiles - tile0);
+        const int present = PAIR ? max(0, min(TILES, p.tiles - tile0)) : min(TILES, p.tiles - tile0);
         for (int k = piece.first; k < piece.end; k++) {
             if (waiting == p.stages) {
                 fetch_late_x(p, base, full, waiting);
@@ -259,18 +276,18 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
                 }
                 products_commit();
                 if (BUFFERS > 1) products_wait<1>();
-                if (BUFFERS > 1 && u == 0 && before >= 0 && lane == 0) arrive(empty + 8 * before);
+                if (BUFFERS > 1 && u == 0 && before >= 0 && lane == 0) release(empty + 8 * before);
             }
             if (BUFFERS == 1) {
                 products_wait<0>();
-                if (lane == 0) arrive(empty + 8 * ring.slot);
+                if (lane == 0) release(empty + 8 * ring.slot);
             }
             more = 1;
             before = ring.slot;
             ring.step();
         }
         products_wait<0>();
-        if (BUFFERS > 1 && lane == 0) arrive(empty + 8 * before);
+        if (BUFFERS > 1 && lane == 0) release(empty + 8 * before);
         if (SUMS) fold();
         else settle(sum);
         const float(&result)[TOKENS / 2] = *(const float(*)[TOKENS / 2])(SUMS ? total : sum);
@@ -294,11 +311,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) w4a16_hopper(co
         const u32 full = shared_address(memory) + p.at_barriers;
         for (int i = 0; i < p.stages; i++) {
             init_barrier(full + 8 * i, 1);
-            init_barrier(full + 8 * (p.stages + i), WARPS);
+            init_barrier(full + 8 * (p.stages + i), WARPS * (PAIR + 1));
         }
         publish_barriers();
     }
-    __syncthreads();
+    if (PAIR) wait_for_cluster();
+    else __syncthreads();
     let_the_next_kernel_start();
     if (threadIdx.x < CONSUMERS) {
         more_registers<MORE>();
@@ -307,4 +325,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) w4a16_hopper(co
         fewer_registers<FEWER>();
         if (threadIdx.x < CONSUMERS + 32) produce(p, memory);
     }
+    if (PAIR) wait_for_cluster();  // nobody writes to or arrives in a CTA that has ended
 }
