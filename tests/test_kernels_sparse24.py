@@ -17,6 +17,7 @@ from cuda.pathfinder import find_nvidia_binary_utility
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featherweight.benchmarks import kernels as kernels_bench
 from featherweight.core.rules import Grid, Joint, Pattern
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import FORMATS
@@ -29,6 +30,7 @@ from featherweight.kernels.wna16_plan import choose as choose_streamed
 from featherweight.kernels.wna16_plan import lay_out as lay_out_streamed
 from featherweight.linear import CompressedLinear
 from featherweight.merged import merge
+from runs import featherweight
 from sparse24_emulation import operands
 from wna16_cases import A100, BFLOAT, FLOAT, H100, HALF, RTX_3090, drawn, sparse_solution
 from wna16_emulation import product as emulated
@@ -132,10 +134,8 @@ def test_the_operator_is_sound_for_torch() -> None:
     packed, layout = sparse24.repack(sparse_solution(Grid(4, 64, False), 48, 256))
     sparse24.register()
     static = (48, layout.group, layout.scales, layout.zeros)
-    for bias in (None, torch.randn(48).half()):
-        torch.library.opcheck(
-            torch.ops.featherweight.sparse24.default, (torch.randn(3, 256).half(), packed, bias, *static)
-        )
+    arguments = (torch.randn(3, 256).half(), packed, torch.randn(48).half(), *static)
+    torch.library.opcheck(torch.ops.featherweight.sparse24.default, arguments)
 
 
 def test_weights_that_are_not_sparse_are_refused_where_they_are_repacked() -> None:
@@ -264,6 +264,31 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         run(x.float(), None)
     with pytest.raises(RequestError, match="no backward pass"):
         run(x.requires_grad_(), None)
+
+
+# ---- on the command line --------------------------------------------------------------------------------------------
+def test_check_kernels_says_why_not() -> None:
+    ran = featherweight("check-kernels", "--sparsity", "2:4", "--device", "cpu")
+    assert ran.code == 0 and "NVIDIA GPUs, and the layer is on cpu" in ran.last["refusals"]["sparse24"]
+    ran = featherweight("check-kernels", "--device", "cpu")
+    assert "of which 2 of 4 are kept, and they are not pruned" in ran.last["refusals"]["sparse24"]
+
+
+def test_bench_kernels_draws_weights_that_are_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_bench, "read_gbps", lambda device: 10.0)
+    monkeypatch.setattr(kernels_bench, "peak_tflops", lambda device: 0.5)
+    ran = featherweight(
+        *("bench", "kernels", "--shapes", "128x64", "--m", "3", "--sparsity", "2:4", "--kernel", "dequantize"),
+        *("--device", "cpu"),
+    )
+    assert ran.code == 0, ran.err
+    row = ran.last["rows"][-1]
+    assert ran.last["sparsity"] == "2:4" and row["kernel"] == "dequantize" and row["error"] < 5e-3
+    weights = kernels_bench.pruned(kernels_bench.draw(64, 256, Grid(4, 64, False), HALF, torch.device("cpu")), PATTERN)
+    held = sum(tensor.nbytes for name, tensor in FORMAT.pack(weights).items() if name != "weight_shape")
+    assert kernels_bench.stored_bytes(256, 64, Grid(4, 64, False), HALF, PATTERN) == held
+    ran = featherweight("bench", "kernels", "--shapes", "128x64", "--sparsity", "0.5", "--device", "cpu")
+    assert ran.code == 2 and "--sparsity 0.5: products are timed with N:M sparsity alone" in ran.err
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

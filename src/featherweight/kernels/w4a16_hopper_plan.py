@@ -147,9 +147,10 @@ def lay_out(
     at_weights = stages * x_bytes
     at_staging = -(-(at_weights + stages * weights_bytes) // 128) * 128
     at_barriers = at_staging + staging
+    grid = (processors // tile.ctas if whole else sharers) * tile.ctas
     return Plan(
-        tile, (processors // tile.ctas if whole else sharers) * tile.ctas, row_tiles, token_tiles,
-        _band(tile, token_tiles, processors), whole, shared, sharers, stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
+        tile, grid, row_tiles, token_tiles, _band(tile, token_tiles, processors), whole, shared, sharers,
+        stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
     )  # fmt: skip
 
 
