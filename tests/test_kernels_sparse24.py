@@ -1,19 +1,14 @@
-"""The kernel for 2:4 sparse weights of four bits: layout, launches in emulation, operator, machine code, refusals.
+"""The kernel for 2:4 sparse weights of four bits: layout, launches in emulation, the operator, refusals.
 
 Tests marked gpu run it.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-from functools import cache
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from cuda.pathfinder import find_nvidia_binary_utility
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,9 +16,9 @@ from featherweight.benchmarks import kernels as kernels_bench
 from featherweight.core.rules import Grid, Joint, Pattern
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import FORMATS
-from featherweight.kernels import nvrtc, pick, sparse24, two_of_four, w4a16_hopper, wna16
+from featherweight.kernels import nvrtc, pick, sparse24, two_of_four, w4a16_hopper
 from featherweight.kernels.base import Case
-from featherweight.kernels.w4a16_hopper_plan import Tile, choose, lay_out, tiles
+from featherweight.kernels.w4a16_hopper_plan import choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack, unpack
 from featherweight.kernels.wna16_plan import TOKENS, Choice, most_tokens
 from featherweight.kernels.wna16_plan import choose as choose_streamed
@@ -145,90 +140,6 @@ def test_weights_that_are_not_sparse_are_refused_where_they_are_repacked() -> No
         sparse24.repack(weights)
 
 
-# ---- compiling ------------------------------------------------------------------------------------------------------
-NAMES = {"wna16_8", "wna16_16", "wna16_24", "wna16_32", "wna16_dequantize"}
-SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill"
-
-
-@cache
-def compiled(arch: str, dtype: torch.dtype, layout: Layout, tile: Tile | None = None) -> nvrtc.Cubin:
-    """The kernel for few tokens, or with a tile that for many."""
-    if tile is None:
-        return nvrtc.compile_source(nvrtc.source("wna16"), wna16.macros(dtype, layout), arch)
-    return nvrtc.compile_source(nvrtc.source("w4a16_hopper"), w4a16_hopper.macros(dtype, layout, tile), arch)
-
-
-@pytest.mark.parametrize(
-    ("arch", "dtype", "layout"),
-    [
-        ("sm_90a", HALF, LAYOUTS[0]),
-        *(pytest.param("sm_90a", *each, marks=pytest.mark.slow) for each in product((HALF, BFLOAT), LAYOUTS[1:])),
-        *(pytest.param("sm_80", *each, marks=pytest.mark.slow) for each in product((HALF, BFLOAT), LAYOUTS)),
-    ],
-    ids=str,
-)
-def test_kernels_compile_without_spilling(arch: str, dtype: torch.dtype, layout: Layout) -> None:
-    made = compiled(arch, dtype, layout)
-    found = dict(re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", made.log, re.S))
-    assert made.code[:4] == b"\x7fELF" and "warning" not in made.log and set(found) == NAMES
-    assert set(re.findall(SPILLS, made.log)) == {("0",) * 3}
-    assert int(found["wna16_8"]) <= 128 and int(found["wna16_16"]) <= 128, "16 warps have to fit on a multiprocessor"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "layout", "tile"),
-    [(dtype, layout, tile) for dtype, layout in product((HALF, BFLOAT), LAYOUTS) for tile in tiles(dtype, layout)],
-    ids=str,
-)
-def test_kernels_for_many_tokens_compile_without_spilling(dtype: torch.dtype, layout: Layout, tile: Tile) -> None:
-    made = compiled("sm_90a", dtype, layout, tile)
-    assert "warning" not in made.log.lower(), "products one by one, say"
-    assert re.findall(SPILLS, made.log) == [("0",) * 3]
-
-
-def instructions(made: nvrtc.Cubin, folder: Path) -> dict[str, list[str]]:
-    """Of each kernel, labels between them."""
-    nvdisasm = find_nvidia_binary_utility("nvdisasm")
-    assert nvdisasm is not None, "nvidia-cuda-nvdisasm is one of the development requirements"
-    path = folder / "sparse24.cubin"
-    path.write_bytes(made.code)
-    text = subprocess.run([nvdisasm, "-c", str(path)], capture_output=True, text=True, check=True).stdout
-    sections = re.split(r"\.section\s+\.text\.(\w+)", text)
-    line = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.+?)\s*;|(\.L_x_\d+):)", re.M)
-    kernels = zip(sections[1::2], sections[2::2], strict=True)
-    return {name: [found[1] or found[2] for found in line.finditer(body)] for name, body in kernels}
-
-
-def loop_with(count: int, product: str, lines: list[str]) -> list[str]:
-    """The opcodes of the shortest loop with so many products."""
-    loops = []
-    for end, each in enumerate(lines):
-        target = re.match(r"BRA `\((\.L_x_\d+)\)", each)
-        if target and target[1] in lines[:end]:
-            loops.append([op for op in lines[lines.index(target[1]) : end + 1] if not op.startswith(".L")])
-    return min((body for body in loops if sum(product in op for op in body) == count), key=len)
-
-
-def test_few_tokens_meet_the_sparse_tensor_cores(tmp_path: Path) -> None:
-    """A block of 32 x 128 a turn: a sparse product for each 16 x 32 weights and 8 tokens, few instructions a weight."""
-    kernels = instructions(compiled("sm_90a", HALF, LAYOUTS[0]), tmp_path)
-    for width, ceiling in ((8, 1.2), (16, 1.45), (24, 1.7), (32, 1.95)):
-        body = loop_with(width, "HMMA.SP.16832", kernels[f"wna16_{width}"])
-        assert len(body) <= ceiling * 32 * 128 / 32
-        assert not any(op.startswith(("LDL", "STL", "LDG", "BAR", "HMMA.16816")) for op in body)
-    opcodes = {each.split(" ")[0].split(".")[0] for each in kernels["wna16_8"]}
-    assert {"UBLKCP", "SYNCS", "PREEXIT", "ACQBULK", "LDSM"} <= opcodes
-
-
-@pytest.mark.slow
-def test_many_tokens_meet_the_sparse_warpgroup_products(tmp_path: Path) -> None:
-    tile = next(tile for tile in tiles(HALF, LAYOUTS[0]) if tile.tokens > 64)
-    (lines,) = instructions(compiled("sm_90a", HALF, LAYOUTS[0], tile), tmp_path).values()
-    body = loop_with(4, "HGMMA.SP", lines)
-    assert len(body) <= 2 * 64 * 128 // 128 and not any(op.startswith(("LDL", "STL", "SHFL")) for op in body)
-
-
 # ---- refusals -------------------------------------------------------------------------------------------------------
 def refusal(rule: object, columns: int = 256, dtype: torch.dtype = HALF, device: str = "cuda") -> str:
     case = Case(FORMAT, rule, 48, columns, dtype, torch.device(device))  # type: ignore[arg-type]
@@ -251,7 +162,8 @@ def test_refusals_name_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert refusal(Joint(Grid(), PATTERN)) == refusal(Joint(Grid(4, None, False), PATTERN)) == "None"
     case = (FORMAT, Joint(Grid(), PATTERN), 48, 256, HALF, "cuda")
-    assert pick(*case, wanted="sparse24").name == "sparse24"
+    assert pick(*case, wanted="sparse24").name == pick(*case).name == "sparse24"
+    assert pick(FORMAT, Joint(Grid(3), PATTERN), 48, 256, HALF, "cuda").name == "wna16"
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:

@@ -30,7 +30,7 @@ ALL: tuple[Kernel, ...] = (
     Dense(),
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}
-AUTO = ("sub1-tiles", "cpu-int4", "wna16", "triton", "dequantize", "reference")
+AUTO = ("sub1-tiles", "cpu-int4", "sparse24", "wna16", "triton", "dequantize", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor
 cpu-int4 for sub1, whose codes it would hold in two to six times their bytes; nor yet sub1-cuda and
 w4a16-hopper, over which no memory checker has been run."""

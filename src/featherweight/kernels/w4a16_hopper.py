@@ -166,9 +166,7 @@ class Kernels:
             *(plan.whole, plan.shared, plan.sharers, plan.stages, plan.at_weights, plan.at_staging, plan.at_barriers),
         )
         self.modules[plan.tile].launch(
-            *("w4a16_hopper", plan.grid, plan.tile.threads, plan.bytes, params),
-            cluster=2 if plan.tile.pair else 0,
-            early=self.early,
+            "w4a16_hopper", plan.grid, plan.tile.threads, plan.bytes, params, cluster=0, early=self.early
         )
 
     def stream_index(self) -> int:
@@ -203,7 +201,7 @@ def tensor_map(address: int, tokens: int, columns: int, box_tokens: int, bfloat:
 
 def macros(dtype: torch.dtype, layout: Layout, tile: Tile) -> tuple[str, ...]:
     """What csrc/w4a16_hopper.cu is compiled with."""
-    more = {"SUMS": tile.sums, "TOKENS": tile.tokens, "WARPGROUPS": tile.warpgroups, "PAIR": tile.pair}
+    more = {"SUMS": tile.sums, "TOKENS": tile.tokens, "WARPGROUPS": tile.warpgroups}
     return (*wna16.macros(dtype, layout), *(f"{name}={int(value)}" for name, value in more.items()))
 
 

@@ -26,22 +26,15 @@ class Tile:
 
     Attributes:
         sums: whether scales multiply the sums of groups, and not weights, which rounds those to the dtype of x.
-        pair: whether two CTAs of a cluster take half of twice these rows each, and fetch half of x for both.
     """
 
     tokens: int
     warpgroups: int
     sums: bool = False
-    pair: bool = False
 
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups * self.ctas
-
-    @property
-    def ctas(self) -> int:
-        """That take a tile together."""
-        return 2 if self.pair else 1
+        return 64 * self.warpgroups
 
     @property
     def threads(self) -> int:
@@ -74,13 +67,19 @@ COSTS = {
 """Fitted to 227 launches on an H100, with an error of 3 to 8 per cent (bench/results/2026-11-22-h100-w4a16-hopper.md);
 those with sums are guessed by their instructions, 15 per cent more, and not measured."""
 SPARSE_COSTS = {
-    Tile(64, 2): Cost(5.0, 0.45, 2, 0),
-    Tile(64, 4): Cost(4.5, 0.75, 3, 0),
-    Tile(128, 4): Cost(0.7, 1.0, 5, 3.3),
-    Tile(256, 2): Cost(0, 0.95, 8.6, 0),
-    Tile(64, 4, True): Cost(4.5, 0.9, 3, 0),
-    Tile(128, 2, True): Cost(3.0, 0.75, 4, 1.5),
+    Tile(64, 2): Cost(3.1, 0.449, 3.9, 0),
+    Tile(64, 4): Cost(1.7, 0.716, 6.7, 0),
+    Tile(128, 2): Cost(0.1, 0.582, 8.4, 0),
+    Tile(128, 4): Cost(1.6, 0.945, 8.4, 1.5),
+    Tile(256, 2): Cost(0, 0.985, 10.7, 0),
+    Tile(64, 4, True): Cost(2.4, 0.697, 5.7, 0),
+    Tile(128, 2, True): Cost(0, 0.640, 8.5, 0),
 }
+"""Of 2:4 sparse weights: fitted to 160 launches, with an error of 3 to 12 per cent, in one case 42
+(bench/results/2026-11-22-h100-sparse24.md)."""
+EXACT_TOKENS = 128
+"""Of 2:4 sparse weights and bfloat16: up to so many tokens sums are scaled; beyond, weights are rounded, as where they
+are made floats, and launches take a quarter less."""
 DENSE_GBPS, DENSE_GFLOPS = 2350.0, 750e3
 """Of making weights floats (bytes read and written), and of cuBLAS, on the same H100."""
 
@@ -125,12 +124,21 @@ def costs_of(layout: Layout) -> dict[Tile, Cost]:
 def tiles(dtype: torch.dtype, layout: Layout) -> tuple[Tile, ...]:
     """Those that there are for activations of this dtype; sums take registers, and leave fewer for the tile.
 
-    float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8.
-    Scales of groups of 32 take registers too, which four warpgroups do not have beside sums or those of 128 tokens.
+    float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8, and
+    is let do so for 2:4 sparse weights and many tokens alone. Scales of groups of 32 take registers too, which four
+    warpgroups do not have beside sums or those of 128 tokens (unless they are sparse).
     """
-    fits = [tile for tile in costs_of(layout) if tile.sums != (dtype == layout.scales == torch.float16)]
+    if layout.sparse:
+        sums = {torch.float16: (False,), torch.bfloat16: (True, False)}[dtype] if dtype == layout.scales else (True,)
+        return tuple(tile for tile in SPARSE_COSTS if tile.sums in sums and _worth(tile, sums))
+    fits = [tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16)]
     full = (Tile(128, 4), Tile(64, 4, True)) if layout.group == 32 else ()
     return tuple(tile for tile in fits if tile not in full)
+
+
+def _worth(tile: Tile, sums: tuple[bool, ...]) -> bool:
+    """Beside tiles with sums, those without serve more tokens than they."""
+    return tile.sums or len(sums) == 1 or tile.tokens * tile.rows > 128 * 128
 
 
 @cache
@@ -141,16 +149,15 @@ def lay_out(
     blocks = extent(rows, columns)[1]
     row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
     whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, processors)
-    weights_bytes, x_bytes = tile.rows // tile.ctas // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
+    weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
     stages = min(MOST_STAGES, (block_bytes - staging - 128) // (weights_bytes + x_bytes + 16))
     at_weights = stages * x_bytes
     at_staging = -(-(at_weights + stages * weights_bytes) // 128) * 128
     at_barriers = at_staging + staging
-    grid = (processors // tile.ctas if whole else sharers) * tile.ctas
     return Plan(
-        tile, grid, row_tiles, token_tiles, _band(tile, token_tiles, processors), whole, shared, sharers,
-        stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
+        tile, processors if whole else sharers, row_tiles, token_tiles, _band(tile, token_tiles, processors),
+        whole, shared, sharers, stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
     )  # fmt: skip
 
 
@@ -163,14 +170,15 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
         count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
         return _estimate_us(costs_of(layout)[tile], blocks, *_share(tile, count, blocks, layout, processors))
 
-    best = min(tiles(dtype, layout), key=estimate)
+    exact = layout.sparse and dtype == torch.bfloat16 and tokens <= EXACT_TOKENS
+    best = min((tile for tile in tiles(dtype, layout) if tile.sums or not exact), key=estimate)
     dense_us = rows * columns * (2.5 / DENSE_GBPS + 2 * tokens / DENSE_GFLOPS) / 1e3
     return best if estimate(best) <= dense_us else None
 
 
 def _share(tile: Tile, count: int, blocks: int, layout: Layout, processors: int) -> tuple[int, int, int]:
     """Of so many tiles: how many each CTA computes whole, how many are shared, and by how many CTAs."""
-    cost, processors = costs_of(layout)[tile], processors // tile.ctas
+    cost = costs_of(layout)[tile]
     whole, shared = divmod(count, processors)
     if not shared:
         return whole, 0, 0

@@ -18,6 +18,7 @@ TOKENS = 32
 """The most that one launch takes."""
 FIXED_RING = 3  # stages on GPUs without bulk copies: RING of the source
 MEDIUM_BYTES, LARGE_BYTES = 38e6, 80e6
+SPARSE_MEDIUM_BYTES = 28e6
 MANY_BLOCKS = 32
 
 
@@ -147,7 +148,8 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
         return
     few = tiles <= 2 * dict(device.clusters)[2]
     if tokens <= 8:
-        yield from _for_few_tokens(few, blocks, tiles * blocks * layout.block_bytes, layout.bits)
+        bytes, medium = tiles * blocks * layout.block_bytes, SPARSE_MEDIUM_BYTES if layout.sparse else MEDIUM_BYTES
+        yield from _for_few_tokens(few, blocks, bytes, medium, layout.bits)
         yield Choice(4, 12, 3)
     elif few:
         yield Choice(2, 8, 2, 2)
@@ -163,7 +165,7 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     yield Choice(8, 4, 2, 2)
 
 
-def _for_few_tokens(few: bool, blocks: int, bytes: int, bits: int) -> Iterator[Choice]:
+def _for_few_tokens(few: bool, blocks: int, bytes: int, medium: float, bits: int) -> Iterator[Choice]:
     """For up to eight. Deeper rings than these are slower: fetches that wait for memory delay the first."""
     if few and blocks > MANY_BLOCKS:
         yield Choice(2, 12, 2)
@@ -172,7 +174,7 @@ def _for_few_tokens(few: bool, blocks: int, bytes: int, bits: int) -> Iterator[C
     elif bytes > LARGE_BYTES:
         yield Choice(2, 16, 2, 2, times=2, shared=True)
     elif bits > 2:
-        depths = (4, 3, 2) if bytes > MEDIUM_BYTES else (2,)
+        depths = (4, 3, 2) if bytes > medium else (2,)
         yield from (Choice(2, 12, stages, 2, times=2, shared=True) for stages in depths)
     if bits == 2 or bytes > LARGE_BYTES:
         yield Choice(2, 16, 2, 2)

@@ -1,5 +1,5 @@
 // Tiles of y: which of them a CTA computes, whole or in part, and how it stores them. After gpu.cuh and hopper.cuh; the
-// including file says Params and the constants of its tiles. Where CTAs work in pairs a tile is a pair's, its rows one half each.
+// including file says Params and the constants of its tiles.
 
 // ---- who computes what --------------------------------------------------------------------------------------------------
 
@@ -7,28 +7,24 @@ struct Piece {
     int tile, first, end;  // blocks of columns
 };
 
-__device__ __forceinline__ u32 team() { return PAIR ? blockIdx.x / 2 : blockIdx.x; }
-__device__ __forceinline__ u32 teams() { return PAIR ? gridDim.x / 2 : gridDim.x; }
-__device__ __forceinline__ int member() { return PAIR ? blockIdx.x % 2 : 0; }
-
 // The pieces of a CTA: `whole` tiles, then its stretch of the shared tiles' blocks, which begins and may end inside one.
 struct Pieces {
     int index, unit, unit_end;
 
     __device__ __forceinline__ explicit Pieces(const Params& p) : index(0) {
-        const u32 units = p.shared * p.blocks, cta = team(), sharers = p.sharers;
+        const u32 units = p.shared * p.blocks, cta = blockIdx.x, sharers = p.sharers;
         unit = cta < sharers ? units * cta / sharers : 0;
         unit_end = cta < sharers ? units * (cta + 1) / sharers : 0;
     }
     __device__ __forceinline__ bool next(const Params& p, Piece& piece) {
         if (index < p.whole) {
-            piece = {(int)(team() + index * teams()), 0, p.blocks};
+            piece = {(int)(blockIdx.x + index * gridDim.x), 0, p.blocks};
             index++;
             return true;
         }
         if (unit >= unit_end) return false;
         int t = unit / p.blocks;
-        piece.tile = p.whole * teams() + t;
+        piece.tile = p.whole * gridDim.x + t;
         piece.first = unit - t * p.blocks;
         piece.end = min(p.blocks, unit_end - t * p.blocks);
         unit += piece.end - piece.first;
@@ -40,7 +36,7 @@ __device__ __forceinline__ int row_tile_of(const Params& p, int tile, int& token
     int per_band = p.band * p.row_tiles, band = tile / per_band, width = min(p.band, p.token_tiles - band * p.band);
     int in_band = tile - band * per_band;
     token_tile = band * p.band + in_band % width;
-    return PAIR ? in_band / width * 2 + member() : in_band / width;
+    return in_band / width;
 }
 
 // ---- y --------------------------------------------------------------------------------------------------------------------
@@ -107,7 +103,7 @@ __device__ __forceinline__ void store_tile(const Params& p, const float (&sum)[T
 // A warp's part of a tile is summed up with the same warp's of other CTAs: no warp waits for others of its own CTA.
 
 __device__ __forceinline__ u32* counter_of(const Params& p, int tile, int warp) {
-    return p.counters + ((tile - p.whole * teams()) * (PAIR + 1) + member()) * 16 + warp;
+    return p.counters + (tile - p.whole * gridDim.x) * 16 + warp;
 }
 
 __device__ __forceinline__ void store_partial(const Params& p, const float (&sum)[TOKENS / 2], int tile, int slot, int warp, int lane) {
@@ -126,7 +122,7 @@ __device__ __forceinline__ void sum_sixteens(float (&v)[WIDE][8], const Params& 
 #pragma unroll
         for (int d = 0; d < DEEP; d++) {
             const int slot = c + d == first ? first_slot : 0;
-            const float4* from = p.partials + ((u64)(((c + d) * (PAIR + 1) + member()) * 2 + slot) * QUADS + 2 * i) * CONSUMERS + threadIdx.x;
+            const float4* from = p.partials + ((u64)((c + d) * 2 + slot) * QUADS + 2 * i) * CONSUMERS + threadIdx.x;
 #pragma unroll
             for (int q = 0; q < 2 * WIDE; q++)
                 part[d][q] = c + d <= last && q < 2 * count ? __ldcg(from + q * CONSUMERS) : make_float4(0, 0, 0, 0);
@@ -143,12 +139,12 @@ __device__ __forceinline__ void sum_sixteens(float (&v)[WIDE][8], const Params& 
 
 // Our share of a tile's sums: of its sixteens of tokens, as many as of everybody who shared in it.
 __device__ __forceinline__ void sum_partials(const Params& p, int tile, u8* staging, int warp, int lane) {
-    const u32 t = tile - p.whole * teams(), units = p.shared * p.blocks, all = p.sharers;
+    const u32 t = tile - p.whole * gridDim.x, units = p.shared * p.blocks, all = p.sharers;
     // The CTA of unit u is the last whose stretch begins at u or before.
     const int first = (int)(((t * p.blocks + 1) * all + units - 1) / units) - 1;
     const int last = (int)(((t + 1) * p.blocks * all + units - 1) / units) - 1;
     const int first_slot = units * first / all >= t * p.blocks ? 0 : 1;
-    const int sharers = last - first + 1, us = team() - first, end = SIXTEENS * (us + 1) / sharers;
+    const int sharers = last - first + 1, us = blockIdx.x - first, end = SIXTEENS * (us + 1) / sharers;
     int token_tile, row = row_tile_of(p, tile, token_tile) * WARPGROUPS * 64 + warp * 16;
     float bias[2];
     load_bias(bias, p, row, lane);

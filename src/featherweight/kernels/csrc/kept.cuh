@@ -1,5 +1,6 @@
 // Blocks of weights of which two of four neighbouring columns are stored (SPARSE), in the registers of a warp that multiplies
-// by them with the sparse products of the tensor cores. In place of the codes of blocks.cuh, after it and numbers.cuh.
+// by them with the sparse products of the tensor cores. In place of what wna16.cu and blocks.cuh do with dense ones; after
+// blocks.cuh, numbers.cuh and Params.
 
 // All codes of a lane, a word for each unit of 32 columns and half tile; and of lanes t = 2h, 2h + 1 in a word for each unit
 // the places of rows g (lower half) and g + 8 of half tile h: the first and the last 16 columns, two bits each place.
@@ -75,3 +76,25 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[2][NT][4], const Code
 __device__ __forceinline__ int row_of(int lane) { return lane & 7; }
 __device__ __forceinline__ int byte_of(int lane) { return (lane >> 3) * 16; }
 __device__ __forceinline__ uint4 load_unit(const u8* x) { return load_matrices(x); }
+
+// A unit of 32 columns as floats, which begins at `column`, of a block's rows.
+__device__ __forceinline__ void store_weights(const Params& p, Codes& codes, const u8* block, int unit, int row, int column, int lane) {
+    const int g = lane >> 2, t = lane & 3, part = unit * 32 / GROUP;
+    const Four scales = load_scales(block, part, g);
+    codes.load_zeros(block, part, g);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        u32 a[4];
+        codes.take(a, h, unit);
+#pragma unroll
+        for (int r = 0; r < 4; r++) {  // of a row's four columns two
+            const u32 all = __shfl_sync(0xffffffffu, codes.places[unit], lane & ~3 | 2 * h | r / 2);
+            const int places = all >> r % 2 * 16 + t * 4, first = places & 3, second = places >> 2 & 3;
+            const u64 low = float_to_activation(activation_to_float((u16)a[r]) * scales.of[h][r % 2]);
+            const u64 high = float_to_activation(activation_to_float((u16)(a[r] >> 16)) * scales.of[h][r % 2]);
+            const int at = row + h * 16 + r % 2 * 8 + g, first_column = column + r / 2 * 16 + t * 4;
+            if (at < p.rows && first_column < p.columns)
+                *(u64*)(p.y + (u64)at * p.columns + first_column) = low << 16 * first | high << 16 * second;
+        }
+    }
+}

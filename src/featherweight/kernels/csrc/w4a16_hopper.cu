@@ -18,9 +18,7 @@
 // SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns. The order of the words
 // is then the tensor cores' own.
 //
-// PAIR 1: two CTAs of a cluster take the same tokens and different rows, and fetch half of x for both.
-//
-// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS; PAIR.
+// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
 
 #include "gpu.cuh"
 #include "hopper.cuh"
@@ -139,24 +137,9 @@ struct Ring {
     }
 };
 
-// In a pair of CTAs each brings half of the columns to both.
 __device__ __forceinline__ void fetch_x(const Params& p, u32 to, u32 barrier, int token, int k) {
-#if PAIR
-    copy_box_to_both(to + member() * (X_BYTES / 2), &p.x, k * COLUMNS + member() * (COLUMNS / 2), token, barrier);
-#else
     copy_box(to, &p.x, k * COLUMNS, token, barrier);
     copy_box(to + X_BYTES / 2, &p.x, k * COLUMNS + COLUMNS / 2, token, barrier);
-#endif
-}
-
-// A slot has been read by the warp: by all who fill it.
-__device__ __forceinline__ void release(u32 empty) {
-#if PAIR
-    arrive(empty);
-    arrive_remotely(remote_address(empty, member() ^ 1));
-#else
-    arrive(empty);
-#endif
 }
 
 // Weights are nobody's output: the ring takes its first before the kernel in front has ended, x after.
@@ -181,7 +164,7 @@ __device__ __forceinline__ void produce(const Params& p, u8* memory) {
     int waiting = 0;  // stages without x; -1 once it flows
     while (pieces.next(p, piece)) {
         int token_tile, tile0 = row_tile_of(p, piece.tile, token_tile) * TILES;
-        const int present = PAIR ? max(0, min(TILES, p.tiles - tile0)) : min(TILES, p.tiles - tile0);
+        const int present = min(TILES, p.tiles - tile0);
         for (int k = piece.first; k < piece.end; k++) {
             if (waiting == p.stages) {
                 fetch_late_x(p, base, full, waiting);
@@ -204,6 +187,22 @@ __device__ __forceinline__ void produce(const Params& p, u8* memory) {
     if (waiting > 0) fetch_late_x(p, base, full, waiting);
 }
 
+// Of a unit, from where the lane that has them keeps them (wna16_layout.py).
+__device__ __forceinline__ void load_places(u32 (&places)[STEPS], const u8* block, int unit, int half, int lane) {
+    uint2 v = *(const uint2*)(block + BLOCK - PLACES + (lane & ~3 | half * 2 | lane & 1) * 16 + unit * 8);
+    places[0] = v.x, places[1] = v.y;
+}
+
+// The compiler takes a sparse product to have read its places when it has been issued, and the tensor cores read them when they
+// come to it: they must stay in their registers until it has ended. A store that never happens needs them then.
+// (tests/test_kernels_sparse24.py looks whether they do.)
+__device__ __forceinline__ void have_ended(const Params& p, const u32 (&places)[STEPS], u32 base) {
+#if SPARSE
+    asm volatile("{\n.reg .pred never;\nsetp.lt.s32 never, %2, 0;\n@never st.shared.v2.b32 [%3], {%0, %1};\n}"
+                 ::"r"(places[0]), "r"(places[1]), "r"(p.stages), "r"(base) : "memory");
+#endif
+}
+
 // A unit is 64 columns of a warpgroup's weights: made floats in registers, of which there may be a second set while the
 // tensor cores still multiply the unit before.
 __device__ __forceinline__ void consume(const Params& p, u8* memory) {
@@ -211,7 +210,7 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
     const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, half = warp & 1;
     u8* staging = memory + p.at_staging + warp * STAGING;
     float sum[TOKENS / 2], total[SUMS ? TOKENS / 2 : 1], scale[2];
-    u32 a[BUFFERS][STEPS][4], places[BUFFERS][STEPS];
+    u32 a[BUFFERS][STEPS][4], places[BUFFERS][STEPS] = {};
     Ring ring = {0, p.stages, 0};
     int shared_tile0 = -1, shared_tile1 = -1;
     Pieces pieces(p);
@@ -233,12 +232,11 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
             wait_barrier(full + 8 * ring.slot, ring.phase);
             const u8* block = memory + p.at_weights + (ring.slot * TILES + warp / 2) * BLOCK;
             const u64 x = operand_of(base + ring.slot * X_BYTES);
-            u32 words[4], all_places[4];
+            u32 words[4];
 #pragma unroll
             for (int u = 0; u < 2; u++) {
                 u32(&buffer)[STEPS][4] = a[u % BUFFERS];
                 if (u == 0 || !SPARSE) load_words(words, block + half * (CODES / 2) + u * 512 + lane * 16);
-                if (u == 0 && SPARSE) load_words(all_places, block + BLOCK - PLACES + (lane & ~3 | half * 2 | lane & 1) * 16);
                 Scales s[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -247,10 +245,13 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
                     else
                         s[i] = s[0];
                     if (!SPARSE) exchange(words[2 * i], words[2 * i + 1], lane);
-                    if (BUFFERS == 1 && i == 0) products_wait<0>();
+                    if (BUFFERS == 1 && i == 0) {
+                        products_wait<0>();
+                        have_ended(p, places[0], base);
+                    }
                     if (SPARSE) {
+                        if (i == 0) load_places(places[u % BUFFERS], block, u, half, lane);
                         to_floats(buffer[i], words[2 * u + i], s[i]);
-                        places[u % BUFFERS][i] = all_places[2 * u + i];
                     } else {
                         to_floats(buffer[2 * i], words[2 * i], s[i]);
                         to_floats(buffer[2 * i + 1], words[2 * i + 1], s[i]);
@@ -275,19 +276,24 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
                                       SUMS ? !begins : more || u || step);
                 }
                 products_commit();
-                if (BUFFERS > 1) products_wait<1>();
-                if (BUFFERS > 1 && u == 0 && before >= 0 && lane == 0) release(empty + 8 * before);
+                if (BUFFERS > 1) {
+                    products_wait<1>();
+                    have_ended(p, places[(u + 1) % BUFFERS], base);
+                }
+                if (BUFFERS > 1 && u == 0 && before >= 0 && lane == 0) arrive(empty + 8 * before);
             }
             if (BUFFERS == 1) {
                 products_wait<0>();
-                if (lane == 0) release(empty + 8 * ring.slot);
+                have_ended(p, places[0], base);
+                if (lane == 0) arrive(empty + 8 * ring.slot);
             }
             more = 1;
             before = ring.slot;
             ring.step();
         }
         products_wait<0>();
-        if (BUFFERS > 1 && lane == 0) release(empty + 8 * before);
+        have_ended(p, places[BUFFERS - 1], base);
+        if (BUFFERS > 1 && lane == 0) arrive(empty + 8 * before);
         if (SUMS) fold();
         else settle(sum);
         const float(&result)[TOKENS / 2] = *(const float(*)[TOKENS / 2])(SUMS ? total : sum);
@@ -311,12 +317,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) w4a16_hopper(co
         const u32 full = shared_address(memory) + p.at_barriers;
         for (int i = 0; i < p.stages; i++) {
             init_barrier(full + 8 * i, 1);
-            init_barrier(full + 8 * (p.stages + i), WARPS * (PAIR + 1));
+            init_barrier(full + 8 * (p.stages + i), WARPS);
         }
         publish_barriers();
     }
-    if (PAIR) wait_for_cluster();
-    else __syncthreads();
+    __syncthreads();
     let_the_next_kernel_start();
     if (threadIdx.x < CONSUMERS) {
         more_registers<MORE>();
@@ -325,5 +330,4 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) w4a16_hopper(co
         fewer_registers<FEWER>();
         if (threadIdx.x < CONSUMERS + 32) produce(p, memory);
     }
-    if (PAIR) wait_for_cluster();  // nobody writes to or arrives in a CTA that has ended
 }

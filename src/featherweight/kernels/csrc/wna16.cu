@@ -23,10 +23,6 @@
 
 #include "gpu.cuh"
 #include "blocks.cuh"
-#if SPARSE
-#include "numbers.cuh"
-#include "kept.cuh"
-#endif
 
 constexpr int RING = 3;  // stages of a ring on GPUs without bulk copies, where the count must be known when compiling
 
@@ -46,6 +42,10 @@ struct Params {
 
 #include "streaming.cuh"
 #include "activations.cuh"
+#if SPARSE
+#include "numbers.cuh"
+#include "kept.cuh"
+#endif
 
 // ---- the product ----------------------------------------------------------------------------------------------------
 
@@ -240,28 +240,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) wna16_32(const __grid_const
 
 // ---- many tokens: the weights as floats, for a dense product -----------------------------------------------------------
 
-#if SPARSE
-__device__ __forceinline__ void store_weights(const Params& p, Codes& codes, const u8* block, int unit, int row, int column, int lane) {
-    const int g = lane >> 2, t = lane & 3, part = unit * 32 / GROUP;
-    const Four scales = load_scales(block, part, g);
-    codes.load_zeros(block, part, g);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        u32 a[4];
-        codes.take(a, h, unit);
-#pragma unroll
-        for (int r = 0; r < 4; r++) {  // of a row's four columns two
-            const u32 all = __shfl_sync(0xffffffffu, codes.places[unit], lane & ~3 | 2 * h | r / 2);
-            const int places = all >> r % 2 * 16 + t * 4, first = places & 3, second = places >> 2 & 3;
-            const u64 low = float_to_activation(activation_to_float((u16)a[r]) * scales.of[h][r % 2]);
-            const u64 high = float_to_activation(activation_to_float((u16)(a[r] >> 16)) * scales.of[h][r % 2]);
-            const int at = row + h * 16 + r % 2 * 8 + g, first_column = column + r / 2 * 16 + t * 4;
-            if (at < p.rows && first_column < p.columns)
-                *(u64*)(p.y + (u64)at * p.columns + first_column) = low << 16 * first | high << 16 * second;
-        }
-    }
-}
-#else
+#if !SPARSE
 // A unit of 32 columns, which begins at `column`, of a block's rows.
 __device__ __forceinline__ void store_weights(const Params& p, const Codes& codes, const u8* block, int unit, int row, int column, int lane) {
     const int g = lane >> 2, part = unit * 32 / GROUP;
