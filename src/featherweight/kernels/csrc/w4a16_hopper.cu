@@ -22,7 +22,6 @@
 
 #include "gpu.cuh"
 #include "hopper.cuh"
-#include "numbers.cuh"
 
 constexpr int ROWS = 32, COLUMNS = 128, PARTS = COLUMNS / GROUP;
 constexpr int CODES = ROWS * COLUMNS / (SPARSE ? 4 : 2), PLACES = SPARSE ? ROWS * COLUMNS / 8 : 0;
@@ -50,80 +49,13 @@ struct Params {
 };
 
 #include "hopper_tiles.cuh"
+#include "numbers.cuh"
+#include "hopper_codes.cuh"
 
 // Where block k of tile t lies (wna16_layout.py): pairs of blocks of all tiles lie side by side.
 __device__ __forceinline__ const u8* block_at(const Params& p, int k, int t) {
     const int pair = k & ~1, width = min(2, p.blocks - pair);
     return p.weights + (u64)(u32)(p.tiles * pair + t * width + (k - pair)) * BLOCK;
-}
-
-// ---- codes to floats ----------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
-
-// Lane t's words hold, of 32 columns 8s + 4j + .., the eight of s = t; afterwards word j holds, of the eights s = 2j (bytes
-// 0, 2) and 2j + 1 (bytes 1, 3), the columns 2t and 2t + 1. A 4 x 4 transposition: s's upper bit changes places with the
-// word, its lower with the bytes.
-__device__ __forceinline__ void exchange(u32& w0, u32& w1, int lane) {
-    const bool upper = lane & 2, lower = lane & 1;
-    u32 got = __shfl_xor_sync(0xffffffffu, upper ? w0 : w1, 2);
-    u32 v0 = upper ? got : w0, v1 = upper ? w1 : got;
-    u32 give = bytes_of(v0, v1, lower ? 0x6420 : 0x7531);
-    got = __shfl_xor_sync(0xffffffffu, give, 1);
-    // Bytes 0, 1 of what comes belong to word 0 and 2, 3 to word 1.
-    w0 = bytes_of(v0, got, lower ? 0x3514 : 0x5240);
-    w1 = bytes_of(v1, got, lower ? 0x3716 : 0x7260);
-}
-
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
-    u32 c;
-#if BF16
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-#else
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-#endif
-    return c;
-}
-
-__device__ __forceinline__ void load_words(u32 (&words)[4], const u8* from) {
-    uint4 v = *(const uint4*)from;
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-}
-
-// What a lane's rows g and g + 8 share over a group.
-struct Scales {
-    float of[2];
-    u32 pairs[2];  // SUMS 0
-    u32 zeros[2];  // what is taken from a code's magic number
-};
-
-__device__ __forceinline__ Scales load_scales(const u8* block, int part, int g, int half) {
-    Scales s;
-    const int at = (part * 8 + g) * 4 + half * 2;
-    if (SCALE == 2) {
-        float2 v = *(const float2*)(block + CODES + at * 4);
-        s.of[0] = v.x, s.of[1] = v.y;
-    } else {
-        u32 v = *(const u32*)(block + CODES + at * 2);
-        s.of[0] = SCALE ? bfloat_to_float((u16)v) : half_to_float((u16)v);
-        s.of[1] = SCALE ? bfloat_to_float((u16)(v >> 16)) : half_to_float((u16)(v >> 16));
-        s.pairs[0] = bytes_of(v, 0, 0x1010), s.pairs[1] = bytes_of(v, 0, 0x3232);
-    }
-    u32 z = ZEROS ? *(const u16*)(block + CODES + SCALE_BYTES + at) : 0x0808;
-    zeros_of(s.zeros, z & 255, z >> 8);
-    return s;
-}
-
-// One word, after `exchange`, as the operand of a product: rows g, g + 8 of the eight 2j, then of 2j + 1.
-__device__ __forceinline__ void to_floats(u32 (&a)[4], u32 w, const Scales& s) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        code_minus_zero(a[2 * i], a[2 * i + 1], w >> 8 * i, s.zeros);
-        if (!SUMS) {
-            a[2 * i] = times(a[2 * i], s.pairs[0]);
-            a[2 * i + 1] = times(a[2 * i + 1], s.pairs[1]);
-        }
-    }
 }
 
 // ---- the product --------------------------------------------------------------------------------------------------------------
@@ -226,6 +158,10 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; i++) total[i] += scale[i >> 1 & 1] * sum[i];
         };
+        auto release = [&](int slot) {
+            __syncwarp();  // the whole warp has read its weights
+            if (lane == 0) arrive(empty + 8 * slot);
+        };
         u32 more = 0;     // whether sums have been begun
         int before = -1;  // slot of the stage before, which the tensor cores may still read
         for (int k = piece.first; k < piece.end; k++) {
@@ -280,12 +216,12 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
                     products_wait<1>();
                     have_ended(p, places[(u + 1) % BUFFERS], base);
                 }
-                if (BUFFERS > 1 && u == 0 && before >= 0 && lane == 0) arrive(empty + 8 * before);
+                if (BUFFERS > 1 && u == 0 && before >= 0) release(before);
             }
             if (BUFFERS == 1) {
                 products_wait<0>();
                 have_ended(p, places[0], base);
-                if (lane == 0) arrive(empty + 8 * ring.slot);
+                release(ring.slot);
             }
             more = 1;
             before = ring.slot;
@@ -293,7 +229,7 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
         }
         products_wait<0>();
         have_ended(p, places[BUFFERS - 1], base);
-        if (BUFFERS > 1 && lane == 0) arrive(empty + 8 * before);
+        if (BUFFERS > 1) release(before);
         if (SUMS) fold();
         else settle(sum);
         const float(&result)[TOKENS / 2] = *(const float(*)[TOKENS / 2])(SUMS ? total : sum);
