@@ -16,7 +16,7 @@ from featherweight.benchmarks import kernels as kernels_bench
 from featherweight.core.rules import Grid, Joint, Pattern
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import FORMATS
-from featherweight.kernels import nvrtc, pick, sparse24, two_of_four, w4a16_hopper
+from featherweight.kernels import nvrtc, pick, sparse24, two_of_four, w4a16_hopper, wna16
 from featherweight.kernels.base import Case
 from featherweight.kernels.w4a16_hopper_plan import choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack, unpack
@@ -164,6 +164,16 @@ def test_refusals_name_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     case = (FORMAT, Joint(Grid(), PATTERN), 48, 256, HALF, "cuda")
     assert pick(*case, wanted="sparse24").name == pick(*case).name == "sparse24"
     assert pick(FORMAT, Joint(Grid(3), PATTERN), 48, 256, HALF, "cuda").name == "wna16"
+
+
+def test_compilers_that_nobody_vouches_for_are_kept_from_warpgroup_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(wna16, "kernels", lambda *layer: "stream")
+    monkeypatch.setattr(w4a16_hopper, "kernels", lambda *layer: "warpgroups")
+    assert sparse24.kernels.__wrapped__(torch.device("cuda", 0), HALF, LAYOUTS[0]) == "warpgroups"
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 4))
+    with pytest.warns(FallbackWarning, match=r"NVRTC 13\.0 is known to compile .* rightly, and 13\.4 is installed"):
+        assert sparse24.kernels.__wrapped__(torch.device("cuda", 0), HALF, LAYOUTS[0]) == "stream"
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:

@@ -14,7 +14,7 @@ import torch
 from cuda.pathfinder import find_nvidia_binary_utility
 
 from featherweight.kernels import nvrtc, w4a16_hopper, wna16
-from featherweight.kernels.sparse24 import layout_of
+from featherweight.kernels.sparse24 import COMPILERS, layout_of
 from featherweight.kernels.w4a16_hopper_plan import Tile, tiles
 from featherweight.kernels.wna16_layout import Layout
 from wna16_cases import BFLOAT, FLOAT, HALF
@@ -119,6 +119,10 @@ def test_overwritten_places_are_found() -> None:
     waits = [f"WARPGROUP.DEPBAR.LE gsb0, 0x{left}" for left in (0, 1)]
     assert overwritten([load, multiply, waits[0]]) == [] == overwritten([multiply, "LDS.64 R152, [R4]", waits[0]])
     assert overwritten([multiply, load, waits[0]]) == overwritten([load, multiply, waits[1]]) == [(multiply, load)]
+
+
+def test_the_compiler_here_is_one_that_is_vouched_for() -> None:
+    assert nvrtc.nvrtc_version() in COMPILERS, "run the slow tests of this file, and add it to sparse24.COMPILERS"
 
 
 @pytest.mark.slow

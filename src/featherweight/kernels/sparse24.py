@@ -31,6 +31,9 @@ from featherweight.kernels.wna16_layout import GROUPS, Layout
 
 BITS = 4
 KEEP, OF = 2, 4
+COMPILERS = ((13, 0),)
+"""Versions of NVRTC whose sparse warpgroup products leave the places that they read alone: it does not know that they
+are read late, and tests/test_sparse24_code.py looks at what it makes."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,22 @@ class Sparse24(Kernel):
         return run
 
 
+@cache
 def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> wna16.Kernels | w4a16_hopper.Kernels:
     """What multiplies any number of tokens, compiled and loaded. Raises CompileError."""
     streamed = wna16.kernels(device, dtype, layout)
-    on_hopper = torch.cuda.get_device_capability(device) == w4a16_hopper.HOPPER
-    return w4a16_hopper.kernels(device, dtype, layout) if on_hopper else streamed
+    if torch.cuda.get_device_capability(device) != w4a16_hopper.HOPPER:
+        return streamed
+    if nvrtc.nvrtc_version() not in COMPILERS:
+        known, found = (".".join(map(str, version)) for version in (COMPILERS[-1], nvrtc.nvrtc_version()))
+        warnings.warn(
+            f"sparse24 leaves many tokens to a dense product: NVRTC {known} is known to compile Hopper's sparse ones "
+            f"rightly, and {found} is installed.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return streamed
+    return w4a16_hopper.kernels(device, dtype, layout)
 
 
 def layout_of(group: int, scales: torch.dtype, zeros: bool) -> Layout:
