@@ -17,8 +17,8 @@ from featherweight.kernels.wna16_layout import COLUMNS, Layout
 TOKENS = 32
 """The most that one launch takes."""
 FIXED_RING = 3  # stages on GPUs without bulk copies: RING of the source
-MEDIUM_BYTES, LARGE_BYTES = 38e6, 80e6
 SPARSE_MEDIUM_BYTES = 28e6
+MEDIUM_BYTES, LARGE_BYTES = 38e6, 80e6
 MANY_BLOCKS = 32
 
 
@@ -146,10 +146,14 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     if not device.has_clusters:
         yield Choice(1, 4, FIXED_RING)
         return
+    if layout.sparse:
+        yield from _for_sparse(
+            tokens, tiles <= 2 * dict(device.clusters)[2], blocks, tiles * blocks * layout.block_bytes
+        )
+        return
     few = tiles <= 2 * dict(device.clusters)[2]
     if tokens <= 8:
-        bytes, medium = tiles * blocks * layout.block_bytes, SPARSE_MEDIUM_BYTES if layout.sparse else MEDIUM_BYTES
-        yield from _for_few_tokens(few, blocks, bytes, medium, layout.bits)
+        yield from _for_few_tokens(few, blocks, tiles * blocks * layout.block_bytes, layout.bits)
         yield Choice(4, 12, 3)
     elif few:
         yield Choice(2, 8, 2, 2)
@@ -165,7 +169,7 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     yield Choice(8, 4, 2, 2)
 
 
-def _for_few_tokens(few: bool, blocks: int, bytes: int, medium: float, bits: int) -> Iterator[Choice]:
+def _for_few_tokens(few: bool, blocks: int, bytes: int, bits: int) -> Iterator[Choice]:
     """For up to eight. Deeper rings than these are slower: fetches that wait for memory delay the first."""
     if few and blocks > MANY_BLOCKS:
         yield Choice(2, 12, 2)
@@ -174,10 +178,40 @@ def _for_few_tokens(few: bool, blocks: int, bytes: int, medium: float, bits: int
     elif bytes > LARGE_BYTES:
         yield Choice(2, 16, 2, 2, times=2, shared=True)
     elif bits > 2:
-        depths = (4, 3, 2) if bytes > medium else (2,)
+        depths = (4, 3, 2) if bytes > MEDIUM_BYTES else (2,)
         yield from (Choice(2, 12, stages, 2, times=2, shared=True) for stages in depths)
     if bits == 2 or bytes > LARGE_BYTES:
         yield Choice(2, 16, 2, 2)
+
+
+def _for_sparse(tokens: int, few: bool, blocks: int, nbytes: int) -> Iterator[Choice]:
+    """For 2:4 sparse weights, of which a block has fewer bytes."""
+    if tokens <= 8:
+        if few:
+            rings = (Choice(2, 8, stages, 2, shared=True) for stages in (6, 4, 3, 2))
+            yield from (Choice(2, 12, 2),) if blocks > MANY_BLOCKS else rings
+        elif nbytes > LARGE_BYTES:
+            yield from (Choice(2, 16, 2, 2, times=2, shared=True), Choice(2, 16, 2, 2))
+        else:
+            depths = (4, 3, 2) if nbytes > SPARSE_MEDIUM_BYTES else (2,)
+            yield from (Choice(2, 12, stages, 2, times=2, shared=True) for stages in depths)
+        yield Choice(4, 12, 3)
+    elif few:
+        yield Choice(2, 8, 2, 2)
+    if tokens <= 16:
+        if blocks > MANY_BLOCKS and not few:
+            yield from (Choice(8, 12, 3), Choice(8, 12, 2))
+        yield from (
+            Choice(4, 16, 2),
+            Choice(4, 16, 3, 2),
+            Choice(4, 16, 2, 2),
+            Choice(8, 12, 3, 2),
+            Choice(8, 12, 2, 2),
+        )
+    elif blocks <= MANY_BLOCKS:
+        yield Choice(2, 8, 2)
+    yield from (Choice(8, 8, 2, divided) for divided in (1, 2))
+    yield Choice(8, 4, 2, 2)
 
 
 @cache
