@@ -1,6 +1,6 @@
 """The Hopper kernel for many tokens against cuBLAS, every tile of it, on one GPU.
 
-usage: python bench/w4a16_hopper.py [--tokens 64 128 256 1024 4096] [--dtype float16] [--group 128] [--zeros]
+usage: python bench/w4a16_hopper.py [--tokens 64 128 256 1024 4096] [--dtype float16] [--group 128] [--zeros] [--sparse]
            [--shapes 4096x4096 ...]
 
 The timing rule and the error are those of `featherweight bench kernels`. For each tile the microseconds of its own plan
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.benchmarks.kernels import draw, exact
+from featherweight.benchmarks.kernels import draw, exact, pruned
 from featherweight.benchmarks.timing import copies, excess_error, median_us, peak_tflops, read_gbps
-from featherweight.core.rules import Grid
-from featherweight.kernels import w4a16_hopper, wna16
+from featherweight.core.rules import Grid, Pattern
+from featherweight.kernels import sparse24, w4a16_hopper, wna16
 from featherweight.kernels.w4a16_hopper_plan import Plan, choose
 
 SHAPES = ("4096x4096", "4096x12288", "4096x22016", "11008x4096", "8192x8192", "8192x10240", "28672x8192", "8192x57344")
@@ -50,7 +50,9 @@ def measure(shape: str, tokens: list[int], args: argparse.Namespace) -> Iterator
     cublas = {t: median_us([lambda w=w, x=x: functional.linear(x, w) for w in dense], GPU) for t, x in inputs.items()}
     del dense
     weights = draw(rows, columns, Grid(4, args.group, not args.zeros, scale_dtype=dtype), dtype, GPU)
-    blocks, layout = wna16.repack(weights)
+    if args.sparse:
+        weights = pruned(weights, Pattern(keep=2, of=4))
+    blocks, layout = (sparse24 if args.sparse else wna16).repack(weights)
     sets = [blocks, *(blocks.clone() for _ in range(copies(blocks.numel(), GPU) - 1))]
     kernels = w4a16_hopper.kernels(GPU, dtype, layout)
     streamed = wna16.kernels(GPU, dtype, layout)
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--group", type=int, choices=[32, 64, 128], default=128)
     parser.add_argument("--zeros", action="store_true", help="store zero points")
+    parser.add_argument("--sparse", action="store_true", help="2:4 sparse weights")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="inputs x outputs")
     args = parser.parse_args()
     torch.manual_seed(0)

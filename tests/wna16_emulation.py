@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+import sparse24_emulation
 from featherweight.kernels.wna16_layout import COLUMNS, ROWS, Layout, blocks_of
 from featherweight.kernels.wna16_plan import Plan
 
@@ -68,6 +69,8 @@ def zeros_of(block: Tensor, layout: Layout) -> Tensor:
 
 def multiply_block(block: Tensor, x_TC: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """32 rows x T of one block: codes as subnormals, zeros as the first addend, scales on the sums."""
+    if layout.sparse:
+        return sparse24_emulation.multiply_block(block, x_TC, layout, dtype)
     step, x_scale = STEP[dtype], X_SCALE[dtype]
     pairs = fragments(block, layout, dtype)  # half, u, i, j, g, t, (k2, odd), k1
     x = (x_TC.double() * x_scale).to(dtype).double().view(-1, 2, 2, 4, 2, 2, 2)  # T, u, i, t, j, k2, k1

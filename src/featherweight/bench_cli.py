@@ -55,6 +55,7 @@ def kernels(
     bits: Annotated[int, typer.Option(help="Of the weights, 2 to 8.")] = 4,
     group_size: Annotated[str, typer.Option(help="Inputs sharing a scale, or 'row'.")] = "128",
     asymmetric: Asymmetric = False,
+    sparsity: Annotated[str | None, typer.Option(help="2:4, or another N:M: weights kept of each run.")] = None,
     m: Annotated[str | None, typer.Option(help="Rows of activations, as 1,16,256.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Only these of our kernels; repeatable.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16 or float16.")] = "bfloat16",
@@ -70,7 +71,8 @@ def kernels(
     if dtype not in ("bfloat16", "float16"):
         raise RequestError(f"activations are bfloat16 or float16, not {dtype}.")
     plan = bench.Plan(
-        _grid(bits, group_size, asymmetric), _numbers(m or usual_m), getattr(torch, dtype), where, tuple(kernel or ())
+        *(_grid(bits, group_size, asymmetric), _numbers(m or usual_m), getattr(torch, dtype), where),
+        *(tuple(kernel or ()), _pattern(sparsity)),
     )
     found = bench.run(shapes or usual_shapes, plan, _say_row)
     columns = ["layer", "kernel", "tokens", "us", "times_dense", "gbps", "of_read", "of_peak", "error"]
@@ -133,6 +135,15 @@ def _say_row(row: dict[str, Any]) -> None:
     """A row as it is measured: the table comes when all are."""
     what = row.get("failed") or f"{row['tokens']} tokens: {row['us']:.1f} us, {row['times_dense']:.2f} times dense"
     console.say(f"{row['layer']}, {row['kernel']}, {what}")
+
+
+def _pattern(sparsity: str | None) -> Any:
+    from featherweight.core.rules import Pattern
+
+    found = None if sparsity is None else Pattern.of_text(sparsity)
+    if found is not None and not found.of:
+        raise RequestError(f"--sparsity {sparsity}: products are timed with N:M sparsity alone, such as 2:4.")
+    return found
 
 
 def _grid(bits: int, group_size: str, asymmetric: bool) -> Any:

@@ -297,19 +297,22 @@ def demo(device: Device = "auto") -> None:
 @app.command("check-kernels")
 def check_kernels(
     dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16 or float32.")] = "bfloat16",
+    sparsity: Annotated[str | None, typer.Option(help="Of the weights, such as 2:4.")] = None,
     device: Device = "auto",
 ) -> None:
     """What multiplies by 4-bit weights (groups of 128) on this machine, and why not the others."""
     import torch
 
     from featherweight import kernels
-    from featherweight.core.rules import Grid
+    from featherweight.core.rules import Grid, Joint, Pattern, Rule
     from featherweight.formats import by_name
 
     if dtype not in ("bfloat16", "float16", "float32"):
         raise RequestError(f"activations are bfloat16, float16 or float32, not {dtype}.")
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    layer = (by_name("compressed-tensors"), Grid(4, 128), 4096, 4096, getattr(torch, dtype), where)
+    rule: Rule = Grid(4, 128) if sparsity is None else Joint(Grid(4, 128), Pattern.of_text(sparsity))
+    format = by_name("compressed-tensors" if sparsity is None else "sparse")
+    layer = (format, rule, 4096, 4096, getattr(torch, dtype), where)
     found = kernels.machine(*layer)
     console.table(("kernel", "runs", "why not"), [[name, "no" if why else "yes", why] for name, why in found.items()])
     console.last_line({"device": where, "dtype": dtype, "auto": kernels.pick(*layer).name, "refusals": found})

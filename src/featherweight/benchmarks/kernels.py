@@ -6,7 +6,7 @@ Shapes: R outputs, C inputs, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch.nn import functional
 from featherweight.benchmarks import peers
 from featherweight.benchmarks.shapes import named
 from featherweight.benchmarks.timing import copies, excess_error, machine, median_us, peak_tflops, read_gbps
-from featherweight.core.rules import Grid
+from featherweight.core.rules import Grid, Joint, Pattern, Rule
 from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 from featherweight.formats import by_name
+from featherweight.formats.base import Format
 from featherweight.kernels import KERNELS, reasons
 
-FORMAT = "compressed-tensors"
+FORMAT, SPARSE_FORMAT = "compressed-tensors", "sparse"
 NOT_TIMED = ("reference", "dense")
 ERROR_ROWS = 4096  # of the weights that are made float64 at a time
 Tell = Callable[[dict[str, Any]], None]
@@ -30,13 +31,22 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: every kernel that takes a layer of this grid, or those of `kernels`."""
+    """What is measured: every kernel that takes a layer of this grid and pattern, or those of `kernels`."""
 
     grid: Grid
     tokens: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     kernels: tuple[str, ...] = ()
+    pattern: Pattern | None = None
+
+    @property
+    def rule(self) -> Rule:
+        return self.grid if self.pattern is None else Joint(self.grid, self.pattern)
+
+    @property
+    def format(self) -> Format:
+        return by_name(FORMAT if self.pattern is None else SPARSE_FORMAT)
 
 
 def layers(shapes: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -75,6 +85,7 @@ def run(shapes: Sequence[str], plan: Plan, tell: Tell) -> dict[str, Any]:
         "bits": grid.bits,
         "group_size": grid.group_size,
         "symmetric": grid.symmetric,
+        "sparsity": None if plan.pattern is None else str(plan.pattern),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "rows": rows,
     }
@@ -87,7 +98,9 @@ def _layer(columns: int, outputs: int, plan: Plan) -> Iterator[dict[str, Any]]:
     for tokens, us in dense.items():
         yield _row("dense", tokens, us, us, columns, outputs, 2 * columns * outputs)
     weights = draw(outputs, columns, plan.grid, plan.dtype, plan.device)
-    nbytes = stored_bytes(columns, outputs, plan.grid, plan.dtype)
+    if plan.pattern is not None:
+        weights = pruned(weights, plan.pattern)
+    nbytes = stored_bytes(columns, outputs, plan.grid, plan.dtype, plan.pattern)
     for name, products in _ours(weights, nbytes, plan):
         for tokens, x in inputs.items():
             us = median_us([lambda c=c, x=x: c(x) for c in products], plan.device)  # type: ignore[misc]
@@ -106,8 +119,8 @@ def _dense(columns: int, outputs: int, plan: Plan, inputs: dict[int, Tensor]) ->
 
 def _ours(weights: Solution, nbytes: float, plan: Plan) -> Iterator[tuple[str, list[Callable[[Tensor], Tensor]]]]:
     """Each kernel over rotated copies of the weights."""
-    format, (outputs, columns) = by_name(FORMAT), weights.codes_RC.shape
-    refusals = reasons(format, plan.grid, outputs, columns, plan.dtype, plan.device)
+    format, (outputs, columns) = plan.format, weights.codes_RC.shape
+    refusals = reasons(format, plan.rule, outputs, columns, plan.dtype, plan.device)
     taken = [name for name, why in refusals.items() if why is None]
     for name in plan.kernels or [each for each in taken if each not in NOT_TIMED]:
         if name not in taken:
@@ -116,7 +129,7 @@ def _ours(weights: Solution, nbytes: float, plan: Plan) -> Iterator[tuple[str, l
             )
         tensors = format.pack(weights)
         runs = [
-            KERNELS[name].prepare(format, plan.grid, tensors, plan.dtype) for _ in range(copies(nbytes, plan.device))
+            KERNELS[name].prepare(format, plan.rule, tensors, plan.dtype) for _ in range(copies(nbytes, plan.device))
         ]
         yield name, [lambda x, run=run: run(x, None) for run in runs]  # type: ignore[misc]
 
@@ -160,11 +173,20 @@ def draw(outputs: int, columns: int, grid: Grid, dtype: torch.dtype, device: tor
     return Solution(codes_RC, scales_RG, zeros_RG, grid, torch.zeros(outputs, device=device))
 
 
-def stored_bytes(columns: int, outputs: int, grid: Grid, dtype: torch.dtype) -> float:
-    """Of a matrix in a file: what has to be read."""
+def pruned(weights: Solution, pattern: Pattern) -> Solution:
+    """Of each run of the pattern's the codes of a few drawn places become their group's zero."""
+    runs = weights.codes_RC.unflatten(1, (-1, pattern.of))
+    keep_RC = (torch.rand(runs.shape, device=runs.device).argsort(-1) < pattern.keep).flatten(1)
+    zeros_RC = weights.zeros_RG.repeat_interleave(keep_RC.shape[1] // weights.zeros_RG.shape[1], 1)
+    return replace(weights, codes_RC=torch.where(keep_RC, weights.codes_RC, zeros_RC), keep_RC=keep_RC, pattern=pattern)
+
+
+def stored_bytes(columns: int, outputs: int, grid: Grid, dtype: torch.dtype, pattern: Pattern | None = None) -> float:
+    """Of a matrix in a file: what has to be read. Of N:M patterns what is kept, and a bit a weight for where."""
     groups = columns // grid.width(columns)
     zeros = 0 if grid.symmetric else grid.stored_bits
-    return outputs * (columns * grid.stored_bits + groups * (8 * dtype.itemsize + zeros)) / 8
+    bits = grid.stored_bits if pattern is None else grid.stored_bits * pattern.keep / pattern.of + 1
+    return outputs * (columns * bits + groups * (8 * dtype.itemsize + zeros)) / 8
 
 
 def exact(x_TC: Tensor, weights: Solution) -> Tensor:

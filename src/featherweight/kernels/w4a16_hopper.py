@@ -33,8 +33,8 @@ from featherweight.kernels.wna16_layout import Layout, extent
 
 HOPPER = (9, 0)
 BITS = 4
-STREAMED = 32
-"""Tokens up to which `wna16` is faster."""
+STREAMED, SPARSE_STREAMED = 32, 16
+"""Tokens up to which `wna16` is faster; of 2:4 sparse weights, 17 to 31 were not measured."""
 STREAMS = 64
 """Streams that may multiply at once."""
 
@@ -137,7 +137,7 @@ class Kernels:
         """y_TR for contiguous x_TC of any number of rows."""
         streamed = wna16.kernels(self.device, self.dtype, self.layout)
         tokens, columns = x_TC.shape
-        if tokens <= STREAMED:
+        if tokens <= (SPARSE_STREAMED if self.layout.sparse else STREAMED):
             return streamed.product(x_TC, weights, bias_R, rows)
         tile = choose(tokens, rows, columns, self.dtype, self.layout, self.processors)
         if tile is None:
@@ -200,8 +200,8 @@ def tensor_map(address: int, tokens: int, columns: int, box_tokens: int, bfloat:
 
 def macros(dtype: torch.dtype, layout: Layout, tile: Tile) -> tuple[str, ...]:
     """What csrc/w4a16_hopper.cu is compiled with."""
-    more = (f"SUMS={int(tile.sums)}", f"TOKENS={tile.tokens}", f"WARPGROUPS={tile.warpgroups}")
-    return (*wna16.macros(dtype, layout), *more)
+    more = {"SUMS": tile.sums, "TOKENS": tile.tokens, "WARPGROUPS": tile.warpgroups}
+    return (*wna16.macros(dtype, layout), *(f"{name}={int(value)}" for name, value in more.items()))
 
 
 @cache

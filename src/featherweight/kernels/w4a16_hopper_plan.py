@@ -66,6 +66,20 @@ COSTS = {
 }
 """Fitted to 227 launches on an H100, with an error of 3 to 8 per cent (bench/results/2026-11-22-h100-w4a16-hopper.md);
 those with sums are guessed by their instructions, 15 per cent more, and not measured."""
+SPARSE_COSTS = {
+    Tile(64, 2): Cost(0, 0.499, 3.9, 1.1),
+    Tile(64, 4): Cost(0.9, 0.735, 4.3, 1.8),
+    Tile(128, 2): Cost(1.3, 0.589, 5.3, 0.7),
+    Tile(128, 4): Cost(0.1, 0.995, 7.5, 2.7),
+    Tile(256, 2): Cost(0, 0.960, 11, 0),
+    Tile(64, 4, True): Cost(4.0, 0.688, 4.0, 0.6),
+    Tile(128, 2, True): Cost(0, 0.640, 8.5, 0),
+}
+"""Of 2:4 sparse weights: fitted to some 270 launches (bench/results/2026-11-22-h100-sparse24.md); what they choose was
+at most 6 per cent slower than the best tile there."""
+EXACT_TOKENS = 128
+"""Of 2:4 sparse weights and bfloat16: up to so many tokens sums are scaled; beyond, weights are rounded, as where they
+are made floats, and launches take a quarter less."""
 DENSE_GBPS, DENSE_GFLOPS = 2350.0, 750e3
 """Of making weights floats (bytes read and written), and of cuBLAS, on the same H100."""
 
@@ -103,15 +117,28 @@ class Plan:
         return self.sharers * 2 * self.tile.rows * self.tile.tokens * 4
 
 
+def costs_of(layout: Layout) -> dict[Tile, Cost]:
+    return SPARSE_COSTS if layout.sparse else COSTS
+
+
 def tiles(dtype: torch.dtype, layout: Layout) -> tuple[Tile, ...]:
     """Those that there are for activations of this dtype; sums take registers, and leave fewer for the tile.
 
-    float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8.
-    Scales of groups of 32 take registers too, which four warpgroups do not have beside sums or those of 128 tokens.
+    float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8, and
+    is let do so for 2:4 sparse weights and many tokens alone. Scales of groups of 32 take registers too, which four
+    warpgroups do not have beside sums or those of 128 tokens (unless they are sparse).
     """
+    if layout.sparse:
+        sums = {torch.float16: (False,), torch.bfloat16: (True, False)}[dtype] if dtype == layout.scales else (True,)
+        return tuple(tile for tile in SPARSE_COSTS if tile.sums in sums and _worth(tile, sums))
     fits = [tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16)]
     full = (Tile(128, 4), Tile(64, 4, True)) if layout.group == 32 else ()
     return tuple(tile for tile in fits if tile not in full)
+
+
+def _worth(tile: Tile, sums: tuple[bool, ...]) -> bool:
+    """Beside tiles with sums, those without serve more tokens than they."""
+    return tile.sums or len(sums) == 1 or tile.tokens * tile.rows > 128 * 128
 
 
 @cache
@@ -121,7 +148,7 @@ def lay_out(
     """The launch with tiles of this shape, on so many multiprocessors with so much shared memory."""
     blocks = extent(rows, columns)[1]
     row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, processors)
+    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, processors)
     weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
     stages = min(MOST_STAGES, (block_bytes - staging - 128) // (weights_bytes + x_bytes + 16))
@@ -141,27 +168,28 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
 
     def estimate(tile: Tile) -> float:
         count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
-        return _estimate_us(tile, blocks, *_share(tile, count, blocks, processors))
+        return _estimate_us(costs_of(layout)[tile], blocks, *_share(tile, count, blocks, layout, processors))
 
-    best = min(tiles(dtype, layout), key=estimate)
+    exact = layout.sparse and dtype == torch.bfloat16 and tokens <= EXACT_TOKENS
+    best = min((tile for tile in tiles(dtype, layout) if tile.sums or not exact), key=estimate)
     dense_us = rows * columns * (2.5 / DENSE_GBPS + 2 * tokens / DENSE_GFLOPS) / 1e3
     return best if estimate(best) <= dense_us else None
 
 
-def _share(tile: Tile, count: int, blocks: int, processors: int) -> tuple[int, int, int]:
+def _share(tile: Tile, count: int, blocks: int, layout: Layout, processors: int) -> tuple[int, int, int]:
     """Of so many tiles: how many each CTA computes whole, how many are shared, and by how many CTAs."""
+    cost = costs_of(layout)[tile]
     whole, shared = divmod(count, processors)
     if not shared:
         return whole, 0, 0
     even = list(range(shared, min(processors, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
     all_of_them = [min(processors, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * processors else []
-    sharers = min(even + all_of_them, key=lambda n: _estimate_us(tile, blocks, whole, shared, n))
+    sharers = min(even + all_of_them, key=lambda n: _estimate_us(cost, blocks, whole, shared, n))
     return whole, shared, sharers
 
 
-def _estimate_us(tile: Tile, blocks: int, whole: int, shared: int, sharers: int) -> float:
+def _estimate_us(cost: Cost, blocks: int, whole: int, shared: int, sharers: int) -> float:
     """What the last CTA takes."""
-    cost = COSTS[tile]
     stretch = -(-shared * blocks // sharers) if shared else 0
     sums = 0 if sharers == shared else 1 if sharers % shared == 0 else 2
     stored = whole + (shared > 0)

@@ -219,6 +219,7 @@ def macros(dtype: torch.dtype, layout: Layout) -> tuple[str, ...]:
         f"GROUP={layout.group}",
         f"SCALE={SCALE_DTYPES.index(layout.scales)}",
         f"ZEROS={int(layout.zeros)}",
+        f"SPARSE={int(layout.sparse)}",
     )
 
 

@@ -13,6 +13,11 @@ e = 2i + j of a nibble belongs to that product. At eight bits a product has two 
 Scales, and zeros as bytes, lie in the order group, g, half tile, (row g, row g + 8); zeros of two- and three-bit codes
 are nibbles in that order.
 
+Of 2:4 sparse weights (four bits) two of four are stored, and behind everything else which. A lane's word is one
+m16n8k32 sparse product, a unit: rows g and g + 8, the two kept of columns 4t .. 4t + 3 and of those 16 further on. A
+lane's word of places is, for the half tile t / 2 and a unit, 16 columns from 16 (t % 2) on of row g, two bits for each
+that is kept, then those of row g + 8.
+
 Shapes: R rows, C columns, G groups of a row, T tiles, K blocks of a tile, B bytes of a block; weights are flat bytes.
 """
 
@@ -24,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from featherweight.kernels import two_of_four
+
 ROWS, COLUMNS = 32, 128
 WIDTHS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128)
@@ -34,12 +41,17 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 AXES = (2, 2, 8, 2, 2, 4, 2, 2, 2)  # half tile, odd row, g, u, i (the unit of 32 columns), t, j, k2, k1
 HALF, ODD, G, U, UNIT, T, J, K2, K1 = range(1, 10)  # the axis before them counts blocks
 TWO_BITS = (HALF, G, T, U, UNIT, K1, K2, ODD, J)
-PLANES: dict[int, tuple[tuple[int, int, tuple[int, ...]], ...]] = {
+Plane = tuple[int, int, tuple[int, ...]]
+PLANES: dict[int, tuple[Plane, ...]] = {
     2: ((0, 2, TWO_BITS),),
     3: ((0, 2, TWO_BITS), (2, 1, (G, T, HALF, U, K1, K2, ODD, UNIT, J))),
     4: ((0, 4, (HALF, U, G, T, UNIT, J, K1, K2, ODD)),),
     8: ((0, 8, (HALF, U, UNIT, G, T, J, K2, K1, ODD)),),
 }
+# The same of what is kept of 2:4 sparse weights: axes half tile, odd row, g, unit, k2, t, k1.
+KEPT_AXES = (2, 2, 8, 4, 2, 4, 2)
+KEPT_PLANES: tuple[Plane, ...] = ((0, 4, (1, 3, 6, 4, 7, 5, 2)),)
+PLACES: Plane = (0, 2, (3, 1, 5, 4, 2, 6, 7))
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,17 @@ class Layout:
         group: columns that share a scale: 32, 64 or 128.
         scales: dtype of the stored scales.
         zeros: whether zeros are stored; else every zero is the middle code.
+        sparse: whether of four neighbouring codes two are stored, and which; at four bits alone.
     """
 
     bits: int
     group: int
     scales: torch.dtype
     zeros: bool
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.bits == 4 or not self.sparse
 
     @property
     def chunk(self) -> int:
@@ -75,7 +92,25 @@ class Layout:
 
     @property
     def code_bytes(self) -> int:
-        return ROWS * COLUMNS * self.bits // 8
+        return ROWS * self.stored_columns * self.bits // 8
+
+    @property
+    def stored_columns(self) -> int:
+        """Codes of a block's row."""
+        return COLUMNS // 2 if self.sparse else COLUMNS
+
+    @property
+    def place_bytes(self) -> int:
+        return ROWS * COLUMNS // 8 if self.sparse else 0
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Of the stored codes of a block."""
+        return KEPT_AXES if self.sparse else AXES
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        return KEPT_PLANES if self.sparse else PLANES[self.bits]
 
     @property
     def scale_bytes(self) -> int:
@@ -87,25 +122,31 @@ class Layout:
 
     @property
     def block_bytes(self) -> int:
-        return self.code_bytes + self.scale_bytes + self.zero_bytes
+        return self.code_bytes + self.scale_bytes + self.zero_bytes + self.place_bytes
 
 
 def pack(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout) -> Tensor:
-    """The bytes of all blocks; rows and columns are padded to whole blocks by weights of scale zero."""
+    """The bytes of all blocks; rows and columns are padded to whole blocks by weights of scale zero.
+
+    Raises RequestError for a sparse layout of codes of which more than two in four do not stand for zero.
+    """
     (rows, columns), groups = codes_RC.shape, scales_RG.shape[1]
     assert columns == groups * layout.group, "groups disagree with the layout"
     more_rows, more_columns = -rows % ROWS, -columns % COLUMNS
     codes_RC = functional.pad(codes_RC, (0, more_columns, 0, more_rows))
     pad = (0, more_columns // layout.group, 0, more_rows)
+    scales_RG, zeros_RG = functional.pad(scales_RG, pad), functional.pad(zeros_RG, pad)
     tiles, blocks = codes_RC.shape[0] // ROWS, codes_RC.shape[1] // COLUMNS
-    each = codes_RC.view(tiles, ROWS, blocks, COLUMNS).transpose(1, 2).reshape(-1, *AXES)
-    planes = [_pack_plane(each >> low & (1 << bits) - 1, bits, order) for low, bits, order in PLANES[layout.bits]]
-    parts = [plane.view(tiles, blocks, -1) for plane in planes]
-    parts.append(_by_group(functional.pad(scales_RG, pad), layout).view(torch.uint8))
+    stored, places = two_of_four.gather(codes_RC, zeros_RG) if layout.sparse else (codes_RC, None)
+    each = _by_block(stored, tiles, layout)
+    parts = [_pack_plane(each >> low & (1 << bits) - 1, bits, order) for low, bits, order in layout.planes]
+    parts.append(_by_group(scales_RG, layout).view(torch.uint8))
     if layout.zeros:
-        zeros = _by_group(functional.pad(zeros_RG, pad), layout)
+        zeros = _by_group(zeros_RG, layout)
         parts.append(zeros[..., ::2] | zeros[..., 1::2] << 4 if layout.bits < 4 else zeros)
-    blocks_TKB = torch.cat(parts, dim=-1)
+    if places is not None:
+        parts.append(_pack_plane(_by_block(places, tiles, layout), *PLACES[1:]))
+    blocks_TKB = torch.cat([part.view(tiles, blocks, -1) for part in parts], dim=-1)
     return torch.cat([chunk.flatten() for chunk in blocks_TKB.split(layout.chunk, dim=1)])
 
 
@@ -125,37 +166,53 @@ def blocks_of(weights: Tensor, rows: int, columns: int, layout: Layout) -> Tenso
 def unpack(weights: Tensor, rows: int, columns: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """codes_RC, scales_RG, zeros_RG: what `pack` was given."""
     blocks_TKB = blocks_of(weights, rows, columns, layout)
-    tiles, blocks = blocks_TKB.shape[:2]
-    codes = torch.zeros(tiles * blocks, *AXES, dtype=torch.uint8, device=weights.device)
-    at = 0
-    for low, bits, order in PLANES[layout.bits]:
-        end = at + ROWS * COLUMNS * bits // 8
-        codes |= _unpack_plane(blocks_TKB[..., at:end].flatten(0, 1), bits, order) << low
-        at = end
-    codes_RC = codes.view(tiles, blocks, ROWS, COLUMNS).transpose(1, 2).reshape(tiles * ROWS, -1)[:rows, :columns]
-    end = at + layout.scale_bytes
+    groups = columns // layout.group
+    stored = _by_column(blocks_TKB[..., : layout.code_bytes], layout.planes, layout)
+    at, end = layout.code_bytes, layout.code_bytes + layout.scale_bytes
     scales_RG = _by_row(blocks_TKB[..., at:end].contiguous().view(layout.scales), layout)
-    scales_RG = scales_RG[:rows, : columns // layout.group]
-    if not layout.zeros:
-        return codes_RC, scales_RG, torch.full_like(scales_RG, layout.middle, dtype=torch.uint8)
-    zeros = blocks_TKB[..., end:]
-    if layout.bits < 4:
-        zeros = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(-2)
-    return codes_RC, scales_RG, _by_row(zeros, layout)[:rows, : columns // layout.group]
+    zeros_RG = torch.full_like(scales_RG, layout.middle, dtype=torch.uint8)
+    if layout.zeros:
+        zeros = blocks_TKB[..., end : end + layout.zero_bytes]
+        if layout.bits < 4:
+            zeros = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(-2)
+        zeros_RG = _by_row(zeros, layout)
+    if layout.sparse:
+        places = _by_column(blocks_TKB[..., -layout.place_bytes :], (PLACES,), layout)
+        stored = two_of_four.scatter(stored, places, zeros_RG)
+    return stored[:rows, :columns], scales_RG[:rows, :groups], zeros_RG[:rows, :groups]
+
+
+def _by_block(stored: Tensor, tiles: int, layout: Layout) -> Tensor:
+    """[rows, columns] of whole blocks as [blocks, *axes]."""
+    split = stored.view(tiles, ROWS, -1, layout.stored_columns).transpose(1, 2)
+    return split.reshape(-1, *layout.axes)
+
+
+def _by_column(packed: Tensor, planes: tuple[Plane, ...], layout: Layout) -> Tensor:
+    """The inverse of `_by_block` and `_pack_plane` for the bytes [T, K, bytes] of these planes."""
+    tiles, blocks = packed.shape[:2]
+    each = torch.zeros(tiles * blocks, *layout.axes, dtype=torch.uint8, device=packed.device)
+    at = 0
+    for low, bits, order in planes:
+        end = at + each[0].numel() * bits // 8
+        each |= _unpack_plane(packed[..., at:end].flatten(0, 1), bits, order, layout.axes) << low
+        at = end
+    split = each.view(tiles, blocks, ROWS, layout.stored_columns).transpose(1, 2)
+    return split.reshape(tiles * ROWS, -1)
 
 
 def _pack_plane(each: Tensor, bits: int, order: tuple[int, ...]) -> Tensor:
-    """Fields of so many bits, [blocks, *AXES], as bytes [blocks, bytes]."""
+    """Fields of so many bits, [blocks, *axes], as bytes [blocks, bytes]."""
     fields = each.permute(0, *order).reshape(len(each), -1, 8 // bits)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=each.device)
     return (fields << shifts).sum(-1, dtype=torch.uint8)
 
 
-def _unpack_plane(packed: Tensor, bits: int, order: tuple[int, ...]) -> Tensor:
+def _unpack_plane(packed: Tensor, bits: int, order: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
     """The inverse of `_pack_plane`."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    fields = (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).reshape(-1, *(AXES[axis - 1] for axis in order))
-    return fields.permute(0, *(order.index(axis) + 1 for axis in range(1, 10)))
+    fields = (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).reshape(-1, *(axes[axis - 1] for axis in order))
+    return fields.permute(0, *(order.index(axis) + 1 for axis in range(1, len(axes) + 1)))
 
 
 def _by_group(each_RG: Tensor, layout: Layout) -> Tensor:

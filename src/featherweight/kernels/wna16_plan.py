@@ -17,6 +17,7 @@ from featherweight.kernels.wna16_layout import COLUMNS, Layout
 TOKENS = 32
 """The most that one launch takes."""
 FIXED_RING = 3  # stages on GPUs without bulk copies: RING of the source
+SPARSE_MEDIUM_BYTES = 28e6
 MEDIUM_BYTES, LARGE_BYTES = 38e6, 80e6
 MANY_BLOCKS, MANY_TILES = 32, 1000
 
@@ -122,13 +123,14 @@ def lay_out(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     chunks, parts = ceil(blocks / chunk), size * warp_splits
     ends = [chunks * r // parts for r in range(0, parts + 1, warp_splits)]
     slice_blocks = max(end - start for start, end in pairwise(ends)) * chunk
-    stride = slice_blocks * COLUMNS * 2 + 64  # 64: rows of x fall on different banks
+    stride = slice_blocks * COLUMNS * 2 + (16 if layout.sparse else 64)  # rows of x fall on different banks as read
     owned = ceil(row_warps * 2 / size)
     warps = row_warps * warp_splits
     at_barriers = warps * stages * chunk * layout.block_bytes
     at_x = _aligned(at_barriers + (warps * stages + 2) * 8)
     at_sums = _aligned(at_x + tokens * stride)
-    at_partials = at_sums + slice_blocks * layout.parts * -(-tokens // 8) * 64
+    sums = 0 if layout.sparse else slice_blocks * layout.parts * -(-tokens // 8) * 64
+    at_partials = at_sums + sums
     half_bytes = -(-tokens // 2) * 128
     own = device.has_clusters and passes == 1 and 2 * half_bytes <= stages * chunk * layout.block_bytes
     part_bytes, received = owned * half_bytes, parts - own * warp_splits
@@ -149,6 +151,9 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
         return
     few, deep = tiles <= 2 * dict(device.clusters)[2], blocks > MANY_BLOCKS
     nbytes = tiles * blocks * layout.block_bytes
+    if layout.sparse:
+        yield from _for_sparse(tokens, few, blocks, nbytes)
+        return
     if tokens <= 8:
         yield from _for_few_tokens(few, blocks, nbytes, layout.bits)
         yield Choice(4, 12, 3)
@@ -185,6 +190,36 @@ def _for_few_tokens(few: bool, blocks: int, bytes: int, bits: int) -> Iterator[C
         yield from (Choice(2, 12, stages, 2, times=2, shared=True) for stages in depths)
     if bits == 2 or bytes > LARGE_BYTES:
         yield Choice(2, 16, 2, 2)
+
+
+def _for_sparse(tokens: int, few: bool, blocks: int, nbytes: int) -> Iterator[Choice]:
+    """For 2:4 sparse weights, of which a block has fewer bytes."""
+    if tokens <= 8:
+        if few:
+            rings = (Choice(2, 8, stages, 2, shared=True) for stages in (6, 4, 3, 2))
+            yield from (Choice(2, 12, 2),) if blocks > MANY_BLOCKS else rings
+        elif nbytes > LARGE_BYTES:
+            yield from (Choice(2, 16, 2, 2, times=2, shared=True), Choice(2, 16, 2, 2))
+        else:
+            depths = (4, 3, 2) if nbytes > SPARSE_MEDIUM_BYTES else (2,)
+            yield from (Choice(2, 12, stages, 2, times=2, shared=True) for stages in depths)
+        yield Choice(4, 12, 3)
+    elif few:
+        yield Choice(2, 8, 2, 2)
+    if tokens <= 16:
+        if blocks > MANY_BLOCKS and not few:
+            yield from (Choice(8, 12, 3), Choice(8, 12, 2))
+        yield from (
+            Choice(4, 16, 2),
+            Choice(4, 16, 3, 2),
+            Choice(4, 16, 2, 2),
+            Choice(8, 12, 3, 2),
+            Choice(8, 12, 2, 2),
+        )
+    elif blocks <= MANY_BLOCKS:
+        yield Choice(2, 8, 2)
+    yield from (Choice(8, 8, 2, divided) for divided in (1, 2))
+    yield Choice(8, 4, 2, 2)
 
 
 @cache

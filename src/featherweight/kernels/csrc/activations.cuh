@@ -1,18 +1,22 @@
 // x in shared memory, and its sums over groups, for wna16.cu: which says what Params are.
 
-#if BF16
+#if SPARSE
+constexpr float STEP = 1.0f;
+#elif BF16
 constexpr float STEP = 1.0f / (1ull << 63) / 64;                             // 2^-69: a code's 2^-133 by x's 2^64
-constexpr float X_SCALE = 2.0f * (1ull << 63);
 #else
-constexpr float STEP = 1.0f / (1 << 24), X_SCALE = 1.0f;
+constexpr float STEP = 1.0f / (1 << 24);
 #endif
+
+constexpr bool SCALED = BF16 && !SPARSE;                                        // x
+constexpr float X_SCALE = 2.0f * (1ull << 63);
 
 __device__ __forceinline__ u32 scaled(u32 pair) {
     float low = activation_to_float((u16)pair) * X_SCALE, high = activation_to_float((u16)(pair >> 16)) * X_SCALE;
     return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);  // exact: bfloat16 is half a float
 }
 
-// x[:, slice] into shared memory, for bfloat16 times 2^64, where all threads may read it afterwards.
+// x[:, slice] into shared memory, for dense bfloat16 products times 2^64, where all threads may read it afterwards.
 __device__ __forceinline__ void load_x(const Params& p, int first_column, int columns, u8* x, u32 barrier) {
     const int present = min(columns, p.columns - first_column), chunks = columns / 8;
 #if BULK
@@ -24,18 +28,19 @@ __device__ __forceinline__ void load_x(const Params& p, int first_column, int co
                          "r"(present * 2), "r"(barrier) : "memory");
     wait_barrier(barrier, 0);
 #endif
-    if (BULK && !BF16 && present == columns) return;
+    if (BULK && !SCALED && present == columns) return;
     for (int i = threadIdx.x; i < p.tokens * chunks; i += blockDim.x) {
         int token = i / chunks, column = (i - token * chunks) * 8;
         uint4* at = (uint4*)(x + token * p.x_stride + column * 2);
         uint4 v = make_uint4(0, 0, 0, 0);
         if (column < present) v = BULK ? *at : *(const uint4*)(p.x + (u64)token * p.columns + first_column + column);
-        if (BF16) v.x = scaled(v.x), v.y = scaled(v.y), v.z = scaled(v.z), v.w = scaled(v.w);
+        if (SCALED) v.x = scaled(v.x), v.y = scaled(v.y), v.z = scaled(v.z), v.w = scaled(v.w);
         *at = v;
     }
     __syncthreads();
 }
 
+#if !SPARSE
 // What zeros take away: the middle code (or 1, for zeros that are stored) times minus the sum of x over each group, by the
 // tensor cores, in the steps of even and of odd rows' codes. Four floats a lane t, 8 tokens and group, as an accumulator
 // holds them; the latter two are as the former where zeros are stored, whose odd rows come in their own steps.
@@ -62,3 +67,4 @@ __device__ __forceinline__ void sum_x(const u8* const (&x)[NT], u8* sums, int gr
         }
     }
 }
+#endif

@@ -1,20 +1,22 @@
 // A block of weights in shared memory, as `wna16_layout.py` packs it, in the registers of a warp that multiplies by it.
 //
-// Macros: BITS (2, 3, 4, 8), GROUP (32, 64, 128), SCALE (0 float16, 1 bfloat16, 2 float32), ZEROS (0: the middle code).
+// Macros: BITS (2, 3, 4, 8), GROUP (32, 64, 128), SCALE (0 float16, 1 bfloat16, 2 float32), ZEROS (0: the middle code),
+// SPARSE (1: of four neighbouring columns two are stored, as codes of 4 bits, and which; see kept.cuh).
 
 constexpr int ROWS = 32, COLUMNS = 128, PARTS = COLUMNS / GROUP;
-constexpr int CODES = ROWS * COLUMNS * BITS / 8;
+constexpr int CODES = ROWS * COLUMNS * BITS / 8 / (SPARSE ? 2 : 1), PLACES = SPARSE ? ROWS * COLUMNS / 8 : 0;
 constexpr int SCALE_BYTES = PARTS * ROWS * (SCALE == 2 ? 4 : 2), ZERO_BYTES = ZEROS ? PARTS * ROWS / (BITS < 4 ? 2 : 1) : 0;
-constexpr int BLOCK = CODES + SCALE_BYTES + ZERO_BYTES;
+constexpr int BLOCK = CODES + SCALE_BYTES + ZERO_BYTES + PLACES;
 constexpr int CHUNK = BITS == 2 ? 4 : BITS == 8 ? 1 : 2;  // blocks of a tile that lie together in memory
 
 // A code is used as it lies: its bits, anded out of a word, are the subnormal float16 q * 2^-24 (or the bfloat16
 // q * 2^-133) where they are the lowest, and ODD times that where they are the second nibble, as those of odd rows are.
-constexpr u32 FIELD = ((1u << BITS) - 1) * 0x00010001u;
-constexpr int ODD = BITS == 8 ? 1 : 16, MIDDLE = 1 << (BITS - 1);
+[[maybe_unused]] constexpr u32 FIELD = ((1u << BITS) - 1) * 0x00010001u;
+constexpr int ODD = BITS == 8 || SPARSE ? 1 : 16, MIDDLE = 1 << (BITS - 1);
 
 // The words of codes of both half tiles that come with one 16-byte load each: for UNITS units of 32 columns.
-constexpr int UNITS = BITS == 8 ? 1 : BITS == 4 ? 2 : 4;
+constexpr int UNITS = BITS == 8 ? 1 : BITS == 4 && !SPARSE ? 2 : 4;
+#if !SPARSE
 struct Codes {
     u32 of[2][4];
 #if BITS == 3
@@ -50,6 +52,7 @@ struct Codes {
 #endif
     }
 };
+#endif
 
 struct Four {
     float of[2][2];  // half tile; row or row + 8

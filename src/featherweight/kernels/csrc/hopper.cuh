@@ -2,6 +2,7 @@
 // handed from warp to warp. After gpu.cuh.
 
 // ---- warpgroup products: d += a b, a 64 x 16 in registers, b 16 x N in shared memory ---------------------------------
+// Sparse ones: a is what is kept, two of four, of 64 x 32, and `places` says which; those of every four lanes' first two count.
 
 #define P8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
 #define P32_0 P8(0,1,2,3,4,5,6,7) "," P8(8,9,10,11,12,13,14,15) "," P8(16,17,18,19,20,21,22,23) "," P8(24,25,26,27,28,29,30,31)
@@ -16,17 +17,24 @@
 #else
 #define KIND ".f32.f16.f16"
 #endif
-// b: descriptor of N rows (of the transposed b) x 16 columns; add: 0 to begin a new sum.
-#define WARPGROUP_PRODUCT(N, OUTS, A0, A1, A2, A3, B, ADD, ...)                                                        \
-    __device__ __forceinline__ void warpgroup_product(float (&d)[N / 2], const u32 (&a)[4], u64 b, u32 add) {          \
+#if SPARSE
+#define SHAPE(N) ".sp.sync.aligned.m64n" #N "k32"
+#define CHOSEN(PLACES) PLACES ", 0, "
+#else
+#define SHAPE(N) ".sync.aligned.m64n" #N "k16"
+#define CHOSEN(PLACES) ""
+#endif
+// b: descriptor of N rows (of the transposed b) x 16 (32) columns; add: 0 to begin a new sum.
+#define WARPGROUP_PRODUCT(N, OUTS, A0, A1, A2, A3, B, ADD, PLACES, ...)                                                \
+    __device__ __forceinline__ void warpgroup_product(float (&d)[N / 2], const u32 (&a)[4], u32 places, u64 b, u32 add) { \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                                  \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16" KIND " {" OUTS "}, {" A0 "," A1 "," A2 "," A3 "}, "  \
-                     B ", p, 1, 1, 0;\n}"                                                                              \
-                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                    \
+                     "wgmma.mma_async" SHAPE(N) KIND " {" OUTS "}, {" A0 "," A1 "," A2 "," A3 "}, "                    \
+                     B ", " CHOSEN(PLACES) "p, 1, 1, 0;\n}"                                                            \
+                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "r"(places));       \
     }
-WARPGROUP_PRODUCT(64, P32_0, "%32", "%33", "%34", "%35", "%36", "%37", F32(d, 0))
-WARPGROUP_PRODUCT(128, P32_0 "," P32_1, "%64", "%65", "%66", "%67", "%68", "%69", F32(d, 0), F32(d, 32))
-WARPGROUP_PRODUCT(256, P32_0 "," P32_1 "," P32_2 "," P32_3, "%128", "%129", "%130", "%131", "%132", "%133",
+WARPGROUP_PRODUCT(64, P32_0, "%32", "%33", "%34", "%35", "%36", "%37", "%38", F32(d, 0))
+WARPGROUP_PRODUCT(128, P32_0 "," P32_1, "%64", "%65", "%66", "%67", "%68", "%69", "%70", F32(d, 0), F32(d, 32))
+WARPGROUP_PRODUCT(256, P32_0 "," P32_1 "," P32_2 "," P32_3, "%128", "%129", "%130", "%131", "%132", "%133", "%134",
                   F32(d, 0), F32(d, 32), F32(d, 64), F32(d, 96))
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,4 +1,4 @@
-// Blocks of 4-bit weights as operands of warpgroup products, for w4a16_hopper.cu: which says what a block is.
+// Blocks of 4-bit weights as operands of warpgroup products, for w4a16_hopper.cu: which says what a block is. After numbers.cuh.
 
 __device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
@@ -16,30 +16,19 @@ __device__ __forceinline__ void exchange(u32& w0, u32& w1, int lane) {
     w1 = bytes_of(v1, got, lower ? 0x3716 : 0x7260);
 }
 
-__device__ __forceinline__ u32 masked_or(u32 v, u32 mask, u32 bits) {
-    u32 r;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(v), "r"(mask), "r"(bits));
-    return r;
-}
-__device__ __forceinline__ u32 pair_of(u16 v) { return (u32)v << 16 | v; }
-__device__ __forceinline__ u32 minus(u32 a, u32 b) {
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
     u32 c;
 #if BF16
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
 #else
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
 #endif
     return c;
 }
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
-    u32 c;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-    return c;
-}
-__device__ __forceinline__ u32 times_plus(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
+
+__device__ __forceinline__ void load_words(u32 (&words)[4], const u8* from) {
+    uint4 v = *(const uint4*)from;
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
 }
 
 // What a lane's rows g and g + 8 share over a group.
@@ -62,11 +51,7 @@ __device__ __forceinline__ Scales load_scales(const u8* block, int part, int g, 
         s.pairs[0] = bytes_of(v, 0, 0x1010), s.pairs[1] = bytes_of(v, 0, 0x3232);
     }
     u32 z = ZEROS ? *(const u16*)(block + CODES + SCALE_BYTES + at) : 0x0808;
-    u32 z0 = z & 255, z1 = z >> 8;
-    if (BF16)
-        s.zeros[0] = pair_of(0x4300 | z0), s.zeros[1] = pair_of(0x4300 | z1);       // 128 + z
-    else
-        s.zeros[0] = pair_of(0x6400 | z0), s.zeros[1] = pair_of(0xd400 | z1 << 4);  // 1024 + z; -(64 + z)
+    zeros_of(s.zeros, z & 255, z >> 8);
     return s;
 }
 
@@ -74,17 +59,10 @@ __device__ __forceinline__ Scales load_scales(const u8* block, int part, int g, 
 __device__ __forceinline__ void to_floats(u32 (&a)[4], u32 w, const Scales& s) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const u32 v = w >> 8 * i;
-        if (BF16) {
-            a[2 * i] = minus(masked_or(v, 0x000f000fu, 0x43004300u), s.zeros[0]);
-            a[2 * i + 1] = minus(masked_or(v >> 4, 0x000f000fu, 0x43004300u), s.zeros[1]);
-        } else {
-            a[2 * i] = minus(masked_or(v, 0x000f000fu, 0x64006400u), s.zeros[0]);
-            a[2 * i + 1] = times_plus(masked_or(v, 0x00f000f0u, 0x64006400u), 0x2c002c00u, s.zeros[1]);  // 1/16: exact
-            if (!SUMS) {
-                a[2 * i] = times(a[2 * i], s.pairs[0]);
-                a[2 * i + 1] = times(a[2 * i + 1], s.pairs[1]);
-            }
+        code_minus_zero(a[2 * i], a[2 * i + 1], w >> 8 * i, s.zeros);
+        if (!SUMS) {
+            a[2 * i] = times(a[2 * i], s.pairs[0]);
+            a[2 * i + 1] = times(a[2 * i + 1], s.pairs[1]);
         }
     }
 }

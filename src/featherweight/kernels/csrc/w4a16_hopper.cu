@@ -15,18 +15,23 @@
 // SUMS 0: weights are rounded to float16 with their scale. SUMS 1: code minus zero, exact in either dtype, is multiplied,
 // and each group's sum scaled: twice the registers.
 //
-// Macros: BF16, GROUP, SCALE, ZEROS as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
+// SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns. The order of the words
+// is then the tensor cores' own.
+//
+// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
 
 #include "gpu.cuh"
 #include "hopper.cuh"
 
-constexpr int ROWS = 32, COLUMNS = 128, CODES = ROWS * COLUMNS / 2, PARTS = COLUMNS / GROUP;
+constexpr int ROWS = 32, COLUMNS = 128, PARTS = COLUMNS / GROUP;
+constexpr int CODES = ROWS * COLUMNS / (SPARSE ? 4 : 2), PLACES = SPARSE ? ROWS * COLUMNS / 8 : 0;
 constexpr int SCALE_BYTES = PARTS * ROWS * (SCALE == 2 ? 4 : 2);
-constexpr int BLOCK = CODES + SCALE_BYTES + (ZEROS ? PARTS * ROWS : 0);
+constexpr int BLOCK = CODES + SCALE_BYTES + (ZEROS ? PARTS * ROWS : 0) + PLACES;
 constexpr int WARPS = 4 * WARPGROUPS, CONSUMERS = 32 * WARPS, STAGING = 1024;
 constexpr int TILES = 2 * WARPGROUPS, X_BYTES = TOKENS * COLUMNS * 2;        // 32-row tiles of weights; bytes of a stage
 constexpr int SIXTEENS = TOKENS / 16, QUADS = TOKENS / 8;                     // of a tile
 constexpr int BUFFERS = WARPGROUPS == 4 && (SUMS || TOKENS > 64) ? 1 : 2;     // sets of registers for weights
+constexpr int STEP = SPARSE ? 32 : 16, STEPS = 64 / STEP;                     // columns of a product; products of a unit
 
 struct Params {
     TensorMap x;
@@ -44,6 +49,7 @@ struct Params {
 };
 
 #include "hopper_tiles.cuh"
+#include "numbers.cuh"
 #include "hopper_codes.cuh"
 
 // Where block k of tile t lies (wna16_layout.py): pairs of blocks of all tiles lie side by side.
@@ -113,6 +119,22 @@ __device__ __forceinline__ void produce(const Params& p, u8* memory) {
     if (waiting > 0) fetch_late_x(p, base, full, waiting);
 }
 
+// Of a unit, from where the lane that has them keeps them (wna16_layout.py).
+__device__ __forceinline__ void load_places(u32 (&places)[STEPS], const u8* block, int unit, int half, int lane) {
+    uint2 v = *(const uint2*)(block + BLOCK - PLACES + (lane & ~3 | half * 2 | lane & 1) * 16 + unit * 8);
+    places[0] = v.x, places[1] = v.y;
+}
+
+// The compiler takes a sparse product to have read its places when it has been issued, and the tensor cores read them when they
+// come to it: they must stay in their registers until it has ended. A store that never happens needs them then.
+// (tests/test_kernels_sparse24.py looks whether they do.)
+__device__ __forceinline__ void have_ended(const Params& p, const u32 (&places)[STEPS], u32 base) {
+#if SPARSE
+    asm volatile("{\n.reg .pred never;\nsetp.lt.s32 never, %2, 0;\n@never st.shared.v2.b32 [%3], {%0, %1};\n}"
+                 ::"r"(places[0]), "r"(places[1]), "r"(p.stages), "r"(base) : "memory");
+#endif
+}
+
 // A unit is 64 columns of a warpgroup's weights: made floats in registers, of which there may be a second set while the
 // tensor cores still multiply the unit before.
 __device__ __forceinline__ void consume(const Params& p, u8* memory) {
@@ -120,7 +142,7 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
     const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), g = lane >> 2, half = warp & 1;
     u8* staging = memory + p.at_staging + warp * STAGING;
     float sum[TOKENS / 2], total[SUMS ? TOKENS / 2 : 1], scale[2];
-    u32 a[BUFFERS][4][4];
+    u32 a[BUFFERS][STEPS][4], places[BUFFERS][STEPS] = {};
     Ring ring = {0, p.stages, 0};
     int shared_tile0 = -1, shared_tile1 = -1;
     Pieces pieces(p);
@@ -146,11 +168,11 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
             wait_barrier(full + 8 * ring.slot, ring.phase);
             const u8* block = memory + p.at_weights + (ring.slot * TILES + warp / 2) * BLOCK;
             const u64 x = operand_of(base + ring.slot * X_BYTES);
+            u32 words[4];
 #pragma unroll
             for (int u = 0; u < 2; u++) {
-                u32(&buffer)[4][4] = a[u % BUFFERS];
-                uint4 v = *(const uint4*)(block + half * (CODES / 2) + u * 512 + lane * 16);
-                u32 words[4] = {v.x, v.y, v.z, v.w};
+                u32(&buffer)[STEPS][4] = a[u % BUFFERS];
+                if (u == 0 || !SPARSE) load_words(words, block + half * (CODES / 2) + u * 512 + lane * 16);
                 Scales s[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -158,34 +180,47 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
                         s[i] = load_scales(block, (2 * u + i) * 32 / GROUP, g, half);
                     else
                         s[i] = s[0];
-                    exchange(words[2 * i], words[2 * i + 1], lane);
-                    if (BUFFERS == 1 && i == 0) products_wait<0>();
-                    to_floats(buffer[2 * i], words[2 * i], s[i]);
-                    to_floats(buffer[2 * i + 1], words[2 * i + 1], s[i]);
+                    if (!SPARSE) exchange(words[2 * i], words[2 * i + 1], lane);
+                    if (BUFFERS == 1 && i == 0) {
+                        products_wait<0>();
+                        have_ended(p, places[0], base);
+                    }
+                    if (SPARSE) {
+                        if (i == 0) load_places(places[u % BUFFERS], block, u, half, lane);
+                        to_floats(buffer[i], words[2 * u + i], s[i]);
+                    } else {
+                        to_floats(buffer[2 * i], words[2 * i], s[i]);
+                        to_floats(buffer[2 * i + 1], words[2 * i + 1], s[i]);
+                    }
                 }
 #pragma unroll
-                for (int step = 0; step < 4; step++) {
-                    const bool begins = SUMS && (u * 64 + step * 16) % GROUP == 0;
+                for (int step = 0; step < STEPS; step++) {
+                    const bool begins = SUMS && (u * 64 + step * STEP) % GROUP == 0;
                     if (begins) {
                         if (step) products_commit();
                         if (more || u || step) {
                             products_wait<0>();
                             fold();
                         }
-                        scale[0] = s[step / 2].of[0], scale[1] = s[step / 2].of[1];
+                        scale[0] = s[step * STEP / 32].of[0], scale[1] = s[step * STEP / 32].of[1];
                     }
                     if (step == 0 || begins) {
                         settle(sum);
                         products_begin();
                     }
-                    warpgroup_product(sum, buffer[step], x + (u * (X_BYTES / 2) + step * 32 >> 4), SUMS ? !begins : more || u || step);
+                    warpgroup_product(sum, buffer[step], places[u % BUFFERS][step], x + (u * (X_BYTES / 2) + step * STEP * 2 >> 4),
+                                      SUMS ? !begins : more || u || step);
                 }
                 products_commit();
-                if (BUFFERS > 1) products_wait<1>();
+                if (BUFFERS > 1) {
+                    products_wait<1>();
+                    have_ended(p, places[(u + 1) % BUFFERS], base);
+                }
                 if (BUFFERS > 1 && u == 0 && before >= 0) release(before);
             }
             if (BUFFERS == 1) {
                 products_wait<0>();
+                have_ended(p, places[0], base);
                 release(ring.slot);
             }
             more = 1;
@@ -193,6 +228,7 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
             ring.step();
         }
         products_wait<0>();
+        have_ended(p, places[BUFFERS - 1], base);
         if (BUFFERS > 1) release(before);
         if (SUMS) fold();
         else settle(sum);

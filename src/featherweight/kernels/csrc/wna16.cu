@@ -16,6 +16,9 @@
 // With bfloat16 x is multiplied by 2^64, to keep products of two far above float32's own subnormals. What zeros take away
 // is the first addend of every group's sum (`sum_x`), which the group's scale then multiplies.
 //
+// Of 2:4 sparse weights (SPARSE, kept.cuh) half is stored, and the tensor cores pick the x that belong to it; what zeros take
+// away is then another sum of x for every row, so codes become numbers, code minus zero, before they are multiplied.
+//
 // Macros: BF16 (0: float16), and those of blocks.cuh.
 
 #include "gpu.cuh"
@@ -43,11 +46,17 @@ struct Params {
 
 #include "streaming.cuh"
 #include "activations.cuh"
+#if SPARSE
+#include "numbers.cuh"
+#include "kept.cuh"
+#endif
 
 // ---- the product ----------------------------------------------------------------------------------------------------
 
+#if !SPARSE
+// Sums of a group begin with what zeros take away.
 template <int NT>
-__device__ __forceinline__ void take_zeros_away(float (&acc)[2][NT][4], const u8* block, const u8* sums, int part, int lane) {
+__device__ __forceinline__ void begin_group(float (&acc)[2][NT][4], Codes&, const u8* block, const u8* sums, int part, int lane) {
     Four zeros;
     if (ZEROS) zeros = load_zeros(block, part, lane >> 2);
 #pragma unroll
@@ -68,6 +77,25 @@ __device__ __forceinline__ void take_zeros_away(float (&acc)[2][NT][4], const u8
     }
 }
 
+template <int NT>
+__device__ __forceinline__ void multiply_unit(float (&acc)[2][NT][4], const Codes& codes, const uint4 (&b)[NT], int unit) {
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            u32 a[4];
+            codes.take(a, h, unit, j);
+#pragma unroll
+            for (int n = 0; n < NT; n++) multiply(acc[h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
+        }
+}
+
+// Of 8 rows of x, the first 16 bytes that a lane reads; and 8 tokens x 32 columns from there on.
+__device__ __forceinline__ int row_of(int lane) { return lane >> 2; }
+__device__ __forceinline__ int byte_of(int lane) { return (lane & 3) * 16; }
+__device__ __forceinline__ uint4 load_unit(const u8* x) { return *(const uint4*)x; }
+#endif
+
 // total += a block's 32 rows x 128 columns times x. `x` is this lane's first 16 bytes of each 8 tokens, `at` the block's
 // place in the slice.
 template <int NT>
@@ -77,23 +105,15 @@ __device__ __forceinline__ void multiply_block(
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
         float acc[2][NT][4];
-        take_zeros_away<NT>(acc, block, sums + (at * PARTS + part) * NT * 64, part, lane);
+        begin_group<NT>(acc, codes, block, sums + (at * PARTS + part) * NT * 64, part, lane);
 #pragma unroll
         for (int i = 0; i < GROUP / 32; i++) {
             const int unit = part * (GROUP / 32) + i;  // of 32 columns
             if (unit % UNITS == 0) codes.load(block, unit, lane);
             uint4 b[NT];
 #pragma unroll
-            for (int n = 0; n < NT; n++) b[n] = *(const uint4*)(x[n] + at * (COLUMNS * 2) + unit * 64);
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    u32 a[4];
-                    codes.take(a, h, unit, j);
-#pragma unroll
-                    for (int n = 0; n < NT; n++) multiply(acc[h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
-                }
+            for (int n = 0; n < NT; n++) b[n] = load_unit(x[n] + at * (COLUMNS * 2) + unit * 64);
+            multiply_unit<NT>(acc, codes, b, unit);
         }
         Four scales = load_scales(block, part, lane >> 2);
 #pragma unroll
@@ -194,10 +214,12 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     const u8* x[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++)  // columns of the product beyond the last token repeat it, and are not stored
-        x[n] = memory + p.at_x + min(n * 8 + (lane >> 2), p.tokens - 1) * p.x_stride + (lane & 3) * 16;
+        x[n] = memory + p.at_x + min(n * 8 + row_of(lane), p.tokens - 1) * p.x_stride + byte_of(lane);
     u8* sums = memory + p.at_sums;
+#if !SPARSE
     sum_x<NT>(x, sums, (slice_end - slice) * PARTS, warp, lane);
     __syncthreads();
+#endif
 
     // A pass has two steps: the rows of the pass before are stored between them, when their sums have long come.
     float total[2][NT][4] = {};
@@ -240,9 +262,42 @@ extern "C" __global__ void __launch_bounds__(256, 1) wna16_32(const __grid_const
 
 // ---- many tokens: the weights as floats, for a dense product -----------------------------------------------------------
 
+#if !SPARSE
+// A unit of 32 columns, which begins at `column`, of a block's rows.
+__device__ __forceinline__ void store_weights(const Params& p, const Codes& codes, const u8* block, int unit, int row, int column, int lane) {
+    const int g = lane >> 2, part = unit * 32 / GROUP;
+    Four scales = load_scales(block, part, g), zeros;
+    if (ZEROS) zeros = load_zeros(block, part, g);
+    column += (lane & 3) * 8;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        u32 out[2][4];  // rows g, g + 8; pairs of columns
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            u32 a[4];
+            codes.take(a, h, unit, j);
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const float steps = r % 2 ? ODD : 1, unscaled = 1 / steps;
+                float zero = ZEROS ? zeros.of[h][r % 2] * (1 << 24) : MIDDLE * steps, scale = scales.of[h][r % 2];
+                u32 low = float_to_activation(((float)(a[r] & 0xffff) - zero) * unscaled * scale);
+                u32 high = float_to_activation(((float)(a[r] >> 16) - zero) * unscaled * scale);
+                out[r % 2][j * 2 + r / 2] = low | high << 16;
+            }
+        }
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            const int at = row + h * 16 + odd * 8 + g;
+            if (at < p.rows && column < p.columns)
+                *(uint4*)(p.y + (u64)at * p.columns + column) = make_uint4(out[odd][0], out[odd][1], out[odd][2], out[odd][3]);
+        }
+    }
+}
+#endif
+
 // One warp a block. y is rows x columns; each weight is rounded once.
 extern "C" __global__ void __launch_bounds__(256) wna16_dequantize(const __grid_constant__ Params p) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int lane = threadIdx.x & 31;
     const u64 index = (u64)blockIdx.x * (blockDim.x / 32) + (threadIdx.x >> 5);
     if (index >= (u64)p.tiles * p.blocks) return;
     const int k = (int)(index / p.tiles), tile = (int)(index % p.tiles);
@@ -250,32 +305,7 @@ extern "C" __global__ void __launch_bounds__(256) wna16_dequantize(const __grid_
     Codes codes;
 #pragma unroll
     for (int unit = 0; unit < COLUMNS / 32; unit++) {
-        const int part = unit * 32 / GROUP, column = k * COLUMNS + unit * 32 + t * 8;
         if (unit % UNITS == 0) codes.load(block, unit, lane);
-        Four scales = load_scales(block, part, g), zeros;
-        if (ZEROS) zeros = load_zeros(block, part, g);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            u32 out[2][4];  // rows g, g + 8; pairs of columns
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                u32 a[4];
-                codes.take(a, h, unit, j);
-#pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    const float steps = r % 2 ? ODD : 1, unscaled = 1 / steps;
-                    float zero = ZEROS ? zeros.of[h][r % 2] * (1 << 24) : MIDDLE * steps, scale = scales.of[h][r % 2];
-                    u32 low = float_to_activation(((float)(a[r] & 0xffff) - zero) * unscaled * scale);
-                    u32 high = float_to_activation(((float)(a[r] >> 16) - zero) * unscaled * scale);
-                    out[r % 2][j * 2 + r / 2] = low | high << 16;
-                }
-            }
-#pragma unroll
-            for (int odd = 0; odd < 2; odd++) {
-                const int row = tile * ROWS + h * 16 + odd * 8 + g;
-                if (row < p.rows && column < p.columns)
-                    *(uint4*)(p.y + (u64)row * p.columns + column) = make_uint4(out[odd][0], out[odd][1], out[odd][2], out[odd][3]);
-            }
-        }
+        store_weights(p, codes, block, unit, tile * ROWS, k * COLUMNS + unit * 32, lane);
     }
 }
