@@ -123,6 +123,7 @@ def test_overwritten_places_are_found() -> None:
     assert overwritten([multiply, load, waits[0]]) == overwritten([load, multiply, waits[1]]) == [(multiply, load)]
 
 
+@pytest.mark.slow
 def test_the_compiler_here_is_one_that_is_vouched_for() -> None:
     assert nvrtc.nvrtc_version() in COMPILERS, "run the slow tests of this file, and add it to sparse24.COMPILERS"
 

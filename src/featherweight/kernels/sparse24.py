@@ -31,7 +31,7 @@ from featherweight.kernels.wna16_layout import GROUPS, Layout
 
 BITS = 4
 KEEP, OF = 2, 4
-COMPILERS = ((13, 0),)
+COMPILERS = ((13, 0), (13, 5))
 """Versions of NVRTC whose sparse warpgroup products leave the places that they read alone: it does not know that they
 are read late, and tests/test_sparse24_code.py looks at what it makes."""
 
