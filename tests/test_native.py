@@ -14,13 +14,11 @@ import torch
 from torch.nn import functional
 
 from featherweight import native
-from featherweight.core import hessian
 from featherweight.core.rules import Grid
 from featherweight.errors import FallbackWarning
 from featherweight.formats import FORMATS
 from featherweight.kernels import cpu_int4, dequantize
 from featherweight.linear import CompressedLinear
-from featherweight.native import gram
 from test_kernels_triton import solution
 
 FORMAT = FORMATS["compressed-tensors"]
@@ -39,20 +37,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where this CPU has tiles both ways are tried, else one way twice."""
     if request.param == "no tiles":
-        monkeypatch.setattr(gram, "amx", lambda: None)
         monkeypatch.setattr(cpu_int4, "amx", lambda: None)
-
-
-@pytest.mark.parametrize(("tokens", "first", "second"), [(1, 16, 16), (33, 48, 80), (600, 144, 32), (40, 20, 32)])
-def test_sums_of_products_are_exact(tokens: int, first: int, second: int, threads: int, tiles: None) -> None:
-    generator = torch.Generator().manual_seed(tokens)
-    a_TA, b_TB = (torch.randn(tokens, count, generator=generator).bfloat16() for count in (first, second))
-    for one_TA, other_TB in ((a_TA, b_TB), (b_TB, b_TB)):
-        sum_AB = torch.randn(one_TA.shape[1], second + 16, generator=generator)
-        expected_AB = sum_AB.double()
-        expected_AB[:, 16:] += one_TA.double().T @ other_TB.double()
-        hessian._accumulate(sum_AB[:, 16:], one_TA, other_TB)  # a part of a larger sum, as panels of H are
-        torch.testing.assert_close(sum_AB.double(), expected_AB, rtol=0, atol=1e-6 * float(expected_AB.abs().max()))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from featherweight.native import gram
-
 PANEL_COLUMNS = {"cpu": 1024, "cuda": 4096}  # fewer are multiplied faster whole
 PANELS = 4
 WIDE_COLUMNS, WIDE_PANELS = 8192, 8  # the same of the widest
@@ -38,9 +36,6 @@ class HessianSum:
         """Adds the inputs of one batch, ... x C in any float dtype."""
         x_TC = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x_TC.shape[0]
-        if gram.takes(self.sum_CC, x_TC, x_TC):
-            gram.accumulate(self.sum_CC, x_TC, x_TC)  # whole, since it is laid out but once
-            return
         for start, stop in itertools.pairwise(self.edges):
             _accumulate(self.sum_CC[start:stop, start:], x_TC[:, start:stop], x_TC[:, start:])
 
@@ -82,9 +77,6 @@ def _accumulate(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:
     half = a_TA.dtype in (torch.bfloat16, torch.float16)
     if a_TA.is_cuda and half:
         sum_AB += torch.mm(a_TA.T, b_TB, out_dtype=torch.float32)
-        return
-    if gram.takes(sum_AB, a_TA, b_TB):
-        gram.accumulate(sum_AB, a_TA, b_TB)
         return
     with _bf16_products(a_TA.dtype == torch.bfloat16 and not a_TA.is_cuda):
         sum_AB.addmm_(a_TA.T.float(), b_TB.float())

@@ -1,16 +1,14 @@
 /* Products on CPUs that multiply tiles of bfloat16 into float32 (AMX), which torch has no operators for.
 
-   multiply     y = x V^T, V = (code - zero) * scale of 4-bit codes, rounded to bfloat16 as the reference rounds it
-   accumulate   sum += a^T b in float32, of bfloat16 a and b: every product is exact
+   multiply   y = x V^T, V = (code - zero) * scale of 4-bit codes, rounded to bfloat16 as the reference rounds it
 
    Compiled at first use by the machine's own C compiler (native/__init__.py). A tile is 16 rows of 32 bfloat16, or 16
-   pairs of rows of 16. A panel is 32 rows of V, or 32 columns of a or b.
+   pairs of rows of 16. A panel is 32 rows of V.
 
    Layouts (columns a multiple of 32, groups too):
      codes  [panel][column / 8][half][16]      a word holds 8 neighbouring columns of one row, the first in its low bits
      scale  [panel][group][half][16] float, zero likewise in bytes
-     x      [32 rows][column / 32][half][16][32], zeros behind the last row
-     pairs  [panel][token / 32][half][16 pairs of tokens][16 columns][2], zeros behind the last column */
+     x      [32 rows][column / 32][half][16][32], zeros behind the last row */
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -136,83 +134,4 @@ void multiply(const int64_t *arguments, int64_t begin, int64_t end) {
     }
     _tile_release();
     free(scratch);
-}
-
-/* Panels begin .. end-1 of a (tokens x columns, tokens a multiple of 32) as pairs. */
-void pair_up(const int64_t *arguments, int64_t begin, int64_t end) {
-    const uint16_t *a = (const uint16_t *)arguments[0];
-    const int64_t tokens = arguments[1], columns = arguments[2];
-    uint16_t *to = (uint16_t *)arguments[3] + begin * tokens * 32;
-    for (int64_t panel = begin; panel < end; panel++)
-        for (int64_t token = 0; token < tokens; token += 32)
-            for (int64_t column = 32 * panel; column < 32 * panel + 32; column += 16)
-                for (int64_t pair = 0; pair < 16; pair++, to += 32) {
-                    const int64_t wanted = columns - column;
-                    const __mmask16 mask = wanted >= 16 ? 0xffff : wanted > 0 ? (1 << wanted) - 1 : 0;
-                    const uint16_t *from = a + (token + 2 * pair) * columns + column;
-                    const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-                    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + columns));
-                    _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-                }
-}
-
-/* Rows of a tile of pairs as columns (a gather for each column takes twice as long). */
-static void turn(const uint16_t *pairs, uint16_t *to) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(pairs + 32 * i);
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int j = 0; j < 4; j++) { /* r[i + j]: columns j, 4 + j, 8 + j, 12 + j of rows i .. i + 3 */
-        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        _mm512_storeu_si512(to + 32 * j, _mm512_shuffle_i32x4(a, b, 0x88));
-        _mm512_storeu_si512(to + 32 * (4 + j), _mm512_shuffle_i32x4(c, d, 0x88));
-        _mm512_storeu_si512(to + 32 * (8 + j), _mm512_shuffle_i32x4(a, b, 0xdd));
-        _mm512_storeu_si512(to + 32 * (12 + j), _mm512_shuffle_i32x4(c, d, 0xdd));
-    }
-}
-
-#define SPAN 16 /* steps of tokens at a time: two panels of them fit a core's nearest cache */
-
-/* Rows 32 begin .. of sum (ca x cb, `ld` apart; both multiples of 16), of pairs of a and of b. */
-void accumulate(const int64_t *arguments, int64_t begin, int64_t end) {
-    const uint16_t *a = (const uint16_t *)arguments[0], *b = (const uint16_t *)arguments[1];
-    const int64_t tokens = arguments[2], ca = arguments[3], cb = arguments[4], ld = arguments[6];
-    float *sum = (float *)arguments[5];
-    uint16_t turned[SPAN * 2 * TILE] __attribute__((aligned(64)));
-    const int64_t steps = tokens / STEP, size = steps * 2 * TILE;
-    configure();
-    for (int64_t first = 0; first < steps; first += SPAN) {
-        const int64_t count = steps - first < SPAN ? steps - first : SPAN;
-        for (int64_t row = begin; row < end; row++) {
-            const int lower = ca - 32 * row > 16;
-            for (int64_t tile = 0; tile < 2 * count; tile++) turn(a + row * size + (2 * first + tile) * TILE, turned + tile * TILE);
-            for (int64_t panel = 0; 32 * panel < cb; panel++) {
-                const int right = cb - 32 * panel > 16;
-                float *to = sum + 32 * row * ld + 32 * panel;
-                const uint16_t *x = turned, *v = b + panel * size + 2 * first * TILE;
-                _tile_loadd(0, to, 4 * ld);
-                if (right) _tile_loadd(1, to + 16, 4 * ld);
-                if (lower) _tile_loadd(2, to + 16 * ld, 4 * ld);
-                if (right && lower) _tile_loadd(3, to + 16 * ld + 16, 4 * ld);
-                for (int64_t step = 0; step < count; step++, x += 2 * TILE, v += 2 * TILE) {
-                    _tile_loadd(4, x, 64); _tile_loadd(6, v, 64); _tile_loadd(7, v + TILE, 64); _tile_loadd(5, x + TILE, 64);
-                    _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
-                }
-                _tile_stored(0, to, 4 * ld);
-                if (right) _tile_stored(1, to + 16, 4 * ld);
-                if (lower) _tile_stored(2, to + 16 * ld, 4 * ld);
-                if (right && lower) _tile_stored(3, to + 16 * ld + 16, 4 * ld);
-            }
-        }
-    }
-    _tile_release();
 }
