@@ -27,6 +27,7 @@ from featherweight.linear import CompressedLinear
 from featherweight.merged import merge
 from runs import featherweight
 from sparse24_emulation import operands
+from w4a16_hopper_gpu import every_tile_shares_and_repeats
 from wna16_cases import A100, BFLOAT, FLOAT, H100, HALF, RTX_3090, drawn, sparse_solution
 from wna16_emulation import product as emulated
 
@@ -250,21 +251,7 @@ def test_every_tile_on_a_gpu_shares_and_repeats(dtype: torch.dtype) -> None:
     kernels = sparse24.kernels(packed.device, dtype, layout)
     if not isinstance(kernels, w4a16_hopper.Kernels):
         pytest.skip("torch sees no Hopper GPU")
-    for tile, tokens in product(kernels.modules, (40, 3000)):
-        x = torch.randn(tokens, 2048, device="cuda").to(dtype)
-        want = functional.linear(x.double(), values).to(dtype)
-        got = torch.full_like(want, torch.nan)
-        plan = kernels.plan(tile, tokens, 1000, 2048)
-        graph = torch.cuda.CUDAGraph()
-        kernels.launch(plan, x, packed, None, got)
-        with torch.cuda.graph(graph):
-            for _ in range(5):
-                kernels.launch(plan, x, packed, None, got)
-        for _ in range(5):
-            got.fill_(torch.nan)
-            graph.replay()
-            torch.testing.assert_close(got, want, rtol=0.03, atol=0.03 * float(want.abs().mean()))
-    assert int(kernels.counters.abs().sum()) == 0
+    every_tile_shares_and_repeats(kernels, packed, values, dtype)
 
 
 @pytest.mark.gpu

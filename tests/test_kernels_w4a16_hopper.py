@@ -27,6 +27,7 @@ from featherweight.kernels.w4a16_hopper_plan import Tile, choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack
 from featherweight.linear import CompressedLinear
 from w4a16_hopper_emulation import block_at, operands, pieces, place, sharers_of
+from w4a16_hopper_gpu import every_tile_shares_and_repeats
 from wna16_cases import solution
 
 FORMAT = FORMATS["compressed-tensors"]
@@ -250,21 +251,7 @@ def test_every_tile_on_a_gpu_shares_and_repeats(dtype: torch.dtype) -> None:
     layer, values = on_gpu(Grid(4, 64, False), 1000, 2048, dtype)
     packed, layout = wna16.repack(layer.solution())
     kernels = w4a16_hopper.kernels(packed.device, dtype, layout)
-    for tile, tokens in product(kernels.modules, (40, 3000)):
-        x = torch.randn(tokens, 2048, device="cuda").to(dtype)
-        want = functional.linear(x.double(), values).to(dtype)
-        got = torch.full_like(want, torch.nan)
-        plan = kernels.plan(tile, tokens, 1000, 2048)
-        graph = torch.cuda.CUDAGraph()
-        kernels.launch(plan, x, packed, None, got)
-        with torch.cuda.graph(graph):
-            for _ in range(5):
-                kernels.launch(plan, x, packed, None, got)
-        for _ in range(5):
-            got.fill_(torch.nan)
-            graph.replay()
-            torch.testing.assert_close(got, want, rtol=0.03, atol=0.03 * float(want.abs().mean()))
-    assert int(kernels.counters.abs().sum()) == 0
+    every_tile_shares_and_repeats(kernels, packed, values, dtype)
 
 
 @pytest.mark.gpu

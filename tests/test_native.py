@@ -64,19 +64,21 @@ def test_threads_that_are_not_to_be_had_are_told(monkeypatch: pytest.MonkeyPatch
         assert native.openmp.__wrapped__() is None
 
 
-def test_a_process_without_a_compiler_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with tiles and nothing compiled for them yet."""
     monkeypatch.setattr(native, "has_tiles", lambda: True)
     monkeypatch.setattr(native, "_permitted", lambda: True)
     monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+
+
+def test_a_process_without_a_compiler_is_told_once(monkeypatch: pytest.MonkeyPatch, nothing_compiled: None) -> None:
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.warns(FallbackWarning, match="none of cc, gcc, clang is installed.*install a C compiler"):
         assert native.amx.__wrapped__() is None
 
 
-def test_a_source_that_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "has_tiles", lambda: True)
-    monkeypatch.setattr(native, "_permitted", lambda: True)
-    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+def test_a_source_that_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch, nothing_compiled: None) -> None:
     monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
     with pytest.warns(FallbackWarning, match="no-such-flag"):
         assert native.amx.__wrapped__() is None

@@ -35,6 +35,12 @@ class Restorable:
         return self.run(x_TC, bias_R)
 
 
+def require_no_backward(name: str, x_TC: Tensor) -> None:
+    """Raise RequestError where gradients would be wanted of a kernel that has none."""
+    if torch.is_grad_enabled() and x_TC.requires_grad:
+        raise RequestError(f"the {name} kernel has no backward pass: choose reference or dense.")
+
+
 def require_input(x_TC: Tensor, columns: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raise RequestError unless x fits a layer that was prepared for this width, dtype and device."""
     if x_TC.shape[-1] != columns or x_TC.dtype != dtype:

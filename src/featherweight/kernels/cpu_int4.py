@@ -26,11 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featherweight.errors import RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import cpu_amx, tiles
-from featherweight.kernels.base import Case, Kernel, Run, require_input
+from featherweight.kernels.base import Case, Kernel, Run, require_input, require_no_backward
 from featherweight.native import amx
 
 FEW_TOKENS, FEW_BESIDE_AMX = 32, 4
@@ -70,8 +69,7 @@ class CpuInt4(Kernel):
         few, many = _for_many(solution)
 
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and x_TC.requires_grad:
-                raise RequestError("the cpu-int4 kernel has no backward pass: choose reference or dense.")
+            require_no_backward(self.name, x_TC)
             require_input(x_TC, columns, dtype, packed.device)
             flat_TC = x_TC.reshape(-1, columns)
             if len(flat_TC) > few:

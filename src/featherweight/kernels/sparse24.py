@@ -19,13 +19,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from featherweight.errors import FallbackWarning, RequestError
+from featherweight.errors import FallbackWarning
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import nvrtc, w4a16_hopper, wna16, wna16_layout
-from featherweight.kernels.base import Case, Kernel, Run, require_input
+from featherweight.kernels.base import Case, Kernel, Run, require_input, require_no_backward
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.wna16_layout import GROUPS, Layout
 
@@ -62,19 +61,13 @@ class Sparse24(Kernel):
         assert isinstance(solution, Solution)
         rows, columns = solution.codes_RC.shape
         weights, layout = repack(solution)
-        if weights.is_cuda:
-            try:
-                kernels(weights.device, dtype, layout)
-            except nvrtc.CompileError as error:
-                warnings.warn(f"sparse24 gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
-                return Reference().prepare(format, rule, tensors, dtype)
-            torch.cuda.synchronize(weights.device)  # a launch reads weights before it waits for the kernels in front
+        if not wna16.loaded(self.name, weights, lambda: kernels(weights.device, dtype, layout)):
+            return Reference().prepare(format, rule, tensors, dtype)
         register()
         static = (rows, layout.group, layout.scales, layout.zeros)
 
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and x_TC.requires_grad:
-                raise RequestError("the sparse24 kernel has no backward pass: choose reference or dense.")
+            require_no_backward(self.name, x_TC)
             require_input(x_TC, columns, dtype, weights.device)
             return torch.ops.featherweight.sparse24(x_TC, weights, bias_R, *static)
 
@@ -108,12 +101,8 @@ def repack(solution: Solution) -> tuple[Tensor, Layout]:
 
     Raises RequestError where more than two of four neighbouring weights are not zero.
     """
-    scales_RG, zeros_RG = solution.scales_RG, solution.zeros_RG
-    width = solution.codes_RC.shape[1] // scales_RG.shape[1]
-    layout = layout_of(
-        next(g for g in reversed(GROUPS) if width % g == 0), scales_RG.dtype, not solution.grid.symmetric
-    )
-    scales_RG, zeros_RG = (each.repeat_interleave(width // layout.group, dim=1) for each in (scales_RG, zeros_RG))
+    group, scales_RG, zeros_RG = wna16.narrowed(solution)
+    layout = layout_of(group, scales_RG.dtype, not solution.grid.symmetric)
     return wna16_layout.pack(solution.codes_RC, scales_RG, zeros_RG, layout), layout
 
 
@@ -133,24 +122,14 @@ def register() -> torch.library.Library:
 def _on_cuda(
     x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
 ) -> Tensor:
-    flat_TC = x_TC.reshape(-1, x_TC.shape[-1]).contiguous()
-    if flat_TC.data_ptr() % 16:
-        flat_TC = flat_TC.clone()
-    with torch.cuda.device(x_TC.device):
-        made = kernels(x_TC.device, x_TC.dtype, layout_of(group, scales, zeros))
-        y_TR = made.product(flat_TC, weights, bias_R, rows)
-    return y_TR.view(*x_TC.shape[:-1], rows)
+    made = kernels(x_TC.device, x_TC.dtype, layout_of(group, scales, zeros))
+    return wna16.product(made, x_TC, weights, bias_R, rows)
 
 
 def _on_cpu(
     x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
 ) -> Tensor:
-    layout = layout_of(group, scales, zeros)
-    codes_RC, scales_RG, zeros_RG = wna16_layout.unpack(weights, rows, x_TC.shape[-1], layout)
-    grouped = codes_RC.unflatten(-1, (-1, group)).double() - zeros_RG.unsqueeze(-1)
-    weight_RC = (grouped * scales_RG.unsqueeze(-1)).flatten(-2)
-    bias = None if bias_R is None else bias_R.double()
-    return functional.linear(x_TC.double(), weight_RC, bias).to(x_TC.dtype)
+    return wna16.reference(x_TC, weights, bias_R, rows, layout_of(group, scales, zeros))
 
 
 def _shape(

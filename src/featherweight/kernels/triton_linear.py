@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.errors import RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels.base import Case, Kernel, Run, require_input
+from featherweight.kernels.base import Case, Kernel, Run, require_input, require_no_backward
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -76,8 +75,7 @@ class TritonLinear(Kernel):
         register()
 
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and x_TC.requires_grad:
-                raise RequestError("the triton kernel has no backward pass: choose dequantize, reference or dense.")
+            require_no_backward(self.name, x_TC)
             require_input(x_TC, columns, dtype, packed.words_KR.device)
             return call(x_TC, packed, bias_R)
 

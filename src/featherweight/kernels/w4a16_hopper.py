@@ -12,7 +12,6 @@ Shapes: R outputs, C inputs, T tokens (any leading axes); blocks as `wna16_layou
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,11 +20,10 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import nvrtc, wna16
-from featherweight.kernels.base import Case, Kernel, Run, require_input
+from featherweight.kernels.base import Case, Kernel, Run, require_input, require_no_backward
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.w4a16_hopper_plan import Plan, Tile, choose, lay_out, tiles
@@ -71,20 +69,18 @@ class W4A16Hopper(Kernel):
         assert isinstance(solution, Solution)
         rows, columns = solution.codes_RC.shape
         weights, layout = wna16.repack(solution)
-        if weights.is_cuda:
-            try:
-                kernels(weights.device, dtype, layout)
-                wna16.kernels(weights.device, dtype, layout)
-            except nvrtc.CompileError as error:
-                warnings.warn(f"w4a16-hopper gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
-                return Reference().prepare(format, rule, tensors, dtype)
-            torch.cuda.synchronize(weights.device)  # a launch reads weights before it waits for the kernels in front
+
+        def load() -> None:
+            kernels(weights.device, dtype, layout)
+            wna16.kernels(weights.device, dtype, layout)
+
+        if not wna16.loaded(self.name, weights, load):
+            return Reference().prepare(format, rule, tensors, dtype)
         register()
         static = (rows, layout.group, layout.scales, layout.zeros)
 
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and x_TC.requires_grad:
-                raise RequestError("the w4a16-hopper kernel has no backward pass: choose reference or dense.")
+            require_no_backward(self.name, x_TC)
             require_input(x_TC, columns, dtype, weights.device)
             return torch.ops.featherweight.w4a16_hopper(x_TC, weights, bias_R, *static)
 
@@ -238,14 +234,8 @@ def register() -> torch.library.Library:
 def _on_cuda(
     x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, group: int, scales: torch.dtype, zeros: bool
 ) -> Tensor:
-    flat_TC = x_TC.reshape(-1, x_TC.shape[-1]).contiguous()
-    if flat_TC.data_ptr() % 16:
-        flat_TC = flat_TC.clone()
-    with torch.cuda.device(x_TC.device):
-        y_TR = kernels(x_TC.device, x_TC.dtype, Layout(BITS, group, scales, zeros)).product(
-            flat_TC, weights, bias_R, rows
-        )
-    return y_TR.view(*x_TC.shape[:-1], rows)
+    made = kernels(x_TC.device, x_TC.dtype, Layout(BITS, group, scales, zeros))
+    return wna16.product(made, x_TC, weights, bias_R, rows)
 
 
 def _on_cpu(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.errors import FallbackWarning, RequestError
+from featherweight.errors import FallbackWarning
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Grid, Rule, Solution
 from featherweight.kernels import nvrtc, wna16_layout
-from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input
+from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.wna16_layout import GROUPS, SCALE_DTYPES, WIDTHS, Layout, extent
@@ -69,24 +69,39 @@ class WNA16(Kernel):
         assert isinstance(solution, Solution)
         rows, columns = solution.codes_RC.shape
         weights, layout = repack(solution)
-        if weights.is_cuda:
-            try:
-                kernels(weights.device, dtype, layout)
-            except nvrtc.CompileError as error:
-                warnings.warn(f"wna16 gives way to the reference kernel: {error}", FallbackWarning, stacklevel=2)
-                return Reference().prepare(format, rule, tensors, dtype)
-            torch.cuda.synchronize(weights.device)  # a launch reads weights before it waits for the kernels in front
+        if not loaded(self.name, weights, lambda: kernels(weights.device, dtype, layout)):
+            return Reference().prepare(format, rule, tensors, dtype)
         register()
         static = (rows, layout.bits, layout.group, layout.scales, layout.zeros)
 
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and x_TC.requires_grad:
-                raise RequestError("the wna16 kernel has no backward pass: choose reference or dense.")
+            require_no_backward(self.name, x_TC)
             require_input(x_TC, columns, dtype, weights.device)
             return torch.ops.featherweight.wna16(x_TC, weights, bias_R, *static)
 
         grid, groups = solution.grid, solution.scales_RG.shape[1]
         return Restorable(run, lambda: restored(weights, layout, grid, (rows, columns, groups)))
+
+
+def loaded(name: str, weights: Tensor, load: Callable[[], object]) -> bool:
+    """Whether a kernel is there for weights that are ready to be read; where it does not compile, a FallbackWarning."""
+    if weights.is_cuda:
+        try:
+            load()
+        except nvrtc.CompileError as error:
+            message = f"{name} gives way to the reference kernel: {error}"
+            warnings.warn(message, FallbackWarning, stacklevel=3)
+            return False
+        torch.cuda.synchronize(weights.device)  # a launch reads weights before it waits for the kernels in front
+    return True
+
+
+def narrowed(solution: Solution) -> tuple[int, Tensor, Tensor]:
+    """The widest groups there is a layout for, and scales and zeros of as many: equal ones where groups were wider."""
+    width = solution.codes_RC.shape[1] // solution.scales_RG.shape[1]
+    group = next(g for g in reversed(GROUPS) if width % g == 0)
+    times = width // group
+    return group, solution.scales_RG.repeat_interleave(times, 1), solution.zeros_RG.repeat_interleave(times, 1)
 
 
 def repack(solution: Solution) -> tuple[Tensor, Layout]:
@@ -95,14 +110,13 @@ def repack(solution: Solution) -> tuple[Tensor, Layout]:
     Codes of a width that has no layout get the next, symmetric ones moved so that its middle code stands for zero;
     groups wider than 128 become several with equal scales.
     """
-    codes_RC, scales_RG, zeros_RG, grid = solution.codes_RC, solution.scales_RG, solution.zeros_RG, solution.grid
-    width = codes_RC.shape[1] // scales_RG.shape[1]
-    bits, group = next(b for b in WIDTHS if b >= grid.stored_bits), next(g for g in reversed(GROUPS) if width % g == 0)
+    codes_RC, grid = solution.codes_RC, solution.grid
+    group, scales_RG, zeros_RG = narrowed(solution)
+    bits = next(b for b in WIDTHS if b >= grid.stored_bits)
     layout = Layout(bits, group, scales_RG.dtype, not grid.symmetric)
     assert layout.scales in SCALE_DTYPES
     if grid.symmetric:
         codes_RC = codes_RC + (layout.middle - grid.middle)
-    scales_RG, zeros_RG = (each.repeat_interleave(width // group, dim=1) for each in (scales_RG, zeros_RG))
     return wna16_layout.pack(codes_RC, scales_RG, zeros_RG, layout), layout
 
 
@@ -255,17 +269,25 @@ def register() -> torch.library.Library:
 
 
 def _on_cuda(x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, *stored: Any) -> Tensor:
+    return product(kernels(x_TC.device, x_TC.dtype, Layout(*stored)), x_TC, weights, bias_R, rows)
+
+
+def _on_cpu(x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, *stored: Any) -> Tensor:
+    return reference(x_TC, weights, bias_R, rows, Layout(*stored))
+
+
+def product(made: Any, x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int) -> Tensor:
+    """`made.product` of any leading axes, from rows that begin where 16 bytes do."""
     flat_TC = x_TC.reshape(-1, x_TC.shape[-1]).contiguous()
     if flat_TC.data_ptr() % 16:
         flat_TC = flat_TC.clone()
     with torch.cuda.device(x_TC.device):
-        made = kernels(x_TC.device, x_TC.dtype, Layout(*stored))
-        y_TR = made.product(flat_TC, weights, bias_R, rows)
+        y_TR: Tensor = made.product(flat_TC, weights, bias_R, rows)
     return y_TR.view(*x_TC.shape[:-1], rows)
 
 
-def _on_cpu(x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, *stored: Any) -> Tensor:
-    layout = Layout(*stored)
+def reference(x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, rows: int, layout: Layout) -> Tensor:
+    """The same of weights in blocks on a CPU, in float64."""
     codes_RC, scales_RG, zeros_RG = wna16_layout.unpack(weights, rows, x_TC.shape[-1], layout)
     grouped = codes_RC.unflatten(-1, (-1, layout.group)).double() - zeros_RG.unsqueeze(-1)
     weight_RC = (grouped * scales_RG.unsqueeze(-1)).flatten(-2)
