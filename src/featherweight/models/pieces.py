@@ -25,7 +25,7 @@ def rms_norm_of(module: object) -> tuple[Tensor, float] | None:
     if not isinstance(module, nn.Module) or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
     weight_D = module.get_parameter("weight")
-    eps = next((getattr(module, name) for name in EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+    eps = epsilon_of(module)
     if eps is None or weight_D.dim() != 1 or weight_D.is_meta:
         return None
     draw = torch.Generator().manual_seed(0)
@@ -41,6 +41,11 @@ def rms_norm_of(module: object) -> tuple[Tensor, float] | None:
         if torch.allclose(got_PD.float(), normed_PD * gain_D, rtol=rounding, atol=1e-6):
             return gain_D.detach().clone(), eps
     return None
+
+
+def epsilon_of(module: nn.Module) -> float | None:
+    """What a norm adds before its root, by the names families give it."""
+    return next((getattr(module, name) for name in EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
 
 
 @torch.no_grad()

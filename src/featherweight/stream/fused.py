@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from featherweight.core.triton_tried import tried
 from featherweight.models.experts import Expert, Experts
+from featherweight.models.pieces import epsilon_of
 from featherweight.stream.grouped import Grouped
 
 KINDS = (torch.float16, torch.bfloat16)
@@ -165,8 +166,8 @@ def _rotated_pair(
 
 def _norm_of(module: nn.Module) -> tuple[float, bool, bool] | None:
     """Which norm a module is: its epsilon, whether it is 1 + weight, and rounded before that too; None for others."""
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(eps, float) or set(module._parameters) != {"weight"} or module._buffers or module._modules:
+    eps = epsilon_of(module)
+    if eps is None or set(module._parameters) != {"weight"} or module._buffers or module._modules:
         return None
 
     def find() -> tuple[float, bool, bool] | None:
