@@ -44,6 +44,7 @@ ABOVE = [
     "console",
     "laws_cli",
     "bench_cli",
+    "compress_cli",
     "cli",
     "vllm_plugin",
 ]
