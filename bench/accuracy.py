@@ -19,13 +19,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from featherweight import api, data, recipes
 from featherweight.core import refine
-from featherweight.core.solution import Solution
 from featherweight.evaluate import evaluate
 from featherweight.models.load import load_tokenizer
 
@@ -55,16 +53,12 @@ def recipe_of(row: str) -> recipes.Recipe:
 @contextmanager
 def without(half: str | None) -> Iterator[None]:
     """Takes scales ("refit") or codes ("descend") out of `refine`, for an ablation."""
-    name = {"refit": "refit_scales", "descend": "_descended", None: None}[half]
-    if name is None:
+    if half is None:
         yield
         return
-
-    def nothing(weight_RC: torch.Tensor, hessian_CC: torch.Tensor, solution: Solution, _: object) -> Any:
-        return solution if half == "refit" else (solution, refine.pull_on(weight_RC, hessian_CC, solution))
-
+    name = {"refit": "refit_scales", "descend": "descend"}[half]
     before = getattr(refine, name)
-    setattr(refine, name, nothing)
+    setattr(refine, name, lambda weight_RC, hessian_CC, solution, *_: solution)
     try:
         yield
     finally:
