@@ -168,12 +168,11 @@ def _whole(solution: AnySolution, energy_R: Tensor, group: Group, sharers: World
     """What all sharers have, each of its part of every matrix's rows, in the order of the matrices."""
     assert isinstance(solution, Solution) and solution.keep_RC is None
     ours = [solution.codes_RC, solution.scales_RG, solution.zeros_RG, solution.loss_R, energy_R]
-    wholes = [torch.empty(0)] * len(ours)
     counts = [[len(range(*each.split(m.rows).indices(m.rows))) for m in group.matrices] for each in sharers.all()]
-    theirs = [sharers.from_each(tensor) for tensor in ours]
-    for number, parts in enumerate(theirs):
+    wholes: list[Tensor] = []
+    for parts in zip(*sharers.from_each(ours), strict=True):
         by_matrix = zip(*(part.split(rows) for part, rows in zip(parts, counts, strict=True)), strict=True)
-        wholes[number] = torch.cat([torch.cat(each) for each in by_matrix])
+        wholes.append(torch.cat([torch.cat(each) for each in by_matrix]))
     codes_RC, scales_RG, zeros_RG, loss_R, energy_R = wholes
     return replace(solution, codes_RC=codes_RC, scales_RG=scales_RG, zeros_RG=zeros_RG, loss_R=loss_R), energy_R
 

@@ -126,9 +126,9 @@ class World:
             found |= mine[number] if self.size == 1 else self._solutions(owner, mine.get(number, {}), rules)
         return found
 
-    def from_each(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors that the processes have here, in their order."""
-        return [self._from(owner, (None, [tensor]))[1][0] for owner in range(self.size)]
+    def from_each(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The tensors that the processes have here, in their order: one message a process."""
+        return [self._from(owner, (None, list(tensors)))[1] for owner in range(self.size)]
 
     def _solutions(
         self, owner: int, solutions: Mapping[str, AnySolution], rules: Mapping[str, Rule]
