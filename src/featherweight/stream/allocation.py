@@ -54,10 +54,10 @@ def allocated_rules(
     found: dict[str, str] = world.first(dict(allocate(database.layers(), amount, unit, fixed).choices))
     rules = {option.label: option.rule for option in options}
     chosen: dict[str, Rule] = {}
-    for name, label in found.items():
-        rule = rules[label]
+    for matrix in tree.matrices:  # in this order, whoever measured them
+        rule = rules[found[matrix.name]]
         assert rule is not None, "leaving a matrix as it is is no option here"
-        chosen[name] = rule
+        chosen[matrix.name] = rule
     return chosen
 
 
