@@ -5,6 +5,7 @@ Shapes: S sequences, T tokens, D width, K choices, E experts, N tokens of one ex
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -295,3 +296,14 @@ def test_blocks_with_experts_are_trained_by_two(name: str, source: Path, tmp_pat
     for one, other in rows:
         assert one["block_loss"] == pytest.approx(other["block_loss"], rel=0.2)
         assert one["block_loss"] < one["block_loss_before"]
+
+
+@pytest.mark.slow
+def test_experts_without_tokens_are_trained_too(text: Path, tmp_path: Path) -> None:
+    """One sequence of eight tokens a step in each process, each token to one of four experts."""
+    source = add_tokenizer(make("llama4", tmp_path / "source"))
+    small = {"samples": 6, "tokens": 8, "batch": 2, "epochs": 1, "bits": 2, "group_size": 16}
+    chosen = Recipe(method="block-ap", tune="rounding", **small, calibration=(str(text),))
+    whole(together(source, tmp_path / "out", chosen))
+    rows = [row for row in journal(tmp_path / "out") if ".experts." in row["name"]]
+    assert rows and all(math.isfinite(row["block_loss"]) for row in rows)
