@@ -36,7 +36,8 @@ from test_parallel import Happening, assert_alike, together, whole
 from tiny import MOE_FAMILIES, add_tokenizer, make, write_text
 
 SMALL = {"group_size": 32, "samples": 5, "tokens": 32}  # windows that two do not share evenly
-FIRST = ("embed", "layers.0.self_attn.q", "layers.0.self_attn.k", "layers.0.self_attn.v")  # before any tie can tell
+# of block 0, before any tie can tell
+FIRST = ("layers.0.self_attn.q", "layers.0.self_attn.k", "layers.0.self_attn.v", "layers.0.mixer.q")
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.filterwarnings("ignore::featherweight.errors.FallbackWarning")
@@ -283,19 +284,22 @@ def test_a_starved_expert_is_an_error_for_all_if_asked(source: Path, text: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sub1", "best_2bit"])
+@pytest.mark.parametrize("name", ["sub1", "best_2bit", "papers.efficientqat_w2g64", "from obq"])
 def test_blocks_with_experts_are_trained_by_two(name: str, source: Path, tmp_path: Path) -> None:
-    """The recipes that train, whose steps are shared; what is learnt differs by the batches' order of sums alone."""
+    """The recipes that train, whose steps are shared: as much is learnt, in other batches, from the same start."""
     long = write_text(tmp_path / "long.txt", words=6000)
-    small = {"samples": 16, "tokens": 64, "epochs": 2, "calibration": (str(long),)}
-    chosen = by_name(name).but(**small, group_size=32 if name == "best_2bit" else None)
+    small = {"samples": 16, "tokens": 64, "epochs": 2, "held_out": 0.25, "calibration": (str(long),)}
+    chosen = by_name("best_2bit").but(start="obq") if name == "from obq" else by_name(name)
+    chosen = chosen.but(**small, group_size=None if name == "sub1" else 32)
     whole(together(source, tmp_path / "out", chosen))
     api.compress(source, tmp_path / "alone", chosen)
     assert model_files(tmp_path / "out").keys() == model_files(tmp_path / "alone").keys()
-    rows = zip(journal(tmp_path / "out"), journal(tmp_path / "alone"), strict=True)
-    for one, other in rows:
+    for one, other in zip(journal(tmp_path / "out"), journal(tmp_path / "alone"), strict=True):
+        near = 1e-2 if one["block"] == 0 else 0.2
+        assert one["block_loss_before"] == pytest.approx(other["block_loss_before"], rel=near)
         assert one["block_loss"] == pytest.approx(other["block_loss"], rel=0.2)
-        assert one["block_loss"] < one["block_loss_before"]
+        assert one["block_loss"] <= one["block_loss_before"]
+    assert any(one["block_loss"] < one["block_loss_before"] for one in journal(tmp_path / "out"))
 
 
 @pytest.mark.slow

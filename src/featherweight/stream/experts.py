@@ -74,14 +74,10 @@ def _solve_mixture(
     gathered, served, steps = _prepared(view, mixture, recipe)
     matrices = {matrix.path: matrix for matrix in view.matrices}
     columns = [matrices[mixture.matrix_path(0, leaves[0])].columns for leaves in steps]
-    each_bytes = 4 * max(columns) ** 2 * (1 if mixture.original is None else 2)
-    processes = view.world.size  # every one has the sums of as many experts, and of all of these the weights
-    if view.keep is not None:  # which are not held already
-        each_bytes += (
-            8
-            * processes
-            * sum(m.rows * m.columns for path, m in matrices.items() if path.startswith(f"{mixture.path}.0."))
-        )
+    each_bytes, processes = 4 * max(columns) ** 2 * (1 if mixture.original is None else 2), view.world.size
+    if view.keep is not None:  # and the weights, which are not held already: of every process's experts in each
+        inside = [m for path, m in matrices.items() if path.startswith(f"{mixture.path}.0.")]
+        each_bytes += 8 * processes * sum(m.rows * m.columns for m in inside)
     size = processes * max(1, CHUNK_BYTES[view.inputs.device.type] // each_bytes)
     summing = Summing(mixture, gathered.routed, view.inputs.device, view.world)
     solutions: dict[str, Solved] = {}

@@ -197,18 +197,13 @@ def joined() -> Iterator[World]:
 
 
 def check_divisible(world: World, recipe: Recipe) -> None:
-    """RequestError for what several processes cannot do together (yet)."""
+    """RequestError where a process would have nothing to do."""
     if world.size == 1:
         return
     if world.size > recipe.samples:
         raise RequestError(
             f"{world.size} processes were to share {recipe.samples} calibration sequences, and each needs 1: raise "
             f"--samples to {world.size} or use --nproc-per-node {recipe.samples}."
-        )
-    if recipe.trains and recipe.start != "gptq":
-        raise RequestError(
-            f"--method {recipe.method} from {recipe.start} is not divided among processes by this version, and "
-            f"{world.size} were started: use 1, that is, featherweight without torchrun, or --start gptq."
         )
 
 
