@@ -261,6 +261,7 @@ def second_dies(rank: int) -> None:
     solver.solve_stack = solve
 
 
+@pytest.mark.slow
 def test_one_goes_on_where_two_failed(source: Path, text: Path, tmp_path: Path) -> None:
     chosen, out = Recipe(**SMALL, calibration=(str(text),)), tmp_path / "out"
     (words, _), (others, code) = together(source, out, chosen, second_dies)
