@@ -30,10 +30,12 @@ from featherweight import api, formats
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.tree import build
+from featherweight.plan import Database
 from featherweight.recipe import Recipe
 from featherweight.recipes import papers_gptq
 from featherweight.stream import compress as pipeline
 from featherweight.stream import hidden as hidden_states
+from featherweight.stream.allocation import DATABASE
 from featherweight.stream.inputs import Group, GroupSums
 from featherweight.stream.parallel import ALONE, World, check_divisible
 from runs import MANIFEST, journal, processes, shards, stamps, tensors_of
@@ -177,6 +179,7 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "papers.gptq": (dataclasses.asdict(papers_gptq()), FIRST),
     "2:4": ({"sparsity": "2:4", "bits": 16}, FIRST),
     "joint, head": ({"sparsity": "0.5", "embedding_bits": 8, "format": "compressed-tensors"}, FIRST),
+    "guided": ({"guide": 0.5}, FIRST),
     "sequential": ({"true_sequential": True, "symmetric": False}, ("0.self_attn.q", "0.self_attn.k", "0.self_attn.v")),
 }
 
@@ -275,31 +278,48 @@ def test_one_goes_on_where_two_failed(
     assert_alike(out, alone)
 
 
+# --- a budget
+
+
+def plan_of(folder: Path) -> dict[str, tuple[float, int]]:
+    return {row["name"]: (row["bits"], row["group_size"]) for row in journal(folder)}
+
+
+@pytest.mark.parametrize("begun", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_two_find_the_plan_of_one(begun: bool, source: Path, default: Recipe, tmp_path: Path) -> None:
+    """One database, each line of it written once, by the first; what one process had measured is not measured again."""
+    chosen, out = default.but(average_bits=4.0, search="minmax", refine=0), tmp_path / "out"
+    begin(source, out, chosen) if begun else None
+    before = set((out / DATABASE).read_text().splitlines()) if begun else set()
+    assert not begun or len(before) == 1 + 7
+    whole(together(source, out, chosen))
+    api.compress(source, tmp_path / "alone", chosen)
+    assert plan_of(out) == plan_of(tmp_path / "alone") and len(set(plan_of(out).values())) > 1
+    lines = (out / DATABASE).read_text().splitlines()
+    ours, theirs = Database.open(out / DATABASE), Database.open(tmp_path / "alone" / DATABASE)
+    assert before <= set(lines) and len(lines) == len(theirs.lines()) == len(ours.lines())
+    assert ours.header == theirs.header and ours.calibration == theirs.calibration
+    for name, row in theirs.rows.items():
+        for label, measured in row.options.items():
+            assert ours.rows[name].options[label].loss == pytest.approx(measured.loss, rel=0.02)
+    for name, points in theirs.points.items():
+        for label, point in points.items():
+            assert ours.points[name][label] == pytest.approx(point, rel=0.05)
+    assert_alike(out, tmp_path / "alone")
+
+
 # --- refused
 
 
-def test_refused(source: Path, default: Recipe, text: Path, tmp_path: Path) -> None:
+def test_more_processes_than_sequences(source: Path, default: Recipe, tmp_path: Path) -> None:
     """Each process says why, and none hangs."""
-    refusals = {
-        "2 processes were to share 1 calibration sequences, and each needs 1: raise --samples to 2": {"samples": 1},
-        "--method block-ap from rtn is not divided among processes": {"method": "block-ap", "start": "rtn"},
-        "--guide is not divided among processes": {"guide": 0.5},
-        "a budget (--size, --average-bits, --non-uniform) is not divided": {"average_bits": 4.5},
-    }
-    tree = build(Checkpoint.open(source))
-    for sentence, changes in refusals.items():
-        with pytest.raises(RequestError, match=re.escape(sentence)):
-            check_divisible(World(1, 2), tree, default.but(**changes))
-        check_divisible(ALONE, tree, default.but(**changes))
+    check_divisible(ALONE, default.but(samples=1))
     for words, _ in together(source, tmp_path / "out", default.but(samples=1)):
-        assert isinstance(words[-1], RequestError) and "2 processes were to share 1" in str(words[-1])
+        assert isinstance(words[-1], RequestError)
+        assert "2 processes were to share 1 calibration sequences, and each needs 1: raise --samples to 2" in str(
+            words[-1]
+        )
     assert not (tmp_path / "out").exists()
-
-
-def test_experts_are_refused(default: Recipe, tmp_path: Path) -> None:
-    tree = build(Checkpoint.open(make("mixtral", tmp_path / "mixtral")))
-    with pytest.raises(RequestError, match=r"a model with experts \(.*experts\) is not divided among processes"):
-        check_divisible(World(0, 2), tree, default)
 
 
 def test_another_folder_is_refused_by_the_one_that_writes(source: Path, default: Recipe, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.load import load_dense
 from featherweight.models.tree import build
 from featherweight.stream.guide import normalised, token_weights
+from featherweight.stream.parallel import World
 from runs import featherweight, journal, logits, recipe, shards, watching
 from tiny import add_tokenizer, make, token_ids
 
@@ -144,11 +145,14 @@ def test_what_cannot_be_had(changes: dict[str, Any], said: str, source: Path, te
 
 
 def test_token_weights_are_squared_gradients(source: Path, tmp_path: Path) -> None:
-    """Against the gradient of each matrix's output taken one window at a time, labels drawn with the same seed."""
+    """Against the gradient of each matrix's output taken one window at a time, labels drawn with the window's seed;
+    and each of two processes finds those of its own windows."""
     tree, ids_ST = build(Checkpoint.open(source)), token_ids(3, 12)
     found = token_weights(tree, ids_ST, CPU, torch.float32, 7, lambda share: None)
     assert found.keys() == {matrix.name for matrix in tree.matrices}
-    model, generator = load_dense(source, CPU, torch.float32), torch.Generator().manual_seed(7)
+    halves = [token_weights(tree, ids_ST, CPU, torch.float32, 7, lambda share: None, World(n, 2)) for n in range(2)]
+    assert all(torch.equal(torch.cat([half[name] for half in halves]), found[name]) for name in found)
+    model = load_dense(source, CPU, torch.float32)
     name = "model.layers.0.self_attn.o_proj"
     module = model.get_submodule(name)
     for sequence, ids_T in enumerate(ids_ST):
@@ -156,7 +160,9 @@ def test_token_weights_are_squared_gradients(source: Path, tmp_path: Path) -> No
         handle = module.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output))
         logits_TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
         handle.remove()
-        labels_T = torch.multinomial(logits_TV.softmax(-1), 1, generator=generator).squeeze(-1)
+        labels_T = torch.multinomial(
+            logits_TV.softmax(-1), 1, generator=torch.Generator().manual_seed(7 + sequence)
+        ).squeeze(-1)
         score = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
         (gradient,) = torch.autograd.grad(score, outputs)
         torch.testing.assert_close(found[name][sequence], gradient[0].square().mean(-1), rtol=1e-4, atol=1e-12)

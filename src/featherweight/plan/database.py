@@ -67,6 +67,11 @@ class Row:
     energy: float
     options: dict[str, Measured]
 
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Row:
+        """The row of a line."""
+        return cls(**{**line, "options": {label: Measured(**each) for label, each in line["options"].items()}})
+
     @property
     def fusion(self) -> str:
         """Equal for the matrices that engines fuse: one input, or all experts of a block."""
@@ -82,6 +87,7 @@ class Database:
         calibration: on what the losses were calibrated, None where they were not.
         points: (relative error, KL in nats) of each matrix changed alone (or of its share, where several were), by
             name and label.
+        writes: whether the file is written: of several processes that have one database, one does.
     """
 
     path: Path
@@ -89,6 +95,7 @@ class Database:
     rows: dict[str, Row] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     points: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    writes: bool = True
 
     @classmethod
     def open(cls, path: str | Path) -> Database:
@@ -99,10 +106,25 @@ class Database:
             raise RequestError(
                 f"{path} is no sensitivity database of version {VERSION}: measure one, or choose another."
             )
-        database = cls(path, lines[0])
+        return cls.of(path, lines)
+
+    @classmethod
+    def of(cls, path: Path, lines: list[dict[str, Any]], writes: bool = True) -> Database:
+        """The database with these `lines`."""
+        database = cls(path, lines[0], writes=writes)
         for line in lines[1:]:
             database._take(line)
         return database
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What the file holds, as JSON objects."""
+        lines: list[dict[str, Any]] = [self.header, *map(asdict, self.rows.values())]
+        if self.calibration is not None:
+            lines.append({"calibration": self.calibration})
+        for name, points in self.points.items():
+            for label, (error, kl) in points.items():
+                lines.append({"point": name, "label": label, "relative_error": error, "kl": kl})
+        return lines
 
     @classmethod
     def begin(cls, path: str | Path, header: Mapping[str, Any]) -> Database:
@@ -181,26 +203,22 @@ class Database:
         elif "point" in line:
             self.points.setdefault(line["point"], {})[line["label"]] = (line["relative_error"], line["kl"])
         else:
-            options = {label: Measured(**measured) for label, measured in line["options"].items()}
-            self.rows[line["name"]] = Row(**{**line, "options": options})
+            self.rows[line["name"]] = Row.of(line)
 
     def _append(self, line: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if self.writes:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         self._take(json.loads(json.dumps(line)))
 
     def _rewrite(self) -> None:
         """The whole file anew: without half a line at its end, or an old calibration."""
-        lines: list[dict[str, Any]] = [self.header, *map(asdict, self.rows.values())]
-        if self.calibration is not None:
-            lines.append({"calibration": self.calibration})
-        for name, points in self.points.items():
-            for label, (error, kl) in points.items():
-                lines.append({"point": name, "label": label, "relative_error": error, "kl": kl})
+        if not self.writes:
+            return
         part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        part.write_text("".join(json.dumps(line) + "\n" for line in self.lines()), encoding="utf-8")
         part.replace(self.path)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from featherweight import data
 from featherweight.core.rules import Grid, Pattern, Rule
@@ -21,6 +22,7 @@ from featherweight.plan import Layer, Offer, Option, allocate, check_budget, fit
 from featherweight.plan.options import kept_weights
 from featherweight.recipe import Recipe
 from featherweight.stream.calibration import Tell
+from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.sensitivity import calibrate, measure, quick
 
 DATABASE = "sensitivity.jsonl"
@@ -31,12 +33,13 @@ SHARD_BYTES = 64
 
 
 def allocated_rules(
-    tree: ModelTree, recipe: Recipe, format: Format, out: Path, device: str, tell: Tell
+    tree: ModelTree, recipe: Recipe, format: Format, out: Path, device: str, tell: Tell, world: World = ALONE
 ) -> dict[str, Rule]:
     """The rule of each matrix, by name, that harms the model least within the recipe's budget.
 
-    The sensitivities are measured on the way, into `out`, where they stay: a run that is stopped goes on there. Raises
-    RequestError for a budget that no choice meets, naming the nearest that one does.
+    The sensitivities are measured on the way, into `out`, where they stay: a run that is stopped goes on there. Several
+    processes measure together, and all take what process 0 chooses. Raises RequestError for a budget that no choice
+    meets, naming the nearest that one does.
     """
     assert recipe.budget is not None
     unit, amount = recipe.budget
@@ -44,26 +47,27 @@ def allocated_rules(
     fixed = _fixed(tree, recipe, format, options)
     path = tree.checkpoint.path
     choices = replace(quick(recipe), mask="sparsegpt", resolve=0)  # of twenty sparsities, none needs its best mask
-    database = measure(path, out / DATABASE, recipe, options, device, choices, tell)
-    tokenizer = load_tokenizer(path)
-    text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
-    windows_ST = data.calibration_windows(
-        data.encoder(tokenizer),
-        text,
-        PROBE_WINDOWS,
-        min(PROBE_TOKENS, recipe.tokens or PROBE_TOKENS),
-        recipe.seed + 1,
-        data.bos_of(tokenizer),
-    )
-    database = calibrate(path, database, windows_ST, recipe, options, device, choices, tell)
-    found = allocate(database.layers(), amount, unit, fixed)
+    database = measure(path, out / DATABASE, recipe, options, device, choices, tell, world=world)
+    windows_ST = world.first_tensor(lambda: _probe_windows(path, recipe))
+    assert windows_ST is not None
+    database = calibrate(path, database, windows_ST, recipe, options, device, choices, tell, world=world)
+    found: dict[str, str] = world.first(dict(allocate(database.layers(), amount, unit, fixed).choices))
     rules = {option.label: option.rule for option in options}
     chosen: dict[str, Rule] = {}
-    for name, label in found.choices.items():
-        rule = rules[label]
+    for matrix in tree.matrices:  # in this order, whoever measured them
+        rule = rules[found[matrix.name]]
         assert rule is not None, "leaving a matrix as it is is no option here"
-        chosen[name] = rule
+        chosen[matrix.name] = rule
     return chosen
+
+
+def _probe_windows(path: Path, recipe: Recipe) -> Tensor:
+    """Other windows of the calibration text than those that losses are measured on."""
+    tokenizer = load_tokenizer(path)
+    text = data.calibration_text(tokenizer, recipe.calibration, recipe.chat_template)
+    length = min(PROBE_TOKENS, recipe.tokens or PROBE_TOKENS)
+    encode, bos = data.encoder(tokenizer), data.bos_of(tokenizer)
+    return data.calibration_windows(encode, text, PROBE_WINDOWS, length, recipe.seed + 1, bos)
 
 
 def check_reach(tree: ModelTree, recipe: Recipe, format: Format) -> None:

@@ -106,7 +106,7 @@ def _compress(
     tree = trees.build(checkpoint)
     refuse_parts(tree, recipe)
     recipe = recipe.but(tokens=window_length(recipe, tree))
-    check_divisible(world, tree, recipe)
+    check_divisible(world, recipe)
     tell = tell if tell and world.leads else lambda done, total, what: None
     job = _Job(tree, recipe, torch_device, out, tell, world, memory)
     if recipe.budget is None:
@@ -167,13 +167,14 @@ class _Job:
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
         together = min(BATCH_TOKENS[device.type], LOW_TOKENS) if self.low else BATCH_TOKENS[device.type]
-        self.expert_bytes = room_for_experts(tree, recipe, device, self.dtype, self.low)
+        self.expert_bytes = room_for_experts(tree, recipe, device, self.dtype, self.low, world)
         self.batch = max(1, together // (recipe.tokens or TOKENS))
 
     def plan(self) -> None:
         """With a budget, a rule for each matrix in place of the one for all."""
         if self.recipe.budget is not None:
-            self.rules = allocated_rules(self.tree, self.recipe, self.format, self.out, str(self.device), self.tell)
+            device = str(self.device)
+            self.rules = allocated_rules(self.tree, self.recipe, self.format, self.out, device, self.tell, self.world)
             self.check()
 
     def check(self) -> None:
@@ -225,7 +226,7 @@ class _Job:
             runner, ids_ST, self.out, self.batch, original, stored, self.world, self.low, self.endings, special
         )
         stored.clear()
-        weights = self._weights(folder, ids_ST)
+        weights = None if all(finished) else self._weights(ids_ST)
         try:
             for index, block in enumerate(self.tree.blocks):
                 if ids_ST is None and finished[index]:
@@ -283,15 +284,15 @@ class _Job:
         found = self.shards.read(folder, rest)
         return {m.weight: found[m.path].values() for m in self.tokens.values()}
 
-    def _weights(self, folder: OutputFolder, ids_ST: Tensor | None) -> Weights | None:
-        """What each token counts for each matrix, where the recipe asks for it and anything is left to solve."""
-        left = any(not folder.finished(index + 1) for index in range(len(self.tree.blocks)))
-        if ids_ST is None or not self.recipe.guide or not left:
+    def _weights(self, ids_ST: Tensor | None) -> Weights | None:
+        """What each token of this process counts for each matrix, where the recipe asks for it."""
+        if ids_ST is None or not self.recipe.guide:
             return None
-        total = len(self.tree.blocks)
-        return token_weights(
-            self.tree, ids_ST, self.device, self.dtype, self.recipe.seed, lambda share: self.tell(0, total, "gradients")
-        )
+
+        def tick(_share: float) -> None:
+            self.tell(0, len(self.tree.blocks), "gradients")
+
+        return token_weights(self.tree, ids_ST, self.device, self.dtype, self.recipe.seed, tick, self.world)
 
     def _solve(
         self, folder: OutputFolder, writer: Writer, index: int, block: Block, view: BlockView

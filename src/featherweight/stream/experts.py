@@ -8,6 +8,9 @@ Where the original model's outputs are aimed at, expert e of a token is to give 
 given on the original's inputs, whichever experts the original sent that token to: it is the expert that serves the
 token now, and the router is not ours to mend.
 
+Of several processes each runs all experts on its own sequences' tokens; an expert's sums are added up in the process
+that solves it, and nowhere else.
+
 Shapes: T tokens, D width, K choices, E experts (in a chunk), N tokens of one expert, R outputs, C inputs.
 """
 
@@ -20,40 +23,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from featherweight.core.hessian import CrossSum, HessianSum
 from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Rule
 from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
-from featherweight.models.experts import Expert, Experts, Routed, find_experts
+from featherweight.models.experts import find_experts
 from featherweight.models.offload import taken_out
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
+from featherweight.stream.expert_sums import Mixture, Summing, Sums
 from featherweight.stream.groups import BlockView, Solved
 from featherweight.stream.portions import CHUNK_BYTES, put_away
-from featherweight.stream.routing import Gathered, Served, Tokens, gather, served_by
+from featherweight.stream.routing import Gathered, Served, gather, served_by
 from featherweight.stream.solving import energy_R, solve_stack, split
-
-PIECE_TOKENS = 1 << 14  # of one expert, run at a time
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The experts of one module of a block.
-
-    Attributes:
-        path: of the module in the block.
-        name: what it is called in messages.
-        original: what the original model brings to them; None where nothing asks for it.
-    """
-
-    path: str
-    name: str
-    experts: Experts
-    original: Gathered | None
-
-    def matrix_path(self, expert: int, leaf: str) -> str:
-        return f"{self.path}.{expert}.{leaf}"
 
 
 def mixtures_of(view: BlockView) -> list[Mixture]:
@@ -92,17 +74,17 @@ def _solve_mixture(
     gathered, served, steps = _prepared(view, mixture, recipe)
     matrices = {matrix.path: matrix for matrix in view.matrices}
     columns = [matrices[mixture.matrix_path(0, leaves[0])].columns for leaves in steps]
-    each_bytes = 4 * max(columns) ** 2 * (1 if mixture.original is None else 2)
-    if view.keep is not None:  # and the weights, which are not held already
-        each_bytes += 8 * sum(
-            m.rows * m.columns for path, m in matrices.items() if path.startswith(f"{mixture.path}.0.")
-        )
-    size = max(1, CHUNK_BYTES[view.inputs.device.type] // each_bytes)
+    each_bytes, processes = 4 * max(columns) ** 2 * (1 if mixture.original is None else 2), view.world.size
+    if view.keep is not None:  # and the weights, which are not held already: of every process's experts in each
+        inside = [m for path, m in matrices.items() if path.startswith(f"{mixture.path}.0.")]
+        each_bytes += 8 * processes * sum(m.rows * m.columns for m in inside)
+    size = processes * max(1, CHUNK_BYTES[view.inputs.device.type] // each_bytes)
+    summing = Summing(mixture, gathered.routed, view.inputs.device, view.world)
     solutions: dict[str, Solved] = {}
     for start in range(0, len(served), size):
         chunk = served[start : start + size]
         with taken_out(mixture.experts, (each.expert for each in chunk)):
-            solved = _solve_chunk(view, mixture, gathered.routed, chunk, steps, rules, recipe, choices)
+            solved = _solve_chunk(view, summing, chunk, steps, rules, recipe, choices)
         solutions |= put_away(view, mixture.path, mixture.experts, solved)
     for each in (gathered, mixture.original):
         if each is not None:
@@ -111,14 +93,19 @@ def _solve_mixture(
 
 
 def expert_sums(view: BlockView, mixture: Mixture, recipe: Recipe) -> Iterator[tuple[tuple[Matrix, ...], Sums]]:
-    """Expert by expert, the matrices that are given the same tensor and its sums, with all weights as they are."""
+    """Expert by expert, the matrices that are given the same tensor and its sums, with all weights as they are.
+
+    Of several processes each is given some of the experts.
+    """
     assert view.inputs is not None
     gathered, served, steps = _prepared(view, mixture, recipe)
     matrices = {matrix.path: matrix for matrix in view.matrices}
-    for each in served:
+    summing = Summing(mixture, gathered.routed, view.inputs.device, view.world)
+    for each, owner in zip(served, view.world.deal([1.0] * len(served)), strict=True):
         for leaves in steps:
-            sums = _sums(mixture, gathered.routed, each, {}, leaves[0], view.inputs.device)
-            yield tuple(matrices[mixture.matrix_path(each.expert, leaf)] for leaf in leaves), sums
+            sums = summing.sums(each, {}, leaves[0], owner)
+            if sums is not None:
+                yield tuple(matrices[mixture.matrix_path(each.expert, leaf)] for leaf in leaves), sums
     gathered.states.close()
 
 
@@ -134,54 +121,70 @@ def _prepared(
     first = mixture.matrix_path(0, steps[0][0])
     columns = next(matrix.columns for matrix in view.matrices if matrix.path == first)
     special_T = None if view.special_ST is None else view.special_ST.flatten()
-    return gathered, served_by(mixture.name, mixture.experts, now, recipe, columns, special_T), steps
+    return gathered, served_by(mixture.name, mixture.experts, now, recipe, columns, special_T, view.world), steps
 
 
 def _solve_chunk(
     view: BlockView,
-    mixture: Mixture,
-    now: Routed,
+    summing: Summing,
     chunk: Sequence[Served],
     steps: Sequence[tuple[str, ...]],
     rules: Mapping[str, Rule],
     recipe: Recipe,
     choices: Choices,
 ) -> dict[str, AnySolution]:
-    """Solves some experts: matrices with one input together, those that run first first."""
-    assert view.inputs is not None
+    """Solves some experts, each in one process: matrices with one input together, those that run first first."""
+    mixture = summing.mixture
     modules = [mixture.experts.expert(served.expert) for served in chunk]
     originals = [{name: weight.data for name, weight in module.named_parameters()} for module in modules]
     matrices = {matrix.path: matrix for matrix in view.matrices}
+    owners = view.world.deal([1.0] * len(chunk))
     solutions: dict[str, AnySolution] = {}
     for leaves in steps:
+        sums: dict[int, Sums] = {}
         with view.phases("hessian"):
-            sums = [
-                _sums(mixture, now, served, original, leaves[0], view.inputs.device)
-                for served, original in zip(chunk, originals, strict=True)
-            ]
-        for alike, numbers in _alike(mixture, chunk, leaves, rules, recipe).items():
-            which = [[matrices[mixture.matrix_path(chunk[n].expert, leaf)] for leaf in alike.leaves] for n in numbers]
-            weight_ERC = torch.stack([torch.cat([view.weight(matrix) for matrix in each]) for each in which])
-            hessian_ECC = torch.stack([sums[n].hessian_CC for n in numbers])
-            gaps = [gap for n in numbers if (gap := sums[n].gap_CC) is not None and not alike.rounded]
-            problem = LayerProblem(
-                weight_ERC,
-                hessian_ECC,
-                min(sums[n].tokens for n in numbers),
-                recipe.relative_damping,
-                f"{' + '.join(matrix.name for matrix in which[0])} of {len(which)} experts",
-            )
-            chosen = replace(choices, method="rtn") if alike.rounded else choices
-            with view.phases("solve"):
-                problem, solved = solve_stack(
-                    problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen
-                )
-                energy_ER = energy_R(problem)
-            for n, each, energies_R, solution in zip(numbers, which, energy_ER, solved, strict=True):
-                told = {"tokens": chunk[n].routed, **({"starved": 1} if chunk[n].starved else {})}
-                for path, part in split(energies_R, solution, each).items():
-                    solutions[path] = replace(part, metrics={**part.metrics, **told})
-                    view.put(matrices[path], part.values())
+            for n, served in enumerate(chunk):
+                found = summing.sums(served, originals[n], leaves[0], owners[n])
+                sums |= {} if found is None else {n: found}
+        mine: dict[str, AnySolution] = {}
+        for alike, numbers in _alike(mixture, {n: chunk[n] for n in sums}, leaves, rules, recipe).items():
+            mine |= _solve_alike(view, mixture, alike, {n: (chunk[n], sums[n]) for n in numbers}, recipe, choices)
+        step = view.world.everyones(mine, rules)
+        for path, solution in step.items():
+            view.put(matrices[path], solution.values())
+        solutions |= step
+    return solutions
+
+
+def _solve_alike(
+    view: BlockView,
+    mixture: Mixture,
+    alike: _Alike,
+    which: Mapping[int, tuple[Served, Sums]],
+    recipe: Recipe,
+    choices: Choices,
+) -> dict[str, AnySolution]:
+    """Solves the same matrices of some experts as one stack."""
+    matrices = {matrix.path: matrix for matrix in view.matrices}
+    served, sums = zip(*which.values(), strict=True)
+    inside = [[matrices[mixture.matrix_path(each.expert, leaf)] for leaf in alike.leaves] for each in served]
+    gaps = [each.gap_CC for each in sums if each.gap_CC is not None and not alike.rounded]
+    problem = LayerProblem(
+        torch.stack([torch.cat([view.weight(matrix) for matrix in each]) for each in inside]),
+        torch.stack([each.hessian_CC for each in sums]),
+        min(each.tokens for each in sums),
+        recipe.relative_damping,
+        f"{' + '.join(matrix.name for matrix in inside[0])} of {len(inside)} experts",
+    )
+    chosen = replace(choices, method="rtn") if alike.rounded else choices
+    with view.phases("solve"):
+        problem, solved = solve_stack(problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen)
+        energy_ER = energy_R(problem)
+    solutions: dict[str, AnySolution] = {}
+    for expert, each, energies_R, solution in zip(served, inside, energy_ER, solved, strict=True):
+        told = {"tokens": expert.routed, **({"starved": 1} if expert.starved else {})}
+        for path, part in split(energies_R, solution, each).items():
+            solutions[path] = replace(part, metrics={**part.metrics, **told})
     return solutions
 
 
@@ -209,70 +212,6 @@ def _steps(mixture: Mixture, paths: Sequence[str], probe_TD: Tensor) -> list[tup
 
 
 @dataclass(frozen=True)
-class Sums:
-    """H of what a matrix of one expert is given and, with a dense stream, the drift in common with it; as means."""
-
-    hessian_CC: Tensor
-    gap_CC: Tensor | None
-    tokens: int
-
-
-def _sums(
-    mixture: Mixture, now: Routed, served: Served, original: Mapping[str, Tensor], leaf: str, device: torch.device
-) -> Sums:
-    """The sums of an expert's own tokens and, where those are few, of all that help it out."""
-    own = _sums_over(mixture, now, served.expert, served.own, original, leaf, device)
-    if served.help is None:
-        return own
-    help = _sums_over(mixture, now, served.expert, served.help, original, leaf, device)
-    share = own.tokens / (own.tokens + served.weight)
-    gap_CC = None
-    if own.gap_CC is not None and help.gap_CC is not None:
-        gap_CC = torch.lerp(help.gap_CC, own.gap_CC, share)
-    return Sums(torch.lerp(help.hessian_CC, own.hessian_CC, share), gap_CC, own.tokens)
-
-
-def _sums_over(
-    mixture: Mixture,
-    now: Routed,
-    number: int,
-    tokens: Tokens,
-    original: Mapping[str, Tensor],
-    leaf: str,
-    device: torch.device,
-) -> Sums:
-    expert = mixture.experts.expert(number)
-    columns = expert.get_submodule(leaf).get_parameter("weight").shape[-1]
-    hessian, gap = HessianSum(columns, device), CrossSum(columns, columns, device)
-    for piece in zip(*(part.split(PIECE_TOKENS) for part in tokens), strict=True):
-        inputs_NC = _heard(expert, leaf, now.inputs(*piece).to(device))
-        hessian.add(inputs_NC)
-        if mixture.original is not None:
-            before = replace(mixture.original.routed, scale_TK=now.scale_TK)
-            before_NC = _heard(expert, leaf, before.inputs(*piece).to(device), original)
-            gap.add(before_NC - inputs_NC, inputs_NC)
-    gap_CC = None if mixture.original is None else gap.sum_RC.div_(max(gap.tokens, 1))
-    return Sums(hessian.into_mean(), gap_CC, hessian.tokens)
-
-
-@torch.no_grad()
-def _heard(expert: nn.Module, leaf: str, x_ND: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """What one of an expert's matrices is given when the expert is given x, with other weights if asked for."""
-    assert isinstance(expert, Expert)
-    if leaf != "down_proj":
-        return x_ND
-    parameters = dict(expert.named_parameters())
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    for name, weight in (weights or {}).items():
-        parameters[name].data = weight
-    try:
-        return expert.inner(x_ND)
-    finally:
-        for name, weight in own.items():
-            parameters[name].data = weight
-
-
-@dataclass(frozen=True)
 class _Alike:
     """What matrices that are solved as one have in common."""
 
@@ -282,11 +221,11 @@ class _Alike:
 
 
 def _alike(
-    mixture: Mixture, chunk: Sequence[Served], leaves: tuple[str, ...], rules: Mapping[str, Rule], recipe: Recipe
+    mixture: Mixture, chunk: Mapping[int, Served], leaves: tuple[str, ...], rules: Mapping[str, Rule], recipe: Recipe
 ) -> dict[_Alike, list[int]]:
     """The experts of a chunk, by number in it, that can be solved together."""
     found: dict[_Alike, list[int]] = {}
-    for number, served in enumerate(chunk):
+    for number, served in chunk.items():
         by_rule: dict[Rule, list[str]] = {}
         for leaf in leaves:
             by_rule.setdefault(rules[mixture.matrix_path(served.expert, leaf)], []).append(leaf)

@@ -26,6 +26,7 @@ from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.phases import Phases
 
+FACTOR = 0.5  # what a column costs the factor, in rows of the sweep and the descent (measured on an H100)
 PROBE_TOKENS = 64  # enough to see which way tensors go in a block
 
 
@@ -137,6 +138,11 @@ class Group:
         """What stands for the group: its first matrix."""
         return self.matrices[0].path
 
+    def cost(self, sharers: int = 1) -> float:
+        """What solving them takes, to be compared: the sweep of one sharer's part of the rows, and the factor."""
+        rows, columns = sum(matrix.rows for matrix in self.matrices), self.matrices[0].columns
+        return (rows / sharers + FACTOR * columns) * columns**2
+
 
 def input_groups(view: BlockView) -> list[Group]:
     """The groups of a block's matrices in the order they run; where they write is found if there is a dense stream.
@@ -163,7 +169,15 @@ def input_groups(view: BlockView) -> list[Group]:
             f"{min(missed)} was never run by its block: it cannot be calibrated; ignore it or use --method rtn."
         )
     groups = [Group(tuple(matrices), first=not number) for number, (_, matrices) in enumerate(seen)]
-    return groups if view.dense is None or view.carries or not groups else _find_writers(view, groups, hidden_STD)
+    found = groups if view.dense is None or view.carries or not groups else _find_writers(view, groups, hidden_STD)
+    return _agreed(view, found)
+
+
+def _agreed(view: BlockView, groups: list[Group]) -> list[Group]:
+    """The groups as process 0 finds them: each looks at a sequence of its own, and all must take the same."""
+    matrices = {matrix.path: matrix for matrix in view.matrices}
+    said = view.world.first([[[matrix.path for matrix in g.matrices], g.first, g.writes] for g in groups])
+    return [Group(tuple(matrices[path] for path in paths), first, writes) for paths, first, writes in said]
 
 
 @torch.no_grad()

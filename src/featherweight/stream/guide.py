@@ -21,6 +21,7 @@ from featherweight.models.experts import find_experts
 from featherweight.models.load import load_dense
 from featherweight.models.tree import ModelTree
 from featherweight.stream.hidden import free_memory_bytes
+from featherweight.stream.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,23 +31,33 @@ Weights = dict[str, Tensor]  # by matrix name on disk: float32, S x T, on the CP
 
 
 def token_weights(
-    tree: ModelTree, ids_ST: Tensor, device: torch.device, dtype: torch.dtype, seed: int, tick: Callable[[float], None]
+    tree: ModelTree,
+    ids_ST: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    tick: Callable[[float], None],
+    world: World = ALONE,
 ) -> Weights:
     """Mean squared gradient of each matrix's outputs, token by token, averaged over outputs; none for experts.
 
-    Labels are drawn from the model's own predictions by `seed`. `tick` hears the share that is done, 0 .. 1. Raises
-    RequestError where the model does not fit on the device as a whole.
+    Labels are drawn from the model's own predictions, those of window n by `seed` + n: of several processes each goes
+    through its own windows, all of the model on each. `tick` hears the share that is done, 0 .. 1. Raises RequestError
+    where the model does not fit on the device as a whole.
     """
-    _check_room(tree, device, dtype)
+    _check_room(tree, device, dtype, world)
+    mine = world.split(len(ids_ST))
+    ids_ST = ids_ST[mine]
     model = load_dense(tree.checkpoint.path, device, dtype)
     model.requires_grad_(False)
     experts = tuple(f"{path}." for path, _ in find_experts(tree.model))
     names = {f"{block.module}.{matrix.path}": matrix.name for block in tree.blocks for matrix in block.matrices}
     names = {path: name for path, name in names.items() if not path.startswith(experts)}
     weights = {name: torch.zeros(ids_ST.shape) for name in names.values()}
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device)
     model.enable_input_require_grads()
     for number, ids_T in enumerate(ids_ST):
+        generator.manual_seed(seed + mine.start + number)
         handles = [
             model.get_submodule(path).register_forward_hook(_listener(weights[name], number))
             for path, name in names.items()
@@ -64,10 +75,12 @@ def token_weights(
     return weights
 
 
-def normalised(weights_ST: Tensor, power: float) -> Tensor:
-    """Weights to some power, of mean 1; power 0 counts every token alike."""
+def normalised(weights_ST: Tensor, power: float, world: World = ALONE) -> Tensor:
+    """Weights to some power, of mean 1 over all processes' tokens; power 0 counts every token alike."""
     raised_ST = weights_ST.double().clamp(min=torch.finfo(torch.float32).tiny).pow(power)
-    return (raised_ST / raised_ST.mean()).float()
+    total = torch.stack([raised_ST.sum(), raised_ST.new_tensor(raised_ST.numel())])
+    world.sum_(total)
+    return (raised_ST / (total[0] / total[1])).float()
 
 
 def _listener(into_ST: Tensor, number: int) -> Callable[..., None]:
@@ -90,9 +103,9 @@ def _log_likelihood(model: PreTrainedModel, ids_T: Tensor, generator: torch.Gene
     return -torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
 
 
-def _check_room(tree: ModelTree, device: torch.device, dtype: torch.dtype) -> None:
+def _check_room(tree: ModelTree, device: torch.device, dtype: torch.dtype, world: World) -> None:
     needed = int(ROOM * dtype.itemsize * sum(parameter.numel() for parameter in tree.model.parameters()))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world.size
     if needed > free:
         raise RequestError(
             f"--guide runs the whole model backwards, which takes about {needed:,} bytes, and {free:,} are free on "

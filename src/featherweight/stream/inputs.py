@@ -97,7 +97,7 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
     beside = [n for n, stage in enumerate(stages) if any(group.writes != "end" for group in stage)] or [0]
     end = groups[0] if len(groups) == 1 and groups[0].writes == "end" and dense is not None else None
     keeps = end is not None and view.ending is not None and view.ending.takes(end.matrices[0].columns)
-    roots = {} if view.weights is None else {g.path: _roots(view.weights, g, recipe.guide) for g in groups}
+    roots = {} if view.weights is None else {g.path: _roots(view.weights, g, recipe.guide, view.world) for g in groups}
     sequences = view.inputs.states_STD.shape[0]
     for at, hidden_STD in view.inputs.batches(view.batch):
         target_STD = dense_STD = None if dense is None else dense.states_STD[at].to(device)
@@ -133,9 +133,9 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
     return [sums[group.path] for group in groups]
 
 
-def _roots(weights: Mapping[str, Tensor], group: Group, power: float) -> Tensor:
+def _roots(weights: Mapping[str, Tensor], group: Group, power: float, world: World) -> Tensor:
     """What each token's inputs (S x T) are multiplied by so that it counts as it matters to the group as a whole."""
-    return normalised(torch.stack([weights[matrix.path] for matrix in group.matrices]).sum(0), power).sqrt()
+    return normalised(torch.stack([weights[matrix.path] for matrix in group.matrices]).sum(0), power, world).sqrt()
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,6 @@ from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.portions import round_experts, rtn_problem
 from featherweight.stream.solving import check_certificate, energy_R, split
 
-FACTOR = 0.5  # what a column costs the factor, in rows of the sweep and the descent (measured on an H100)
-
 
 def layerwise(
     view: BlockView, rules: Mapping[str, Rule], recipe: Recipe, choices: Choices, tick: Tick
@@ -42,7 +40,7 @@ def layerwise(
         return solutions | {m.path: solve(rtn_problem(view, m), rules[m.path], choices) for m in others}
     mixtures = mixtures_of(view)
     rest = without_experts(view, mixtures)
-    stages = _stages(_agreed(rest, input_groups(rest)), recipe)
+    stages = _stages(input_groups(rest), recipe)
     # Experts come last, but before a matrix that writes the block's output and so makes up for them too.
     ends = bool(stages) and all(group.writes == "end" for group in stages[-1])
     turn = len(stages) - 1 if ends else len(stages)
@@ -65,13 +63,6 @@ def layerwise(
     return solutions
 
 
-def _agreed(view: BlockView, groups: list[Group]) -> list[Group]:
-    """The groups as process 0 finds them: each looks at a sequence of its own, and all must take the same."""
-    matrices = {matrix.path: matrix for matrix in view.matrices}
-    said = view.world.first([[[matrix.path for matrix in g.matrices], g.first, g.writes] for g in groups])
-    return [Group(tuple(matrices[path] for path in paths), first, writes) for paths, first, writes in said]
-
-
 def _stages(groups: list[Group], recipe: Recipe) -> list[list[Group]]:
     """The groups that are collected and solved together; each stage sees the block with those before it compressed."""
     if recipe.true_sequential and groups:
@@ -91,11 +82,8 @@ def solve_stage(
 ) -> dict[str, AnySolution]:
     """Solves the groups of one stage; of several processes each solves some, or a part of the rows of each, whichever
     is done first, and has the others' from the others."""
-    world, dealt, apart = view.world, [], 0.0
-    for group in stage:
-        rows, columns = sum(matrix.rows for matrix in group.matrices), group.matrices[0].columns
-        dealt.append((rows + FACTOR * columns) * columns**2)  # the sweep and the factor
-        apart += (rows / world.size + FACTOR * columns) * columns**2
+    world = view.world
+    dealt, apart = [group.cost() for group in stage], sum(group.cost(world.size) for group in stage)
     loads = [0.0] * world.size
     for owner, cost in zip(world.deal(dealt), dealt, strict=True):
         loads[owner] += cost

@@ -21,8 +21,6 @@ from torch import Tensor
 from featherweight.core.rules import Rule, grid_of, pattern_of
 from featherweight.core.solution import AnySolution, Solution, SparseSolution
 from featherweight.errors import FeatherweightError, RequestError
-from featherweight.models.experts import find_experts
-from featherweight.models.tree import ModelTree
 from featherweight.recipe import Recipe
 from featherweight.stream.device import pick_device
 
@@ -103,9 +101,19 @@ class World:
             with self._talking():
                 dist.all_reduce(tensor)
 
+    def sum_to(self, owner: int, tensor: Tensor) -> None:
+        """Puts in the owner's tensor its sum over all processes; what the others' hold afterwards is nothing."""
+        if self.size > 1:
+            with self._talking():
+                dist.reduce(tensor, owner)
+
     def first(self, said: Any) -> Any:
         """What process 0 says: any JSON value."""
         return self._from(0, (said, []))[0] if self.size > 1 else said
+
+    def each(self, said: Any) -> list[Any]:
+        """What every process says, in their order: any JSON value."""
+        return [said] if self.size == 1 else [self._from(owner, (said, []))[0] for owner in range(self.size)]
 
     def first_tensor(self, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What process 0 makes, which is made nowhere else."""
@@ -119,23 +127,26 @@ class World:
         self, costs: Sequence[float], solve: Callable[[int], dict[str, AnySolution]], rules: Mapping[str, Rule]
     ) -> dict[str, AnySolution]:
         """The solutions of every task `solve(number)`, by path, each solved by one process and then known to all."""
-        owners = self.deal(costs)
-        mine = {number: solve(number) for number, owner in enumerate(owners) if owner == self.rank}
+        mine: dict[str, AnySolution] = {}
+        for number, owner in enumerate(self.deal(costs)):
+            mine |= solve(number) if owner == self.rank else {}
+        return self.everyones(mine, rules)
+
+    def everyones(self, mine: dict[str, AnySolution], rules: Mapping[str, Rule]) -> dict[str, AnySolution]:
+        """The solutions of all processes, by path: their tensors as they are, the rest as JSON."""
+        if self.size == 1:
+            return mine
         found: dict[str, AnySolution] = {}
-        for number, owner in enumerate(owners):
-            found |= mine[number] if self.size == 1 else self._solutions(owner, mine.get(number, {}), rules)
+        for owner in range(self.size):
+            told, tensors = self._from(owner, _taken_apart(mine))
+            found |= mine if owner == self.rank else _put_together(told, tensors, rules)
         return found
 
     def from_each(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """The tensors that the processes have here, in their order: one message a process."""
+        if self.size == 1:
+            return [list(tensors)]
         return [self._from(owner, (None, list(tensors)))[1] for owner in range(self.size)]
-
-    def _solutions(
-        self, owner: int, solutions: Mapping[str, AnySolution], rules: Mapping[str, Rule]
-    ) -> dict[str, AnySolution]:
-        """The solutions of the process that has them: their tensors as they are, the rest as JSON."""
-        told, tensors = self._from(owner, _taken_apart(solutions))
-        return dict(solutions) if owner == self.rank else _put_together(told, tensors, rules)
 
     def _from(self, owner: int, message: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
         """A JSON value and tensors from the process that has them; the message of the others is not looked at."""
@@ -187,8 +198,8 @@ def joined() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def check_divisible(world: World, tree: ModelTree, recipe: Recipe) -> None:
-    """RequestError for what several processes cannot do together (yet)."""
+def check_divisible(world: World, recipe: Recipe) -> None:
+    """RequestError where a process would have nothing to do."""
     if world.size == 1:
         return
     if world.size > recipe.samples:
@@ -196,19 +207,6 @@ def check_divisible(world: World, tree: ModelTree, recipe: Recipe) -> None:
             f"{world.size} processes were to share {recipe.samples} calibration sequences, and each needs 1: raise "
             f"--samples to {world.size} or use --nproc-per-node {recipe.samples}."
         )
-    mixture = next(find_experts(tree.model), None)
-    refused = {
-        f"--method {recipe.method} from {recipe.start}": recipe.trains and recipe.start != "gptq",
-        "--guide": recipe.guide > 0,
-        "a budget (--size, --average-bits, --non-uniform)": recipe.budget is not None,
-        f"a model with experts ({mixture and mixture[0]})": mixture is not None,
-    }
-    for what, asked in refused.items():
-        if asked:
-            raise RequestError(
-                f"{what} is not divided among processes by this version, and {world.size} were started: use 1, that "
-                "is, featherweight without torchrun."
-            )
 
 
 def _taken_apart(solutions: Mapping[str, AnySolution]) -> tuple[Any, list[Tensor]]:

@@ -20,18 +20,19 @@ from featherweight.models.tree import Matrix, ModelTree
 from featherweight.recipe import Recipe
 from featherweight.stream.groups import BlockView, Solved
 from featherweight.stream.hidden import free_memory_bytes
+from featherweight.stream.parallel import ALONE, World
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the sums of experts that are solved together
 SHARE = 0.25  # of the free memory that a block's experts may take as floats: solving them takes as much again, and more
 
 
 def room_for_experts(
-    tree: ModelTree, recipe: Recipe, device: torch.device, dtype: torch.dtype, low: bool
+    tree: ModelTree, recipe: Recipe, device: torch.device, dtype: torch.dtype, low: bool, world: World = ALONE
 ) -> int | None:
     """How many bytes of a block's experts are held at a time, the others in the files; None: all of them.
 
     All are held where they take no more than SHARE of the memory that is free, beside what is made of them, unless it
-    is `low`; and where training goes through them again and again.
+    is `low`; and where training goes through them again and again. All processes do as the first finds it.
     """
     inside = [f"{path}." for path, _ in find_experts(tree.model)]
     most = max(
@@ -42,10 +43,10 @@ def room_for_experts(
         ),
         default=0,
     )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
-    if not most or recipe.trains or (not low and most <= SHARE * free):
-        return None
-    return min(CHUNK_BYTES[device.type], int(SHARE * free))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world.size
+    held = not most or recipe.trains or (not low and most <= SHARE * free)
+    found: int | None = world.first(None if held else min(CHUNK_BYTES[device.type], int(SHARE * free)))
+    return found
 
 
 def put_away(

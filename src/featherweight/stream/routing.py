@@ -19,10 +19,25 @@ from featherweight.recipe import Recipe
 from featherweight.stream.feed import Enough
 from featherweight.stream.groups import BlockView
 from featherweight.stream.hidden import HiddenStates
+from featherweight.stream.parallel import ALONE, World
 
 MOST = 4  # times the mean: the tokens an expert is calibrated on are that many at most
 HELP = 0.5  # tokens an input: what the layer's tokens weigh for an expert that is sent fewer than it has inputs
-Tokens = tuple[Tensor, Tensor]  # which tokens, and which of each one's choices
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens of all processes.
+
+    Attributes:
+        token_N: which of this process's tokens are among them.
+        choice_N: which of each one's choices is meant.
+        total: how many they are in all processes.
+    """
+
+    token_N: Tensor
+    choice_N: Tensor
+    total: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ class Served:
     """One expert and the tokens it is calibrated on.
 
     Attributes:
-        routed: how many tokens are sent to it.
+        routed: how many tokens are sent to it, in all processes.
         own: those of them that count.
         help: tokens of the whole layer that count too, as it is sent fewer than it has inputs; None where it is not.
         weight: how many of its own tokens the help weighs as much as.
@@ -92,44 +107,70 @@ class Served:
 
 
 def served_by(
-    name: str, experts: Experts, now: Routed, recipe: Recipe, columns: int, special_T: Tensor | None = None
+    name: str,
+    experts: Experts,
+    now: Routed,
+    recipe: Recipe,
+    columns: int,
+    special_T: Tensor | None = None,
+    world: World = ALONE,
 ) -> list[Served]:
     """Which tokens each expert is calibrated on: its own, or all where the recipe says so; help where they are few.
     Special ones are left out.
 
-    No more than `MOST` times the mean are taken of either, one in so many. RequestError for a starved expert where the
-    recipe calls that an error; a FallbackWarning with the numbers of tokens otherwise.
+    No more than `MOST` times the mean are taken of either, one in so many, over all processes: the same tokens as one
+    process would take. RequestError for a starved expert where the recipe calls that an error; a FallbackWarning with
+    the numbers of tokens otherwise.
     """
-    count, tokens = len(experts), now.expert_TK.shape[0]
-    most = max(1, MOST * int((now.expert_TK < count).sum()) // count)
-    everything = (torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
+    count = len(experts)
+    counts = [int((now.expert_TK < count).sum()), len(now.expert_TK)]
+    token_N = torch.arange(len(now.expert_TK))
     if special_T is not None:
         now = replace(now, expert_TK=now.expert_TK.masked_fill(special_T.to(now.expert_TK.device)[:, None], count))
-        everything = (everything[0][~special_T], everything[1][~special_T])
+        token_N = token_N[~special_T]
+    candidates = [*now.dealt(count), (token_N, torch.zeros_like(token_N))]
+    sent, tokens, *seen = _Seen.by_all([*counts, *(len(each) for each, _ in candidates)], world)
+    most = max(1, MOST * sent.total // count)
+    *routed, everything = (_thinned(*pair, each, most) for pair, each in zip(candidates, seen, strict=True))
+    whole = Tokens(*candidates[-1], seen[-1].total)
     served = []
-    for expert, routed in enumerate(now.dealt(count)):
-        number, help = len(routed[0]), None
-        if recipe.route_all:
-            own = everything
-        else:
-            own, help = _thinned(routed, most), _thinned(everything, most) if number < columns else None
-        served.append(Served(expert, number, own, help, HELP * columns))
-    _tell_starved(name, experts, [s for s in served if s.starved], columns, tokens, recipe)
+    for expert, own in enumerate(routed):
+        number = seen[expert].total
+        help = everything if number < columns and not recipe.route_all else None
+        served.append(Served(expert, number, whole if recipe.route_all else own, help, HELP * columns))
+    starved = [each for each in served if each.starved]
+    if starved:
+        _tell_starved(name, experts, starved, columns, tokens.total, recipe, world)
     return served
 
 
-def _thinned(tokens: Tokens, most: int) -> Tokens:
-    """At most so many of the tokens, evenly taken."""
-    token_N, choice_N = tokens
-    if len(token_N) <= most:
-        return tokens
-    at_N = torch.arange(most, device=token_N.device) * len(token_N) // most
-    return token_N[at_N], choice_N[at_N]
+@dataclass(frozen=True)
+class _Seen:
+    """How many things the processes have in all, and how many those before this one."""
+
+    total: int
+    before: int
+
+    @staticmethod
+    def by_all(counts: list[int], world: World) -> list[_Seen]:
+        """Of each of the things that every process counts."""
+        count_PN = torch.stack([count_N for (count_N,) in world.from_each([torch.tensor(counts)])])
+        totals, before = count_PN.sum(0).tolist(), count_PN[: world.rank].sum(0).tolist()
+        return [_Seen(*pair) for pair in zip(totals, before, strict=True)]
 
 
-def _tell_starved(name: str, experts: Experts, starved: list[Served], enough: int, tokens: int, recipe: Recipe) -> None:
-    if not starved:
-        return
+def _thinned(token_N: Tensor, choice_N: Tensor, seen: _Seen, most: int) -> Tokens:
+    """At most so many of the tokens of all processes, evenly taken; of these the ones that are here."""
+    if seen.total <= most:
+        return Tokens(token_N, choice_N, seen.total)
+    at_N = torch.arange(most, device=token_N.device) * seen.total // most - seen.before
+    at_N = at_N[(at_N >= 0) & (at_N < len(token_N))]
+    return Tokens(token_N[at_N], choice_N[at_N], most)
+
+
+def _tell_starved(
+    name: str, experts: Experts, starved: list[Served], enough: int, tokens: int, recipe: Recipe, world: World
+) -> None:
     each = ", ".join(f"{s.expert} ({s.routed})" for s in starved)
     said = (
         f"{name}: {len(starved)} of {len(experts)} experts were sent fewer tokens (of {tokens}) than they have inputs "
@@ -138,4 +179,5 @@ def _tell_starved(name: str, experts: Experts, starved: list[Served], enough: in
     if recipe.starved == "error":
         raise RequestError(f"{said}: calibrate on more text, or use --starved shared, --starved round or --route-all.")
     done = "rounded to nearest" if recipe.starved == "round" else "calibrated on others' tokens too"
-    warnings.warn(f"{said}: these are {done}", FallbackWarning, stacklevel=2)
+    if world.leads:
+        warnings.warn(f"{said}: these are {done}", FallbackWarning, stacklevel=2)

@@ -10,7 +10,8 @@ Shapes: S sequences, T tokens, R outputs, C inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from featherweight.plan.database import Database, Row
 from featherweight.plan.options import Option
 from featherweight.recipe import Recipe
 from featherweight.stream.calibration import Tell
+from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.probe import Probe
 from featherweight.stream.walk import Keep, Walk, quick
 
@@ -44,6 +46,7 @@ def measure(
     choices: Choices | None = None,
     tell: Tell | None = None,
     keep: Keep | None = None,
+    world: World = ALONE,
 ) -> Database:
     """Measures every option of every matrix on the original model's inputs, into the database at `path`.
 
@@ -52,20 +55,38 @@ def measure(
         options: what to try (default: `plan.menu` with scales in the model's dtype); a matrix gets those that fit it.
         choices: how layers are solved, `quick(recipe)` unless given.
         keep: is handed (matrix name, label, values R x C float32 on the device) of all that is solved by this run.
+        world: the processes that measure together, each with its own sequences and some of each block's matrices; all
+            have the whole database in the end, and process 0 writes it.
 
     Raises RequestError for what `compress` refuses, a matrix that no option fits, a recipe without calibration text,
     and a database begun with another model, text, settings or options.
     """
-    walk = Walk(model, recipe, options, device, choices, Path(path), tell)
-    database = Database.begin(path, walk.header())
+    walk = Walk(model, recipe, options, device, choices, Path(path), tell, world)
+    database = Database.begin(path, walk.header()) if world.leads else None
+    database = _as_first_has_it(Path(path), database, world)
     with torch.no_grad():
         for block, solver in walk.blocks(lambda block: any(m.name not in database.rows for m in block.matrices)):
+            found: list[Row] = []
             for inputs in solver.inputs:
                 if any(matrix.name not in database.rows for matrix in inputs.matrices):
-                    for row in solver.rows(block, inputs, keep):
-                        if row.name not in database.rows:
-                            database.add(row)
-    return database
+                    found += _new(database, solver.rows(block, inputs, keep))
+            for others in world.each([asdict(row) for row in found]):
+                _new(database, map(Row.of, others))
+    return _as_first_has_it(Path(path), database, world)
+
+
+def _as_first_has_it(path: Path, database: Database | None, world: World) -> Database:
+    """The database of process 0, which writes it, in every process."""
+    lines = world.first(database.lines() if world.leads and database is not None else None)
+    return database if world.leads and database is not None else Database.of(path, lines, writes=False)
+
+
+def _new(database: Database, rows: Iterable[Row]) -> list[Row]:
+    """Adds the rows that the database lacks, and returns them."""
+    added = [row for row in rows if row.name not in database.rows]
+    for row in added:
+        database.add(row)
+    return added
 
 
 def calibrate(
@@ -80,6 +101,7 @@ def calibrate(
     values: Values | None = None,
     points: Sequence[str] | None = None,
     unit: Unit = "matrix",
+    world: World = ALONE,
 ) -> Database:
     """Measures the KL that changing one matrix (or all that are fed the same input) alone does, at a few options.
 
@@ -90,10 +112,11 @@ def calibrate(
         values: solved weights by (matrix name, label), as `measure` hands them to `keep`; else they are solved again.
         points: labels to measure at; by default the worst option, and those with about `LESS` and `LESS`^2 times less.
         unit: "group" is fewer measurements and shares a group's harm out evenly.
+        world: as in `measure`; each process has the dense model, and changes the matrices that it has solved.
 
     Raises RequestError for a database of another request or with matrices missing.
     """
-    walk = Walk(model, recipe, options, device, choices, database.path, tell)
+    walk = Walk(model, recipe, options, device, choices, database.path, tell, world)
     database.require(walk.header())
     missing = [m.name for block in walk.tree.blocks for m in block.matrices if m.name not in database.rows]
     if missing:
@@ -110,16 +133,22 @@ def calibrate(
     if values is not None:
         for done, (names, labels) in enumerate(todo.items()):
             for label in labels:
-                _measure_point(probe, database, label, {name: values(name, label) for name in names})
+                solved = {name: values(name, label) for name in names}
+                _add_point(database, names, label, probe.kl(solved))
             walk.tell(done + 1, len(todo), "calibrating")
         return database
     with torch.no_grad():
         for block, solver in walk.blocks(lambda block: any(m.name in names for names in todo for m in block.matrices)):
             inside = {matrix.name for matrix in block.matrices}
-            for unit_names in (names for names in todo if inside >= set(names)):
-                for label in todo[unit_names]:
-                    _measure_point(probe, database, label, solver.values(unit_names, label))
-    return database
+            measured: list[tuple[tuple[str, ...], str, float]] = []
+            for names in (names for names in todo if inside >= set(names) and solver.has(names)):
+                for label in todo[names]:
+                    measured.append((names, label, probe.kl(solver.values(names, label))))
+                    _add_point(database, *measured[-1])
+            for number, others in enumerate(world.each(measured)):
+                for point in others if number != world.rank else ():
+                    _add_point(database, *point)
+    return _as_first_has_it(database.path, database, world)
 
 
 def _points(database: Database, unit: Unit, points: Sequence[str] | None) -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -154,7 +183,7 @@ def _has(database: Database, names: tuple[str, ...], labels: tuple[str, ...]) ->
     return all(label in database.points.get(name, {}) for name in names for label in labels)
 
 
-def _measure_point(probe: Probe, database: Database, label: str, values: Mapping[str, Tensor]) -> None:
-    kl = probe.kl(values) / len(values)
-    for name in values:
-        database.add_point(name, label, database.rows[name].options[label].relative_error, kl)
+def _add_point(database: Database, names: Sequence[str], label: str, kl: float) -> None:
+    """What changing these matrices together does, shared out evenly."""
+    for name in names:
+        database.add_point(name, label, database.rows[name].options[label].relative_error, kl / len(names))

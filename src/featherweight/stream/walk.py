@@ -30,6 +30,7 @@ from featherweight.stream.device import compute_dtype, pick_device
 from featherweight.stream.experts import expert_sums, mixtures_of, without_experts
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView, collect, input_groups
+from featherweight.stream.parallel import ALONE, World
 
 Keep = Callable[[str, str, Tensor], None]
 
@@ -51,6 +52,7 @@ class Walk:
         choices: Choices | None,
         beside: Path,
         tell: Tell | None,
+        world: World = ALONE,
     ) -> None:
         self.device = pick_device(device)
         self.tree = trees.build(Checkpoint.open(resolve(model)))
@@ -60,7 +62,9 @@ class Walk:
         self.options = tuple(options) if options is not None else menu(scale_dtype=self.tree.dtype)
         self.choices = choices or quick(recipe)
         self.dtype = compute_dtype(self.tree.dtype, self.device)
-        self.scratch = beside.with_name(beside.name + ".scratch")
+        self.world = world
+        end = f".{world.rank}.scratch" if world.size > 1 else ".scratch"
+        self.scratch = beside.with_name(beside.name + end)
         self.tell: Tell = tell or (lambda done, total, what: None)
         labels = [option.label for option in self.options]
         if len(set(labels)) != len(labels):
@@ -68,7 +72,7 @@ class Walk:
         for block in self.tree.blocks:
             for matrix in block.matrices:
                 fitting(self.options, matrix.columns, matrix.name)
-        ids_ST = calibration_ids(self.tree.checkpoint.path, self.recipe)
+        ids_ST = world.first_tensor(lambda: calibration_ids(self.tree.checkpoint.path, self.recipe))
         if ids_ST is None:
             raise RequestError(f"sensitivities need calibration text, and {recipe.method} reads none: use gptq.")
         self.ids_ST = ids_ST
@@ -85,17 +89,19 @@ class Walk:
         }
 
     def blocks(self, wanted: Callable[[Block], bool]) -> Iterator[tuple[Block, Solver]]:
-        """The wanted blocks, each with what solves its matrices; stops after the last of them."""
+        """The wanted blocks, each with what solves its matrices (of several processes, those that fall to this one);
+        stops after the last of them."""
         last = max((block.index for block in self.tree.blocks if wanted(block)), default=-1)
         if last < 0:
             return
         runner = BlockRunner(self.tree, self.device, self.dtype)
-        batch = max(1, BATCH_TOKENS[self.device.type] // self.ids_ST.shape[1])
-        width = runner.embed(self.ids_ST[:1]).shape[-1]
-        shape = (*self.ids_ST.shape, width)
-        hidden = HiddenStates((shape[0], shape[1], shape[2]), self.dtype, self.device, self.scratch)
+        ids_ST = self.ids_ST[self.world.split(len(self.ids_ST))]
+        batch = max(1, BATCH_TOKENS[self.device.type] // ids_ST.shape[1])
+        shape = (*ids_ST.shape, runner.embed(ids_ST[:1]).shape[-1])
+        place = (self.dtype, self.device, self.scratch, self.world.size)
+        hidden = HiddenStates((shape[0], shape[1], shape[2]), *place)
         try:
-            hidden.fill(batch, lambda at: runner.embed(self.ids_ST[at]))
+            hidden.fill(batch, lambda at: runner.embed(ids_ST[at]))
             runner.release()
             for block in self.tree.blocks[: last + 1]:
                 module = runner.load(block.index)
@@ -104,7 +110,7 @@ class Walk:
                     return runner.run(index, module, states)
 
                 if wanted(block):
-                    view = BlockView(module, block.matrices, run, hidden, None, batch)
+                    view = BlockView(module, block.matrices, run, hidden, None, batch, world=self.world)
                     yield block, self._solver(view)
                 if block.index < last:
                     for at, states in hidden.batches(batch):
@@ -119,9 +125,11 @@ class Walk:
         rest = without_experts(view, mixtures)
         groups = input_groups(rest)
         sums = collect(rest, [groups], 0, self.recipe, lambda share: None)
+        owners = self.world.deal([group.cost() for group in groups])
         inputs = [
             Inputs(view, group.matrices, each.hessian.mean(), each.hessian.tokens)
-            for group, each in zip(groups, sums, strict=True)
+            for group, each, owner in zip(groups, sums, owners, strict=True)
+            if owner == self.world.rank
         ]
         for mixture in mixtures:
             for matrices, each in expert_sums(view, mixture, self.recipe):
@@ -181,6 +189,10 @@ class Solver:
             )
             for m in inputs.matrices
         ]
+
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether this process solves these matrices, which are given the same tensor."""
+        return any(matrix.name in names for inputs in self.inputs for matrix in inputs.matrices)
 
     def values(self, names: Sequence[str], label: str) -> dict[str, Tensor]:
         """The weights, R x C float32, of some matrices of the block under one option."""

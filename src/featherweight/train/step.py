@@ -162,6 +162,8 @@ class Replayed:
         for leaf in self.leaves:
             leaf.grad = None
         self.function(*arguments)
+        for leaf in self.leaves:  # an expert that was sent no token has no gradient
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
     def _capture(self, *arguments: Tensor) -> None:
         self.held = [argument.clone() for argument in arguments]
@@ -169,7 +171,8 @@ class Replayed:
             leaf.grad = None
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # other threads may use the GPU meanwhile: the one that writes shards, and NCCL's, which asks after its sums
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.function(*self.held)
         except RuntimeError as error:
             self.refused = True
