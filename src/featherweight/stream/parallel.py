@@ -24,6 +24,7 @@ from featherweight.errors import FeatherweightError, RequestError
 from featherweight.recipe import Recipe
 from featherweight.stream.device import pick_device
 
+Parcel = tuple[Any, dict[str, Tensor]]  # a JSON value, and tensors by name
 PATIENCE = timedelta(minutes=30)  # with a process that neither answers nor ends; one that ends is noticed at once
 FIELDS = {Solution: ("codes_RC", "scales_RG", "zeros_RG", "loss_R", "keep_RC"),
           SparseSolution: ("values_RC", "keep_RC", "loss_R")}  # fmt: skip
@@ -133,13 +134,24 @@ class World:
         return self.everyones(mine, rules)
 
     def everyones(self, mine: dict[str, AnySolution], rules: Mapping[str, Rule]) -> dict[str, AnySolution]:
-        """The solutions of all processes, by path: their tensors as they are, the rest as JSON."""
+        """The solutions of all processes, by path."""
         if self.size == 1:
             return mine
-        found: dict[str, AnySolution] = {}
+        found = self.merged({path: _taken_apart(solution) for path, solution in mine.items()})
+        return {path: mine[path] if path in mine else _put_together(*found[path], rules[path]) for path in found}
+
+    def merged(self, mine: dict[str, Parcel]) -> dict[str, Parcel]:
+        """What all processes have, by name, each something else."""
+        if self.size == 1:
+            return mine
+        found: dict[str, Parcel] = {}
+        contents = [[name, said, list(held)] for name, (said, held) in mine.items()]
+        tensors = [tensor for _, held in mine.values() for tensor in held.values()]
         for owner in range(self.size):
-            told, tensors = self._from(owner, _taken_apart(mine))
-            found |= mine if owner == self.rank else _put_together(told, tensors, rules)
+            listed, sent = self._from(owner, (contents, tensors))
+            coming = iter(sent)
+            for name, said, names in listed:
+                found[name] = said, {each: next(coming) for each in names}
         return found
 
     def from_each(self, tensor: Tensor) -> list[Tensor]:
@@ -207,20 +219,12 @@ def check_divisible(world: World, recipe: Recipe) -> None:
         )
 
 
-def _taken_apart(solutions: Mapping[str, AnySolution]) -> tuple[Any, list[Tensor]]:
-    told: list[Any] = []
-    tensors: list[Tensor] = []
-    for path, solution in solutions.items():
-        held = {name: tensor for name in FIELDS[type(solution)] if (tensor := getattr(solution, name)) is not None}
-        told.append([path, list(held), {"damping": solution.damping, "metrics": solution.metrics}])
-        tensors += held.values()
-    return told, tensors
+def _taken_apart(solution: AnySolution) -> Parcel:
+    fields = {name: getattr(solution, name) for name in FIELDS[type(solution)]}
+    held = {name: tensor for name, tensor in fields.items() if tensor is not None}
+    return {"damping": solution.damping, "metrics": solution.metrics}, held
 
 
-def _put_together(told: Any, tensors: Sequence[Tensor], rules: Mapping[str, Rule]) -> dict[str, AnySolution]:
-    coming, found = iter(tensors), {}
-    for path, names, rest in told:
-        grid, pattern = grid_of(rules[path]), pattern_of(rules[path])
-        fields = {**{name: next(coming) for name in names}, **rest, "pattern": pattern}
-        found[path] = SparseSolution(**fields) if grid is None else Solution(grid=grid, **fields)
-    return found
+def _put_together(said: Any, held: Mapping[str, Tensor], rule: Rule) -> AnySolution:
+    grid, fields = grid_of(rule), {**held, **said, "pattern": pattern_of(rule)}
+    return SparseSolution(**fields) if grid is None else Solution(grid=grid, **fields)
