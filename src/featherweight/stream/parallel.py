@@ -26,6 +26,7 @@ from featherweight.stream.device import pick_device
 
 Parcel = tuple[Any, dict[str, Tensor]]  # a JSON value, and tensors by name
 PATIENCE = timedelta(minutes=30)  # with a process that neither answers nor ends; one that ends is noticed at once
+SMALL_BYTES = 1 << 16  # of a tensor that is copied to be sent with others: a message takes longer than that
 FIELDS = {Solution: ("codes_RC", "scales_RG", "zeros_RG", "loss_R", "keep_RC"),
           SparseSolution: ("values_RC", "keep_RC", "loss_R")}  # fmt: skip
 
@@ -171,10 +172,15 @@ class World:
             said, kinds = json.loads(text.numpy().tobytes())
             if owner != self.rank:
                 tensors = [torch.empty(shape, dtype=getattr(torch, dtype), device=on) for dtype, shape, on in kinds]
-            for number, tensor in enumerate(tensors):
-                tensors[number] = tensor.contiguous()
-                if tensor.numel():
-                    dist.broadcast(tensors[number].view(-1).view(torch.uint8), owner)  # not every backend has bools
+            tensors = [tensor.contiguous() for tensor in tensors]
+            for bundle in _bundles(tensors):
+                parts = [tensor.view(-1).view(torch.uint8) for tensor in bundle]  # not every backend has bools
+                sent = parts[0] if len(parts) == 1 else torch.cat(parts)
+                if sent.numel():
+                    dist.broadcast(sent, owner)
+                if len(parts) > 1 and owner != self.rank:
+                    for part, own in zip(parts, sent.split([len(part) for part in parts]), strict=True):
+                        part.copy_(own)
         return said, tensors
 
     @contextmanager
@@ -217,6 +223,15 @@ def check_divisible(world: World, recipe: Recipe) -> None:
             f"{world.size} processes were to share {recipe.samples} calibration sequences, and each needs 1: raise "
             f"--samples to {world.size} or use --nproc-per-node {recipe.samples}."
         )
+
+
+def _bundles(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors that are sent together: the small ones of a device, of which a block of experts has a thousand."""
+    small: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.nbytes <= SMALL_BYTES:
+            small.setdefault(tensor.device.type, []).append(tensor)
+    return [*small.values(), *([tensor] for tensor in tensors if tensor.nbytes > SMALL_BYTES)]
 
 
 def _taken_apart(solution: AnySolution) -> Parcel:
