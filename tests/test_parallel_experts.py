@@ -277,6 +277,7 @@ def test_one_goes_on_where_two_failed(source: Path, text: Path, tmp_path: Path) 
     assert_alike(out, tmp_path / "alone", FIRST)
 
 
+@pytest.mark.slow
 def test_a_starved_expert_is_an_error_for_all_if_asked(source: Path, text: Path, tmp_path: Path) -> None:
     """Both count the tokens of both, so both say the same."""
     said = together(source, tmp_path / "out", Recipe(**SMALL, starved="error", calibration=(str(text),)))
