@@ -27,7 +27,7 @@ from featherweight.recipe import Recipe
 from featherweight.recipes import by_name
 from featherweight.stream import compress as pipeline
 from featherweight.stream import experts as solver
-from featherweight.stream import portions
+from featherweight.stream import parallel, portions
 from featherweight.stream.expert_sums import Mixture, Summing
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.parallel import ALONE, World
@@ -209,7 +209,8 @@ def note_solved(folder: Path, then: Happening | None, rank: int) -> None:
 
 
 def in_portions(_rank: int) -> None:
-    """Experts stay in the files, and few are solved at a time."""
+    """Experts stay in the files, few are solved at a time, and most tensors are sent by themselves."""
+    parallel.SMALL_BYTES = 256
     pipeline.room_for_experts = lambda *_: 4096
     for module in (solver, portions):
         module.CHUNK_BYTES = {"cpu": 4096}
@@ -277,6 +278,7 @@ def test_one_goes_on_where_two_failed(source: Path, text: Path, tmp_path: Path) 
     assert_alike(out, tmp_path / "alone", FIRST)
 
 
+@pytest.mark.slow
 def test_a_starved_expert_is_an_error_for_all_if_asked(source: Path, text: Path, tmp_path: Path) -> None:
     """Both count the tokens of both, so both say the same."""
     said = together(source, tmp_path / "out", Recipe(**SMALL, starved="error", calibration=(str(text),)))

@@ -311,7 +311,7 @@ class _Job:
             lambda share: self.tell(index + 0.9 * share, total, f"block {index + 1}"),
         )
         with self.phases("pack"):
-            packed = self.shards.pack(block, solutions, time.perf_counter() - began)
+            packed = self.shards.pack(block, solutions, time.perf_counter() - began, self.world)
             if self.world.leads:
                 self._write(folder, writer, packed)
         return packed.stored

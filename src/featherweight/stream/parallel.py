@@ -24,7 +24,9 @@ from featherweight.errors import FeatherweightError, RequestError
 from featherweight.recipe import Recipe
 from featherweight.stream.device import pick_device
 
+Parcel = tuple[Any, dict[str, Tensor]]  # a JSON value, and tensors by name
 PATIENCE = timedelta(minutes=30)  # with a process that neither answers nor ends; one that ends is noticed at once
+SMALL_BYTES = 1 << 16  # of a tensor that is copied to be sent with others: a message takes longer than that
 FIELDS = {Solution: ("codes_RC", "scales_RG", "zeros_RG", "loss_R", "keep_RC"),
           SparseSolution: ("values_RC", "keep_RC", "loss_R")}  # fmt: skip
 
@@ -133,13 +135,24 @@ class World:
         return self.everyones(mine, rules)
 
     def everyones(self, mine: dict[str, AnySolution], rules: Mapping[str, Rule]) -> dict[str, AnySolution]:
-        """The solutions of all processes, by path: their tensors as they are, the rest as JSON."""
+        """The solutions of all processes, by path."""
         if self.size == 1:
             return mine
-        found: dict[str, AnySolution] = {}
+        found = self.merged({path: _taken_apart(solution) for path, solution in mine.items()})
+        return {path: mine[path] if path in mine else _put_together(*found[path], rules[path]) for path in found}
+
+    def merged(self, mine: dict[str, Parcel]) -> dict[str, Parcel]:
+        """What all processes have, by name, each something else."""
+        if self.size == 1:
+            return mine
+        found: dict[str, Parcel] = {}
+        contents = [[name, said, list(held)] for name, (said, held) in mine.items()]
+        tensors = [tensor for _, held in mine.values() for tensor in held.values()]
         for owner in range(self.size):
-            told, tensors = self._from(owner, _taken_apart(mine))
-            found |= mine if owner == self.rank else _put_together(told, tensors, rules)
+            listed, sent = self._from(owner, (contents, tensors))
+            coming = iter(sent)
+            for name, said, names in listed:
+                found[name] = said, {each: next(coming) for each in names}
         return found
 
     def from_each(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -161,10 +174,15 @@ class World:
             said, kinds = json.loads(text.numpy().tobytes())
             if owner != self.rank:
                 tensors = [torch.empty(shape, dtype=getattr(torch, dtype), device=on) for dtype, shape, on in kinds]
-            for number, tensor in enumerate(tensors):
-                tensors[number] = tensor.contiguous()
-                if tensor.numel():
-                    dist.broadcast(tensors[number].view(-1).view(torch.uint8), owner)  # not every backend has bools
+            tensors = [tensor.contiguous() for tensor in tensors]
+            for bundle in _bundles(tensors):
+                parts = [tensor.view(-1).view(torch.uint8) for tensor in bundle]  # not every backend has bools
+                sent = parts[0] if len(parts) == 1 else torch.cat(parts)
+                if sent.numel():
+                    dist.broadcast(sent, owner)
+                if len(parts) > 1 and owner != self.rank:
+                    for part, own in zip(parts, sent.split([len(part) for part in parts]), strict=True):
+                        part.copy_(own)
         return said, tensors
 
     @contextmanager
@@ -209,20 +227,21 @@ def check_divisible(world: World, recipe: Recipe) -> None:
         )
 
 
-def _taken_apart(solutions: Mapping[str, AnySolution]) -> tuple[Any, list[Tensor]]:
-    told: list[Any] = []
-    tensors: list[Tensor] = []
-    for path, solution in solutions.items():
-        held = {name: tensor for name in FIELDS[type(solution)] if (tensor := getattr(solution, name)) is not None}
-        told.append([path, list(held), {"damping": solution.damping, "metrics": solution.metrics}])
-        tensors += held.values()
-    return told, tensors
+def _bundles(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors that are sent together: the small ones of a device, of which a block of experts has a thousand."""
+    small: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.nbytes <= SMALL_BYTES:
+            small.setdefault(tensor.device.type, []).append(tensor)
+    return [*small.values(), *([tensor] for tensor in tensors if tensor.nbytes > SMALL_BYTES)]
 
 
-def _put_together(told: Any, tensors: Sequence[Tensor], rules: Mapping[str, Rule]) -> dict[str, AnySolution]:
-    coming, found = iter(tensors), {}
-    for path, names, rest in told:
-        grid, pattern = grid_of(rules[path]), pattern_of(rules[path])
-        fields = {**{name: next(coming) for name in names}, **rest, "pattern": pattern}
-        found[path] = SparseSolution(**fields) if grid is None else Solution(grid=grid, **fields)
-    return found
+def _taken_apart(solution: AnySolution) -> Parcel:
+    fields = {name: getattr(solution, name) for name in FIELDS[type(solution)]}
+    held = {name: tensor for name, tensor in fields.items() if tensor is not None}
+    return {"damping": solution.damping, "metrics": solution.metrics}, held
+
+
+def _put_together(said: Any, held: Mapping[str, Tensor], rule: Rule) -> AnySolution:
+    grid, fields = grid_of(rule), {**held, **said, "pattern": pattern_of(rule)}
+    return SparseSolution(**fields) if grid is None else Solution(grid=grid, **fields)

@@ -21,6 +21,7 @@ from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.groups import Kept, Solved
+from featherweight.stream.parallel import ALONE, Parcel, World
 from featherweight.stream.phases import Stretch, added
 from featherweight.stream.shard import block_tensors, plain_weight, require_same
 
@@ -49,21 +50,27 @@ class Shards:
     def __init__(self, tree: ModelTree, recipe: Recipe, format: Format, rule_of: Callable[[Matrix], Rule]) -> None:
         self.tree, self.recipe, self.format, self.rule_of = tree, recipe, format, rule_of
 
-    def pack(self, block: Block, solutions: Mapping[str, Solved], seconds: float) -> Packed:
+    def pack(self, block: Block, solutions: Mapping[str, Solved], seconds: float, world: World = ALONE) -> Packed:
         """The solutions of a block as tensors of the format, but for those that are already: FeatherweightError where
-        they do not say the same."""
-        tensors: dict[str, dict[str, Tensor]] = {}
+        they do not say the same. Of several processes each packs some, and all have what the others made."""
+        known: dict[str, Parcel] = {
+            path: ({**solution.line, "block_seconds": round(seconds, 3)}, solution.tensors)
+            for path, solution in solutions.items()
+            if isinstance(solution, Kept)
+        }
+        left = {m.path: m for m in block.matrices if m.path not in known}
+        mine: dict[str, Parcel] = {}
         stored: dict[str, AnySolution] = {}
-        lines: list[dict[str, Any]] = []
-        for matrix in block.matrices:
-            solution = solutions[matrix.path]
-            if isinstance(solution, Kept):
-                tensors[matrix.path] = solution.tensors
-                lines.append({**solution.line, "block_seconds": round(seconds, 3)})
-                continue
-            tensors[matrix.path], stored[matrix.path] = packed, _ = self._packed(matrix, solution)
-            lines.append(self._line(block.index, matrix, solution, packed, seconds))
-        return Packed(block, tensors, stored, lines)
+        owners = world.deal([float(matrix.rows * matrix.columns) for matrix in left.values()])
+        for (path, matrix), owner in zip(left.items(), owners, strict=True):
+            solution = solutions[path]
+            if owner == world.rank and not isinstance(solution, Kept):
+                packed, stored[path] = self._packed(matrix, solution)
+                mine[path] = self._line(block.index, matrix, solution, packed, seconds), packed
+        found = known | world.merged(mine)
+        stored |= {path: self._unpacked(found[path][1], m) for path, m in left.items() if path not in stored}
+        lines = [found[matrix.path][0] for matrix in block.matrices]
+        return Packed(block, {matrix.path: found[matrix.path][1] for matrix in block.matrices}, stored, lines)
 
     def keep(self, block: Block, matrix: Matrix, solution: AnySolution) -> Kept:
         """One solution as tensors of the format, at once."""
