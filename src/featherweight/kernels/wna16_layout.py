@@ -3,9 +3,10 @@
 In memory lie the first `chunk` blocks of all tiles, then their next, and so on; the last chunk may be short.
 
 A block is bytes: its codes, then its scales, then (where they differ from the middle code) its zeros. One lane of a
-warp (g = lane / 4, t = lane % 4) feeds into one m16n8k16 product eight codes: rows g and g + 8 of a half tile, four
-columns from k0 = 64u + 32i + 8t + 4j. At four bits they are one word, from its lowest nibble (g, k0), (g+8, k0),
-(g, k0+2), (g+8, k0+2), then the same four one column on. At two bits one word holds two products, j = 0 in the lower
+warp (g = lane / 4, t = lane % 4) feeds into one product of 16 columns (an m16n8k16, or its part of a warpgroup's) eight
+codes: rows g and g + 8 of a half tile, columns k0, k0+1, k0+8 and k0+9 from k0 = 64u + 32i + 16j + 2t. At four bits
+they are one word, from its lowest nibble (g, k0), (g+8, k0), (g, k0+8), (g+8, k0+8), then the same four one column on.
+At two bits one word holds two products, j = 0 in the lower
 half of each nibble. At three bits the lower two bits lie as at two, and a plane of third bits after them, where bit
 e = 2i + j of a nibble belongs to that product. At eight bits a product has two words of bytes (g, k), (g+8, k),
 (g, k+1), (g+8, k+1). Words lie so that a warp reads 16 bytes a lane without conflicts.
@@ -38,8 +39,8 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # The axes of codes that are split as AXES say, by number; for each plane of bits its lowest bit, its bits and the axes
 # in the order of memory, codes of a byte last (the lowest first).
-AXES = (2, 2, 8, 2, 2, 4, 2, 2, 2)  # half tile, odd row, g, u, i (the unit of 32 columns), t, j, k2, k1
-HALF, ODD, G, U, UNIT, T, J, K2, K1 = range(1, 10)  # the axis before them counts blocks
+AXES = (2, 2, 8, 2, 2, 2, 2, 4, 2)  # half tile, odd row, g, u, i (the unit of 32 columns), j, k2, t, k1
+HALF, ODD, G, U, UNIT, J, K2, T, K1 = range(1, 10)  # the axis before them counts blocks
 TWO_BITS = (HALF, G, T, U, UNIT, K1, K2, ODD, J)
 Plane = tuple[int, int, tuple[int, ...]]
 PLANES: dict[int, tuple[Plane, ...]] = {

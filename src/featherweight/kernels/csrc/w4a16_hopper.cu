@@ -6,8 +6,6 @@
 // TOKENS; a *stage* the 128 columns of x and of weights that it needs next.
 //
 // One warp copies stages into shared memory; WARPGROUPS of four warps make floats of codes in registers and multiply them.
-// Codes of one word belong to eight neighbouring columns of a row where the tensor cores want two of each of four eights:
-// four lanes exchange them (`exchange`).
 //
 // Tiles that fill the GPU evenly are computed whole, the rest by all CTAs together, each an equal stretch of their
 // columns; who shared in a tile then sums up its share of the parts, through device memory that the L2 holds.
@@ -15,8 +13,7 @@
 // SUMS 0: weights are rounded to float16 with their scale. SUMS 1: code minus zero, exact in either dtype, is multiplied,
 // and each group's sum scaled: twice the registers.
 //
-// SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns. The order of the words
-// is then the tensor cores' own.
+// SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns.
 //
 // Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
 
@@ -180,7 +177,6 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
                         s[i] = load_scales(block, (2 * u + i) * 32 / GROUP, g, half);
                     else
                         s[i] = s[0];
-                    if (!SPARSE) exchange(words[2 * i], words[2 * i + 1], lane);
                     if (BUFFERS == 1 && i == 0) {
                         products_wait<0>();
                         have_ended(p, places[0], base);
