@@ -164,7 +164,8 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
         for (int k = piece.first; k < piece.end; k++) {
             wait_barrier(full + 8 * ring.slot, ring.phase);
             const u8* block = memory + p.at_weights + (ring.slot * TILES + warp / 2) * BLOCK;
-            const u64 x = operand_of(base + ring.slot * X_BYTES);
+            // The shuffle tells the compiler that all lanes have the same address: descriptors are then made once for all of them.
+            const u64 x = operand_of(__shfl_sync(0xffffffffu, base + ring.slot * X_BYTES, 0));
             u32 words[4];
 #pragma unroll
             for (int u = 0; u < 2; u++) {
