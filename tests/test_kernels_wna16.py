@@ -198,6 +198,8 @@ def test_without_a_gpu_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert refusal(Grid()) == "None"
     assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda", wanted="wna16").name == "wna16"
+    assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda").name == "w4a16-hopper"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda").name == "wna16"
     assert pick(FORMAT, Grid(8), 48, 256, HALF, "cuda").name == "wna16"
     assert pick(FORMAT, Grid(8), 48, 256, FLOAT, "cuda").name != "wna16"

@@ -23,7 +23,7 @@ from torch import Tensor
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import nvrtc, wna16
-from featherweight.kernels.base import Case, Kernel, Run, require_input, require_no_backward
+from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.w4a16_hopper_plan import Plan, Tile, choose, lay_out, tiles
@@ -84,7 +84,8 @@ class W4A16Hopper(Kernel):
             require_input(x_TC, columns, dtype, weights.device)
             return torch.ops.featherweight.w4a16_hopper(x_TC, weights, bias_R, *static)
 
-        return run
+        grid, groups = solution.grid, solution.scales_RG.shape[1]
+        return Restorable(run, lambda: wna16.restored(weights, layout, grid, (rows, columns, groups)))
 
 
 class Params(ctypes.Structure):

@@ -126,8 +126,12 @@ class Layout:
         return self.code_bytes + self.scale_bytes + self.zero_bytes + self.place_bytes
 
 
-def pack(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout) -> Tensor:
+def pack(
+    codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout, keep_RC: Tensor | None = None
+) -> Tensor:
     """The bytes of all blocks; rows and columns are padded to whole blocks by weights of scale zero.
+
+    `keep_RC` says of a sparse layout which codes are stored; without it those that do not stand for zero are.
 
     Raises RequestError for a sparse layout of codes of which more than two in four do not stand for zero.
     """
@@ -135,10 +139,12 @@ def pack(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout) 
     assert columns == groups * layout.group, "groups disagree with the layout"
     more_rows, more_columns = -rows % ROWS, -columns % COLUMNS
     codes_RC = functional.pad(codes_RC, (0, more_columns, 0, more_rows))
+    if keep_RC is not None:
+        keep_RC = functional.pad(keep_RC, (0, more_columns, 0, more_rows))
     pad = (0, more_columns // layout.group, 0, more_rows)
     scales_RG, zeros_RG = functional.pad(scales_RG, pad), functional.pad(zeros_RG, pad)
     tiles, blocks = codes_RC.shape[0] // ROWS, codes_RC.shape[1] // COLUMNS
-    stored, places = two_of_four.gather(codes_RC, zeros_RG) if layout.sparse else (codes_RC, None)
+    stored, places = two_of_four.gather(codes_RC, zeros_RG, keep_RC) if layout.sparse else (codes_RC, None)
     each = _by_block(stored, tiles, layout)
     parts = [_pack_plane(each >> low & (1 << bits) - 1, bits, order) for low, bits, order in layout.planes]
     parts.append(_by_group(scales_RG, layout).view(torch.uint8))
@@ -178,9 +184,20 @@ def unpack(weights: Tensor, rows: int, columns: int, layout: Layout) -> tuple[Te
             zeros = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(-2)
         zeros_RG = _by_row(zeros, layout)
     if layout.sparse:
-        places = _by_column(blocks_TKB[..., -layout.place_bytes :], (PLACES,), layout)
-        stored = two_of_four.scatter(stored, places, zeros_RG)
+        stored = two_of_four.scatter(stored, _places(blocks_TKB, layout), zeros_RG)
     return stored[:rows, :columns], scales_RG[:rows, :groups], zeros_RG[:rows, :groups]
+
+
+def kept(weights: Tensor, rows: int, columns: int, layout: Layout) -> Tensor:
+    """keep_RC, bool: which codes a sparse layout stores."""
+    places_RK = _places(blocks_of(weights, rows, columns, layout), layout)
+    zeros_RG = places_RK.new_zeros(len(places_RK), 1)
+    return two_of_four.scatter(torch.ones_like(places_RK), places_RK, zeros_RG)[:rows, :columns].bool()
+
+
+def _places(blocks_TKB: Tensor, layout: Layout) -> Tensor:
+    """Of the codes that a sparse layout stores, in their runs of four."""
+    return _by_column(blocks_TKB[..., -layout.place_bytes :], (PLACES,), layout)
 
 
 def _by_block(stored: Tensor, tiles: int, layout: Layout) -> Tensor:
