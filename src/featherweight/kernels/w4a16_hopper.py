@@ -197,7 +197,7 @@ def tensor_map(address: int, tokens: int, columns: int, box_tokens: int, bfloat:
 
 def macros(dtype: torch.dtype, layout: Layout, tile: Tile) -> tuple[str, ...]:
     """What csrc/w4a16_hopper.cu is compiled with."""
-    more = {"SUMS": tile.sums, "TOKENS": tile.tokens, "WARPGROUPS": tile.warpgroups}
+    more = {"SUMS": tile.sums, "TOKENS": tile.tokens, "WARPGROUPS": tile.warpgroups, "CTAS": tile.ctas}
     return (*wna16.macros(dtype, layout), *(f"{name}={int(value)}" for name, value in more.items()))
 
 
@@ -212,7 +212,8 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     modules = {tile: Module(device, code) for tile, code in zip(shapes, cubins, strict=True)}
     block_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     processors = properties.multi_processor_count
-    counters = torch.zeros(STREAMS, processors * 16, dtype=torch.int32, device=device)
+    most = processors * max(tile.ctas for tile in shapes)
+    counters = torch.zeros(STREAMS, most * 16, dtype=torch.int32, device=device)
     made = Kernels(device, dtype, layout, modules, processors, block_bytes, counters)
     made.load()
     return made

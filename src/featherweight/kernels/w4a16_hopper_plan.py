@@ -13,6 +13,7 @@ import torch
 from featherweight.kernels.wna16_layout import COLUMNS, ROWS, Layout, extent
 
 STAGING_BYTES = 1024  # of a warp
+RESERVED_BYTES = 1024  # of shared memory, that each CTA takes for itself
 MOST_STAGES = 8
 LEAST_BLOCKS = 2
 """Of a CTA's stretch of the shared tiles: fewer are not worth the sums that they add."""
@@ -26,11 +27,13 @@ class Tile:
 
     Attributes:
         sums: whether scales multiply the sums of groups, and not weights, which rounds those to the dtype of x.
+        ctas: of a multiprocessor; with two the next launch can begin while this one ends.
     """
 
     tokens: int
     warpgroups: int
     sums: bool = False
+    ctas: int = 1
 
     @property
     def rows(self) -> int:
@@ -53,9 +56,10 @@ class Cost:
 
 
 COSTS = {
-    Tile(64, 2): Cost(6.1, 0.663, 1.9, 0),
-    Tile(64, 3): Cost(4.6, 0.891, 3.6, 0),
-    Tile(64, 4): Cost(4.5, 1.110, 3.3, 0),
+    Tile(64, 2): Cost(4.5, 0.539, 1.7, 0.9),
+    Tile(64, 2, ctas=2): Cost(2.2, 1.060, 2.6, 1.6),
+    Tile(64, 3): Cost(0, 0.836, 4.3, 2.1),
+    Tile(64, 4): Cost(3.5, 1.040, 3.3, 0.4),
     Tile(128, 3): Cost(0, 1.200, 4.6, 3.8),
     Tile(128, 4): Cost(0.7, 1.68, 5.0, 3.3),
     Tile(256, 2): Cost(0, 1.47, 8.6, 0),
@@ -146,17 +150,18 @@ def lay_out(
     tile: Tile, tokens: int, rows: int, columns: int, layout: Layout, processors: int, block_bytes: int
 ) -> Plan:
     """The launch with tiles of this shape, on so many multiprocessors with so much shared memory."""
-    blocks = extent(rows, columns)[1]
+    blocks, ctas = extent(rows, columns)[1], processors * tile.ctas
+    room = (block_bytes + RESERVED_BYTES) // tile.ctas - RESERVED_BYTES
     row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, processors)
+    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, ctas)
     weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
-    stages = min(MOST_STAGES, (block_bytes - staging - 128) // (weights_bytes + x_bytes + 16))
+    stages = min(MOST_STAGES, (room - staging - 128) // (weights_bytes + x_bytes + 16))
     at_weights = stages * x_bytes
     at_staging = -(-(at_weights + stages * weights_bytes) // 128) * 128
     at_barriers = at_staging + staging
     return Plan(
-        tile, processors if whole else sharers, row_tiles, token_tiles, _band(tile, token_tiles, processors),
+        tile, ctas if whole else sharers, row_tiles, token_tiles, _band(tile, token_tiles, ctas),
         whole, shared, sharers, stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
     )  # fmt: skip
 
@@ -168,7 +173,7 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
 
     def estimate(tile: Tile) -> float:
         count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
-        return _estimate_us(costs_of(layout)[tile], blocks, *_share(tile, count, blocks, layout, processors))
+        return _estimate_us(costs_of(layout)[tile], blocks, *_share(tile, count, blocks, layout, processors * tile.ctas))
 
     exact = layout.sparse and dtype == torch.bfloat16 and tokens <= EXACT_TOKENS
     best = min((tile for tile in tiles(dtype, layout) if tile.sums or not exact), key=estimate)
@@ -176,14 +181,14 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
     return best if estimate(best) <= dense_us else None
 
 
-def _share(tile: Tile, count: int, blocks: int, layout: Layout, processors: int) -> tuple[int, int, int]:
-    """Of so many tiles: how many each CTA computes whole, how many are shared, and by how many CTAs."""
+def _share(tile: Tile, count: int, blocks: int, layout: Layout, ctas: int) -> tuple[int, int, int]:
+    """Of so many tiles: how many each of `ctas` computes whole, how many are shared, and by how many of them."""
     cost = costs_of(layout)[tile]
-    whole, shared = divmod(count, processors)
+    whole, shared = divmod(count, ctas)
     if not shared:
         return whole, 0, 0
-    even = list(range(shared, min(processors, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
-    all_of_them = [min(processors, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * processors else []
+    even = list(range(shared, min(ctas, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
+    all_of_them = [min(ctas, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * ctas else []
     sharers = min(even + all_of_them, key=lambda n: _estimate_us(cost, blocks, whole, shared, n))
     return whole, shared, sharers
 
@@ -196,8 +201,8 @@ def _estimate_us(cost: Cost, blocks: int, whole: int, shared: int, sharers: int)
     return cost.launch + (whole * blocks + stretch) * cost.block + sums * cost.sum + stored * cost.tile
 
 
-def _band(tile: Tile, token_tiles: int, processors: int) -> int:
+def _band(tile: Tile, token_tiles: int, ctas: int) -> int:
     """Token tiles side by side: so many that a wave reads the fewest bytes, x two bytes and weights half of one."""
-    ideal = (processors * tile.rows / (tile.tokens * 4)) ** 0.5
+    ideal = (ctas * tile.rows / (tile.tokens * 4)) ** 0.5
     bands = max(1, round(token_tiles / ideal))
     return -(-token_tiles // bands)

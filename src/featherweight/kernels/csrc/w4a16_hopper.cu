@@ -15,7 +15,8 @@
 //
 // SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns.
 //
-// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
+// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS, CTAS of a multiprocessor
+// (1, or 2 for two warpgroups and 64 tokens: the second is the next launch's, which fetches weights while this one ends).
 
 #include "gpu.cuh"
 #include "hopper.cuh"
@@ -242,9 +243,10 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
 }
 
 // Registers of a thread that copies, and of one that multiplies.
-constexpr int FEWER = WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 ? 32 : 24, MORE = WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
+constexpr int FEWER = CTAS == 2 ? 24 : WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 ? 32 : 24;
+constexpr int MORE = CTAS == 2 ? 104 : WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) w4a16_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, CTAS) w4a16_hopper(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) u8 memory[];
     if (threadIdx.x == 0) {
         const u32 full = shared_address(memory) + p.at_barriers;
