@@ -35,9 +35,9 @@ def plans(kernels: w4a16_hopper.Kernels, tokens: int, rows: int, columns: int) -
     for tile in kernels.modules:
         plan = kernels.plan(tile, tokens, rows, columns)
         yield plan
-        everybody = min(kernels.processors, plan.shared * (columns // 256))
+        everybody = min(kernels.processors * tile.ctas, plan.shared * (columns // 256))
         if plan.shared and everybody not in (plan.sharers, plan.shared) and everybody > plan.shared:
-            yield replace(plan, sharers=everybody, grid=kernels.processors if plan.whole else everybody)
+            yield replace(plan, sharers=everybody, grid=kernels.processors * tile.ctas if plan.whole else everybody)
 
 
 def measure(shape: str, tokens: list[int], args: argparse.Namespace) -> Iterator[dict[str, object]]:

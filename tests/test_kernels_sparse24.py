@@ -17,7 +17,7 @@ from featherweight.core.rules import Grid, Joint, Pattern
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import FORMATS
 from featherweight.kernels import nvrtc, pick, sparse24, two_of_four, w4a16_hopper, wna16
-from featherweight.kernels.base import Case
+from featherweight.kernels.base import Case, Restorable
 from featherweight.kernels.w4a16_hopper_plan import choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack, unpack
 from featherweight.kernels.wna16_plan import TOKENS, Choice, most_tokens
@@ -28,7 +28,7 @@ from featherweight.merged import merge
 from runs import featherweight
 from sparse24_emulation import operands
 from w4a16_hopper_gpu import every_tile_shares_and_repeats
-from wna16_cases import A100, BFLOAT, FLOAT, H100, HALF, RTX_3090, drawn, sparse_solution
+from wna16_cases import A100, BFLOAT, FLOAT, H100, HALF, RTX_3090, drawn, solution, sparse_solution
 from wna16_emulation import product as emulated
 
 FORMAT, PATTERN = FORMATS["sparse"], Pattern(keep=2, of=4)
@@ -126,6 +126,19 @@ def test_repacked_codes_give_the_reference(grid: Grid) -> None:
     assert got.shape == (2, 3, 50) and torch.equal(got, want.half())
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_tensors_that_were_let_go_come_back(grid: Grid) -> None:
+    """Kept codes that stand for zero, and places that were chosen for them, included."""
+    drawn_ = solution(grid, 50, 256)
+    weights = kernels_bench.pruned(drawn_, PATTERN)
+    stored = FORMAT.pack(weights)
+    layer = CompressedLinear.from_tensors(FORMAT, weights.rule, dict(stored), kernel="reference", dtype=HALF)
+    run = sparse24.Sparse24().prepare(FORMAT, weights.rule, stored, HALF)
+    assert isinstance(run, Restorable) and layer.release(run.solution)
+    assert all(each.is_meta for each in layer.buffers())
+    assert all(torch.equal(each, stored[suffix]) for suffix, each in layer.state_dict().items())
+
+
 def test_the_operator_is_sound_for_torch() -> None:
     packed, layout = sparse24.repack(sparse_solution(Grid(4, 64, False), 48, 256))
     sparse24.register()
@@ -163,7 +176,7 @@ def test_refusals_name_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert refusal(Joint(Grid(), PATTERN)) == refusal(Joint(Grid(4, None, False), PATTERN)) == "None"
     case = (FORMAT, Joint(Grid(), PATTERN), 48, 256, HALF, "cuda")
-    assert pick(*case, wanted="sparse24").name == "sparse24"
+    assert pick(*case, wanted="sparse24").name == pick(*case).name == "sparse24"
     assert pick(FORMAT, Joint(Grid(3), PATTERN), 48, 256, HALF, "cuda").name == "wna16"
 
 

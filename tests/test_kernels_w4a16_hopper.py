@@ -50,7 +50,7 @@ def test_operands_are_code_minus_zero_in_the_order_of_x(dtype: torch.dtype, layo
     assert torch.equal(operands(block, layout, dtype), want)
 
 
-TILES = [Tile(64, 2), Tile(64, 4), Tile(128, 3), Tile(256, 2)]
+TILES = [Tile(64, 2, ctas=2), Tile(64, 4), Tile(128, 3), Tile(256, 2)]
 SHAPES = [(64, 4096, 4096), (64, 12288, 1024), (1000, 10240, 1024), (33, 50, 320), (1, 1, 32)]
 
 
@@ -71,7 +71,7 @@ def test_every_column_of_every_tile_is_computed_once(tile: Tile, shape: tuple[in
                 parts.setdefault(index, {})[cta] = slot
                 slot += 1
                 assert (cta * 2 + slot) * tile.rows * tile.tokens * 4 <= plan.partials_bytes
-                assert 0 <= index - plan.whole * plan.grid < PROCESSORS, "each has its counters"
+                assert 0 <= index - plan.whole * plan.grid < PROCESSORS * tile.ctas, "each has its counters"
         assert slot <= 2
     assert len(owners) == plan.row_tiles * plan.token_tiles * blocks
     for index, of in parts.items():
@@ -97,8 +97,8 @@ LARGEST = Layout(4, 32, FLOAT, True)
 def test_plans_fit_the_device(dtype: torch.dtype, layout: Layout) -> None:
     for tile, (tokens, rows, columns) in product(tiles(dtype, layout), [*SHAPES, (4096, 57344, 8192)]):
         plan = lay_out(tile, tokens, rows, columns, layout, PROCESSORS, BLOCK_BYTES)
-        assert plan.bytes <= BLOCK_BYTES and plan.stages >= 2 and plan.at_weights % 1024 == 0
-        assert 1 <= plan.grid <= PROCESSORS and plan.shared <= plan.sharers <= PROCESSORS
+        assert (plan.bytes + 1024) * tile.ctas <= BLOCK_BYTES + 1024 and plan.stages >= 2 and plan.at_weights % 1024 == 0
+        assert 1 <= plan.grid <= PROCESSORS * tile.ctas and plan.shared <= plan.sharers <= PROCESSORS * tile.ctas
         assert plan.at_weights < plan.at_staging < plan.at_barriers < plan.bytes and plan.at_staging % 128 == 0
 
 

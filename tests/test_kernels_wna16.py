@@ -56,9 +56,9 @@ def test_a_word_is_what_its_lane_multiplies(bits: int) -> None:
     for dtype, step in ((HALF, 2.0**-24), (BFLOAT, 2.0**-133)):
         registers = fragments(block, layout, dtype) / step
         for half, u, i, j, g, t in [(0, 0, 0, 0, 0, 0), (1, 0, 1, 0, 3, 2), (0, 1, 1, 1, 7, 3), (1, 1, 0, 1, 5, 1)]:
-            row, column = 16 * half + g, 64 * u + 32 * i + 8 * t + 4 * j
+            row, column = 16 * half + g, 64 * u + 32 * i + 16 * j + 2 * t
             for r in range(4):  # of mma.m16n8k16: rows g and g + 8 in turn, two columns each
-                pair = codes[row + 8 * (r % 2), column + r // 2 * 2 :][:2]
+                pair = codes[row + 8 * (r % 2), column + r // 2 * 8 :][:2]
                 want = pair.double() * odd_step(layout) ** (r % 2)
                 assert registers[half, u, i, j, g, t, r].tolist() == want.tolist()
 
@@ -198,6 +198,8 @@ def test_without_a_gpu_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert refusal(Grid()) == "None"
     assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda", wanted="wna16").name == "wna16"
+    assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda").name == "w4a16-hopper"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert pick(FORMAT, Grid(), 48, 256, HALF, "cuda").name == "wna16"
     assert pick(FORMAT, Grid(8), 48, 256, HALF, "cuda").name == "wna16"
     assert pick(FORMAT, Grid(8), 48, 256, FLOAT, "cuda").name != "wna16"

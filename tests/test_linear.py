@@ -17,7 +17,8 @@ from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 from featherweight.formats import FORMATS
-from featherweight.kernels import KERNELS, Restorable, dequantize, pick, reasons
+from featherweight.kernels import KERNELS, Kernel, Restorable, dequantize, pick, reasons
+from featherweight.kernels.w4a16_hopper import W4A16Hopper
 from featherweight.kernels.wna16 import WNA16
 from featherweight.linear import CompressedLinear
 from featherweight.merged import merge, prepare
@@ -239,13 +240,17 @@ def test_many_tokens_on_a_cpu_multiply_the_rounded_weights(kernel: str) -> None:
 
 # ---- stored tensors are let go where the kernel can give them back ---------------------------------------------------
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq_v2"])
-@pytest.mark.parametrize("grid", [Grid(4, 128), Grid(4, 32, symmetric=False), Grid(8, None)], ids=str)
-def test_tensors_that_were_let_go_are_still_there(name: str, grid: Grid) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "grid"),
+    [(WNA16(), Grid(4, 128)), (W4A16Hopper(), Grid(4, 32, symmetric=False)), (WNA16(), Grid(8, None))],
+    ids=str,
+)
+def test_tensors_that_were_let_go_are_still_there(name: str, kernel: Kernel, grid: Grid) -> None:
     format, tensors = FORMATS[name], FORMATS[name].pack(solved(grid, dtype=torch.float16))
     layer = CompressedLinear.from_tensors(format, grid, dict(tensors), dtype=torch.float32, kernel="reference")
     x, nbytes = torch.randn(2, 256), sum(each.nbytes for each in tensors.values())
     want = layer(x)
-    run = WNA16().prepare(format, grid, tensors, torch.float16)
+    run = kernel.prepare(format, grid, tensors, torch.float16)
     assert isinstance(run, Restorable) and layer.release(run.solution)
     assert all(each.is_meta for each in layer.buffers()) and sum(each.nbytes for each in layer.buffers()) == nbytes
     assert layer.device == torch.device("cpu") and torch.equal(layer(x), want)

@@ -30,8 +30,7 @@ def on_gpu(
     weights = solution(grid, rows, columns, dtype)
     weights = replace(weights, scales_RG=weights.scales_RG * size)
     tensors = {name: tensor.cuda() for name, tensor in FORMAT.pack(weights).items()}
-    layer = CompressedLinear.from_tensors(FORMAT, grid, tensors, torch.randn(rows).cuda(), dtype)
-    assert layer.kernel.name == "wna16"
+    layer = CompressedLinear.from_tensors(FORMAT, grid, tensors, torch.randn(rows).cuda(), dtype, kernel="wna16")
     return layer, weights.values(torch.float64).cuda()
 
 

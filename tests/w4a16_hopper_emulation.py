@@ -16,28 +16,6 @@ from featherweight.kernels.wna16_layout import Layout
 Words = np.ndarray
 
 
-def bytes_of(a: Words, b: Words, selector: Words) -> Words:
-    """PRMT: byte i of the result is the byte of a (0 to 3) or b (4 to 7) that nibble i of the selector says."""
-    both = np.stack([a >> 8 * i & 255 for i in range(4)] + [b >> 8 * i & 255 for i in range(4)], -1)
-    picks = np.stack([selector >> 4 * i & 15 for i in range(4)], -1)
-    chosen = np.take_along_axis(both, np.broadcast_to(picks, (*both.shape[:-1], 4)), -1)
-    return np.asarray(sum(chosen[..., i] << 8 * i for i in range(4)))
-
-
-def exchange(w0: Words, w1: Words) -> tuple[Words, Words]:
-    """Words of lanes t = 0..3 along the last axis."""
-    lane = np.arange(4)
-    upper, lower = (lane & 2) > 0, (lane & 1) > 0
-    got = np.where(upper, w0, w1)[..., lane ^ 2]
-    v0, v1 = np.where(upper, got, w0), np.where(upper, w1, got)
-    give = bytes_of(v0, v1, np.where(lower, 0x6420, 0x7531))
-    got = give[..., lane ^ 1]
-    return (
-        bytes_of(v0, got, np.where(lower, 0x3514, 0x5240)),
-        bytes_of(v1, got, np.where(lower, 0x3716, 0x7260)),
-    )
-
-
 def registers(w: Words, dtype: torch.dtype, zeros: tuple[Words, Words]) -> list[torch.Tensor]:
     """The four registers of `to_floats` before scales: pairs of code minus zero in the last axis, in `dtype`."""
     found = []
@@ -74,7 +52,7 @@ def operands(block: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.T
         for step in range(8):  # products of 16 columns
             unit, j = divmod(step, 2)
             u, i = divmod(unit, 2)
-            word = exchange(words[half, u, :, :, i, 0], words[half, u, :, :, i, 1])[j]  # [g, t]
+            word = words[half, u, :, :, i, j]  # [g, t]
             z = zeros[unit * 32 // layout.group, :, half]
             a = registers(word, dtype, (z[:, 0, None], z[:, 1, None]))
             for r in range(4):  # of wgmma: rows g, g + 8; columns 2t, 2t + 1 of the first and of the second eight

@@ -73,7 +73,7 @@ def multiply_block(block: Tensor, x_TC: Tensor, layout: Layout, dtype: torch.dty
         return sparse24_emulation.multiply_block(block, x_TC, layout, dtype)
     step, x_scale = STEP[dtype], X_SCALE[dtype]
     pairs = fragments(block, layout, dtype)  # half, u, i, j, g, t, (k2, odd), k1
-    x = (x_TC.double() * x_scale).to(dtype).double().view(-1, 2, 2, 4, 2, 2, 2)  # T, u, i, t, j, k2, k1
+    x = (x_TC.double() * x_scale).to(dtype).double().view(-1, 2, 2, 2, 2, 4, 2)  # T, u, i, j, k2, t, k1
     scales = block[layout.code_bytes :][: layout.scale_bytes].view(layout.scales).double().view(layout.parts, 8, 2, 2)
     zeros = zeros_of(block, layout)
     sums = x_TC.double().unflatten(-1, (layout.parts, -1)).sum(-1)  # T, group of the block
@@ -86,7 +86,7 @@ def multiply_block(block: Tensor, x_TC: Tensor, layout: Layout, dtype: torch.dty
             for unit in units:
                 u, i = divmod(unit, 2)
                 a = pairs[:, u, i, ..., odd::2, :]  # half, j, g, t, k2, k1
-                acc = acc + torch.einsum("hjgtkl,Ttjkl->hgT", a, x[:, u, i])
+                acc = acc + torch.einsum("hjgtkl,Tjktl->hgT", a, x[:, u, i])
             total[:, odd] += scales[part, :, :, odd].T.unsqueeze(-1) * acc / unit_step
     return total.reshape(ROWS, -1)
 

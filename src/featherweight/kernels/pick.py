@@ -30,10 +30,9 @@ ALL: tuple[Kernel, ...] = (
     Dense(),
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}
-AUTO = ("sub1-cuda", "sub1-tiles", "cpu-int4", "wna16", "triton", "dequantize", "reference")
+AUTO = ("sub1-cuda", "sub1-tiles", "cpu-int4", "sparse24", "w4a16-hopper", "wna16", "triton", "dequantize", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor
-cpu-int4 for sub1, whose codes it would hold in two to six times their bytes; nor yet w4a16-hopper, of whose tiles
-a race checker has seen three, and sparse24, which shares wna16's sums and has not run since those were changed."""
+cpu-int4 for sub1, whose codes it would hold in two to six times their bytes."""
 
 
 def reasons(

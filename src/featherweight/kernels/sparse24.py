@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -24,7 +24,7 @@ from featherweight.errors import FallbackWarning
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import nvrtc, w4a16_hopper, wna16, wna16_layout
-from featherweight.kernels.base import Case, Kernel, Run, require_input, require_no_backward
+from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.wna16_layout import GROUPS, Layout
 
@@ -71,7 +71,14 @@ class Sparse24(Kernel):
             require_input(x_TC, columns, dtype, weights.device)
             return torch.ops.featherweight.sparse24(x_TC, weights, bias_R, *static)
 
-        return run
+        grid, pattern, groups = solution.grid, solution.pattern, solution.scales_RG.shape[1]
+
+        def restored() -> Solution:
+            codes = wna16.restored(weights, layout, grid, (rows, columns, groups))
+            keep_RC = wna16_layout.kept(weights, rows, columns, layout)
+            return codes if pattern is None else replace(codes, keep_RC=keep_RC, pattern=pattern)
+
+        return Restorable(run, restored)
 
 
 @cache
@@ -103,7 +110,7 @@ def repack(solution: Solution) -> tuple[Tensor, Layout]:
     """
     group, scales_RG, zeros_RG = wna16.narrowed(solution)
     layout = layout_of(group, scales_RG.dtype, not solution.grid.symmetric)
-    return wna16_layout.pack(solution.codes_RC, scales_RG, zeros_RG, layout), layout
+    return wna16_layout.pack(solution.codes_RC, scales_RG, zeros_RG, layout, solution.keep_RC), layout
 
 
 @cache

@@ -25,20 +25,20 @@ def _places_by_flags() -> list[tuple[int, ...]]:
 PLACES = _places_by_flags()
 
 
-def gather(codes_RC: Tensor, zeros_RG: Tensor) -> tuple[Tensor, Tensor]:
-    """kept_RK and places_RK, uint8: of each run the codes that do not stand for zero, filled up to two, in their order.
+def gather(codes_RC: Tensor, zeros_RG: Tensor, keep_RC: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """kept_RK and places_RK, uint8: of each run the codes that do not stand for zero or that `keep_RC` says are kept,
+    filled up to two, in their order.
 
     Raises RequestError where a run has more of them.
     """
-    off_RPN = (codes_RC != zeros_RG.repeat_interleave(codes_RC.shape[1] // zeros_RG.shape[1], 1)).unflatten(
-        1, (-1, RUN)
-    )
-    flags_RP = sum(off_RPN[..., place].to(torch.uint8) << place for place in range(RUN))
+    off_RC = codes_RC != zeros_RG.repeat_interleave(codes_RC.shape[1] // zeros_RG.shape[1], 1)
+    stored_RPN = (off_RC if keep_RC is None else off_RC | keep_RC).unflatten(1, (-1, RUN))
+    flags_RP = sum(stored_RPN[..., place].to(torch.uint8) << place for place in range(RUN))
     assert isinstance(flags_RP, Tensor)
     table = torch.tensor([pair or (RUN, RUN) for pair in PLACES], dtype=torch.uint8, device=codes_RC.device)
     places_RPN = table[flags_RP.int()]
     if bool((places_RPN == RUN).any()):
-        most = int(off_RPN.sum(-1, dtype=torch.uint8).max())
+        most = int(off_RC.unflatten(1, (-1, RUN)).sum(-1, dtype=torch.uint8).max())
         raise RequestError(
             f"four neighbouring weights have {most} that are not zero, and 2:4 is 2: choose another kernel."
         )

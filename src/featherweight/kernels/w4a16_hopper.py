@@ -23,7 +23,7 @@ from torch import Tensor
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
 from featherweight.kernels import nvrtc, wna16
-from featherweight.kernels.base import Case, Kernel, Run, require_input, require_no_backward
+from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.w4a16_hopper_plan import Plan, Tile, choose, lay_out, tiles
@@ -84,7 +84,8 @@ class W4A16Hopper(Kernel):
             require_input(x_TC, columns, dtype, weights.device)
             return torch.ops.featherweight.w4a16_hopper(x_TC, weights, bias_R, *static)
 
-        return run
+        grid, groups = solution.grid, solution.scales_RG.shape[1]
+        return Restorable(run, lambda: wna16.restored(weights, layout, grid, (rows, columns, groups)))
 
 
 class Params(ctypes.Structure):
@@ -196,7 +197,7 @@ def tensor_map(address: int, tokens: int, columns: int, box_tokens: int, bfloat:
 
 def macros(dtype: torch.dtype, layout: Layout, tile: Tile) -> tuple[str, ...]:
     """What csrc/w4a16_hopper.cu is compiled with."""
-    more = {"SUMS": tile.sums, "TOKENS": tile.tokens, "WARPGROUPS": tile.warpgroups}
+    more = {"SUMS": tile.sums, "TOKENS": tile.tokens, "WARPGROUPS": tile.warpgroups, "CTAS": tile.ctas}
     return (*wna16.macros(dtype, layout), *(f"{name}={int(value)}" for name, value in more.items()))
 
 
@@ -211,7 +212,8 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     modules = {tile: Module(device, code) for tile, code in zip(shapes, cubins, strict=True)}
     block_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     processors = properties.multi_processor_count
-    counters = torch.zeros(STREAMS, processors * 16, dtype=torch.int32, device=device)
+    most = processors * max(tile.ctas for tile in shapes)
+    counters = torch.zeros(STREAMS, most * 16, dtype=torch.int32, device=device)
     made = Kernels(device, dtype, layout, modules, processors, block_bytes, counters)
     made.load()
     return made

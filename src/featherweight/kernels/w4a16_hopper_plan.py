@@ -13,6 +13,7 @@ import torch
 from featherweight.kernels.wna16_layout import COLUMNS, ROWS, Layout, extent
 
 STAGING_BYTES = 1024  # of a warp
+RESERVED_BYTES = 1024  # of shared memory, that each CTA takes for itself
 MOST_STAGES = 8
 LEAST_BLOCKS = 2
 """Of a CTA's stretch of the shared tiles: fewer are not worth the sums that they add."""
@@ -26,11 +27,13 @@ class Tile:
 
     Attributes:
         sums: whether scales multiply the sums of groups, and not weights, which rounds those to the dtype of x.
+        ctas: of a multiprocessor; with two the next launch can begin while this one ends.
     """
 
     tokens: int
     warpgroups: int
     sums: bool = False
+    ctas: int = 1
 
     @property
     def rows(self) -> int:
@@ -53,19 +56,21 @@ class Cost:
 
 
 COSTS = {
-    Tile(64, 2): Cost(6.1, 0.663, 1.9, 0),
-    Tile(64, 3): Cost(4.6, 0.891, 3.6, 0),
-    Tile(64, 4): Cost(4.5, 1.110, 3.3, 0),
-    Tile(128, 3): Cost(0, 1.200, 4.6, 3.8),
-    Tile(128, 4): Cost(0.7, 1.68, 5.0, 3.3),
-    Tile(256, 2): Cost(0, 1.47, 8.6, 0),
-    Tile(64, 2, True): Cost(6.1, 0.76, 1.9, 0),
-    Tile(64, 3, True): Cost(4.6, 1.02, 3.6, 0),
-    Tile(64, 4, True): Cost(4.5, 1.28, 3.3, 0),
-    Tile(128, 2, True): Cost(3.0, 1.20, 4.0, 1.5),
+    Tile(64, 2): Cost(3.3, 0.543, 2.8, 0.5),
+    Tile(64, 2, ctas=2): Cost(0.5, 1.060, 3.9, 1.2),
+    Tile(64, 3): Cost(2.0, 0.842, 4.4, 0),
+    Tile(64, 4): Cost(2.1, 1.033, 4.2, 0.6),
+    Tile(128, 3): Cost(2.2, 1.167, 5.2, 0),
+    Tile(128, 4): Cost(2.3, 1.590, 5.8, 1.3),
+    Tile(256, 2): Cost(0, 1.530, 9.5, 0),
+    Tile(64, 2, True): Cost(3.3, 0.625, 2.8, 0.5),
+    Tile(64, 3, True): Cost(2.0, 0.970, 4.4, 0),
+    Tile(64, 4, True): Cost(2.1, 1.190, 4.2, 0.6),
+    Tile(128, 2, True): Cost(3.0, 1.120, 4.0, 1.5),
 }
-"""Fitted to 227 launches on an H100, with an error of 3 to 8 per cent (bench/results/2026-11-22-h100-w4a16-hopper.md);
-those with sums are guessed by their instructions, 15 per cent more, and not measured."""
+"""Fitted to some 200 launches on an H100, of at most 256 tokens, with an error of 3 to 6 per cent, and the last of those
+without sums to 4096 tokens too (bench/results/2026-11-22-h100-w4a16-hopper.md); those with sums are guessed by their
+instructions, 15 per cent more."""
 SPARSE_COSTS = {
     Tile(64, 2): Cost(0, 0.499, 3.9, 1.1),
     Tile(64, 4): Cost(0.9, 0.735, 4.3, 1.8),
@@ -80,8 +85,8 @@ at most 6 per cent slower than the best tile there."""
 EXACT_TOKENS = 128
 """Of 2:4 sparse weights and bfloat16: up to so many tokens sums are scaled; beyond, weights are rounded, as where they
 are made floats, and launches take a quarter less."""
-DENSE_GBPS, DENSE_GFLOPS = 2350.0, 750e3
-"""Of making weights floats (bytes read and written), and of cuBLAS, on the same H100."""
+DENSE_GBPS, DENSE_GFLOPS = 2350.0, 690e3
+"""Of making weights floats (bytes read and written), and of cuBLAS, on an H100 that many products have made hot."""
 
 
 @dataclass(frozen=True)
@@ -146,17 +151,18 @@ def lay_out(
     tile: Tile, tokens: int, rows: int, columns: int, layout: Layout, processors: int, block_bytes: int
 ) -> Plan:
     """The launch with tiles of this shape, on so many multiprocessors with so much shared memory."""
-    blocks = extent(rows, columns)[1]
+    blocks, ctas = extent(rows, columns)[1], processors * tile.ctas
+    room = (block_bytes + RESERVED_BYTES) // tile.ctas - RESERVED_BYTES
     row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, processors)
+    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, ctas)
     weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
-    stages = min(MOST_STAGES, (block_bytes - staging - 128) // (weights_bytes + x_bytes + 16))
+    stages = min(MOST_STAGES, (room - staging - 128) // (weights_bytes + x_bytes + 16))
     at_weights = stages * x_bytes
     at_staging = -(-(at_weights + stages * weights_bytes) // 128) * 128
     at_barriers = at_staging + staging
     return Plan(
-        tile, processors if whole else sharers, row_tiles, token_tiles, _band(tile, token_tiles, processors),
+        tile, ctas if whole else sharers, row_tiles, token_tiles, _band(tile, token_tiles, ctas),
         whole, shared, sharers, stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
     )  # fmt: skip
 
@@ -168,7 +174,7 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
 
     def estimate(tile: Tile) -> float:
         count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
-        return _estimate_us(costs_of(layout)[tile], blocks, *_share(tile, count, blocks, layout, processors))
+        return _estimate_us(costs_of(layout)[tile], blocks, *_share(tile, count, blocks, layout, processors * tile.ctas))
 
     exact = layout.sparse and dtype == torch.bfloat16 and tokens <= EXACT_TOKENS
     best = min((tile for tile in tiles(dtype, layout) if tile.sums or not exact), key=estimate)
@@ -176,14 +182,14 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
     return best if estimate(best) <= dense_us else None
 
 
-def _share(tile: Tile, count: int, blocks: int, layout: Layout, processors: int) -> tuple[int, int, int]:
-    """Of so many tiles: how many each CTA computes whole, how many are shared, and by how many CTAs."""
+def _share(tile: Tile, count: int, blocks: int, layout: Layout, ctas: int) -> tuple[int, int, int]:
+    """Of so many tiles: how many each of `ctas` computes whole, how many are shared, and by how many of them."""
     cost = costs_of(layout)[tile]
-    whole, shared = divmod(count, processors)
+    whole, shared = divmod(count, ctas)
     if not shared:
         return whole, 0, 0
-    even = list(range(shared, min(processors, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
-    all_of_them = [min(processors, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * processors else []
+    even = list(range(shared, min(ctas, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
+    all_of_them = [min(ctas, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * ctas else []
     sharers = min(even + all_of_them, key=lambda n: _estimate_us(cost, blocks, whole, shared, n))
     return whole, shared, sharers
 
@@ -196,8 +202,8 @@ def _estimate_us(cost: Cost, blocks: int, whole: int, shared: int, sharers: int)
     return cost.launch + (whole * blocks + stretch) * cost.block + sums * cost.sum + stored * cost.tile
 
 
-def _band(tile: Tile, token_tiles: int, processors: int) -> int:
+def _band(tile: Tile, token_tiles: int, ctas: int) -> int:
     """Token tiles side by side: so many that a wave reads the fewest bytes, x two bytes and weights half of one."""
-    ideal = (processors * tile.rows / (tile.tokens * 4)) ** 0.5
+    ideal = (ctas * tile.rows / (tile.tokens * 4)) ** 0.5
     bands = max(1, round(token_tiles / ideal))
     return -(-token_tiles // bands)

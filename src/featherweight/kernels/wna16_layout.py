@@ -3,9 +3,10 @@
 In memory lie the first `chunk` blocks of all tiles, then their next, and so on; the last chunk may be short.
 
 A block is bytes: its codes, then its scales, then (where they differ from the middle code) its zeros. One lane of a
-warp (g = lane / 4, t = lane % 4) feeds into one m16n8k16 product eight codes: rows g and g + 8 of a half tile, four
-columns from k0 = 64u + 32i + 8t + 4j. At four bits they are one word, from its lowest nibble (g, k0), (g+8, k0),
-(g, k0+2), (g+8, k0+2), then the same four one column on. At two bits one word holds two products, j = 0 in the lower
+warp (g = lane / 4, t = lane % 4) feeds into one product of 16 columns (an m16n8k16, or its part of a warpgroup's) eight
+codes: rows g and g + 8 of a half tile, columns k0, k0+1, k0+8 and k0+9 from k0 = 64u + 32i + 16j + 2t. At four bits
+they are one word, from its lowest nibble (g, k0), (g+8, k0), (g, k0+8), (g+8, k0+8), then the same four one column on.
+At two bits one word holds two products, j = 0 in the lower
 half of each nibble. At three bits the lower two bits lie as at two, and a plane of third bits after them, where bit
 e = 2i + j of a nibble belongs to that product. At eight bits a product has two words of bytes (g, k), (g+8, k),
 (g, k+1), (g+8, k+1). Words lie so that a warp reads 16 bytes a lane without conflicts.
@@ -38,8 +39,8 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # The axes of codes that are split as AXES say, by number; for each plane of bits its lowest bit, its bits and the axes
 # in the order of memory, codes of a byte last (the lowest first).
-AXES = (2, 2, 8, 2, 2, 4, 2, 2, 2)  # half tile, odd row, g, u, i (the unit of 32 columns), t, j, k2, k1
-HALF, ODD, G, U, UNIT, T, J, K2, K1 = range(1, 10)  # the axis before them counts blocks
+AXES = (2, 2, 8, 2, 2, 2, 2, 4, 2)  # half tile, odd row, g, u, i (the unit of 32 columns), j, k2, t, k1
+HALF, ODD, G, U, UNIT, J, K2, T, K1 = range(1, 10)  # the axis before them counts blocks
 TWO_BITS = (HALF, G, T, U, UNIT, K1, K2, ODD, J)
 Plane = tuple[int, int, tuple[int, ...]]
 PLANES: dict[int, tuple[Plane, ...]] = {
@@ -125,8 +126,12 @@ class Layout:
         return self.code_bytes + self.scale_bytes + self.zero_bytes + self.place_bytes
 
 
-def pack(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout) -> Tensor:
+def pack(
+    codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout, keep_RC: Tensor | None = None
+) -> Tensor:
     """The bytes of all blocks; rows and columns are padded to whole blocks by weights of scale zero.
+
+    `keep_RC` says of a sparse layout which codes are stored; without it those that do not stand for zero are.
 
     Raises RequestError for a sparse layout of codes of which more than two in four do not stand for zero.
     """
@@ -134,10 +139,12 @@ def pack(codes_RC: Tensor, scales_RG: Tensor, zeros_RG: Tensor, layout: Layout) 
     assert columns == groups * layout.group, "groups disagree with the layout"
     more_rows, more_columns = -rows % ROWS, -columns % COLUMNS
     codes_RC = functional.pad(codes_RC, (0, more_columns, 0, more_rows))
+    if keep_RC is not None:
+        keep_RC = functional.pad(keep_RC, (0, more_columns, 0, more_rows))
     pad = (0, more_columns // layout.group, 0, more_rows)
     scales_RG, zeros_RG = functional.pad(scales_RG, pad), functional.pad(zeros_RG, pad)
     tiles, blocks = codes_RC.shape[0] // ROWS, codes_RC.shape[1] // COLUMNS
-    stored, places = two_of_four.gather(codes_RC, zeros_RG) if layout.sparse else (codes_RC, None)
+    stored, places = two_of_four.gather(codes_RC, zeros_RG, keep_RC) if layout.sparse else (codes_RC, None)
     each = _by_block(stored, tiles, layout)
     parts = [_pack_plane(each >> low & (1 << bits) - 1, bits, order) for low, bits, order in layout.planes]
     parts.append(_by_group(scales_RG, layout).view(torch.uint8))
@@ -177,9 +184,20 @@ def unpack(weights: Tensor, rows: int, columns: int, layout: Layout) -> tuple[Te
             zeros = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(-2)
         zeros_RG = _by_row(zeros, layout)
     if layout.sparse:
-        places = _by_column(blocks_TKB[..., -layout.place_bytes :], (PLACES,), layout)
-        stored = two_of_four.scatter(stored, places, zeros_RG)
+        stored = two_of_four.scatter(stored, _places(blocks_TKB, layout), zeros_RG)
     return stored[:rows, :columns], scales_RG[:rows, :groups], zeros_RG[:rows, :groups]
+
+
+def kept(weights: Tensor, rows: int, columns: int, layout: Layout) -> Tensor:
+    """keep_RC, bool: which codes a sparse layout stores."""
+    places_RK = _places(blocks_of(weights, rows, columns, layout), layout)
+    zeros_RG = places_RK.new_zeros(len(places_RK), 1)
+    return two_of_four.scatter(torch.ones_like(places_RK), places_RK, zeros_RG)[:rows, :columns].bool()
+
+
+def _places(blocks_TKB: Tensor, layout: Layout) -> Tensor:
+    """Of the codes that a sparse layout stores, in their runs of four."""
+    return _by_column(blocks_TKB[..., -layout.place_bytes :], (PLACES,), layout)
 
 
 def _by_block(stored: Tensor, tiles: int, layout: Layout) -> Tensor:

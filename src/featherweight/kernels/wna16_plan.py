@@ -123,7 +123,7 @@ def lay_out(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     chunks, parts = ceil(blocks / chunk), size * warp_splits
     ends = [chunks * r // parts for r in range(0, parts + 1, warp_splits)]
     slice_blocks = max(end - start for start, end in pairwise(ends)) * chunk
-    stride = slice_blocks * COLUMNS * 2 + (16 if layout.sparse else 64)  # rows of x fall on different banks as read
+    stride = slice_blocks * COLUMNS * 2 + 16  # eight rows of x fall on different banks
     owned = ceil(row_warps * 2 / size)
     warps = row_warps * warp_splits
     at_barriers = warps * stages * chunk * layout.block_bytes

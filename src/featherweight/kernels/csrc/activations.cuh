@@ -40,12 +40,20 @@ __device__ __forceinline__ void load_x(const Params& p, int first_column, int co
     __syncthreads();
 }
 
+// 8 tokens x 32 columns as the registers of products; `x` is where this lane's row of the four matrices begins: of lane l row
+// l % 8 of the eight columns l / 8. The compiler may move it as it likes (not volatile): x must be there when its address is.
+__device__ __forceinline__ uint4 load_unit(u32 x) {
+    uint4 v;
+    asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(x));
+    return v;
+}
+
 #if !SPARSE
 // What zeros take away: the middle code (or 1, for zeros that are stored) times minus the sum of x over each group, by the
 // tensor cores, in the steps of even and of odd rows' codes. Four floats a lane t, 8 tokens and group, as an accumulator
 // holds them; the latter two are as the former where zeros are stored, whose odd rows come in their own steps.
 template <int NT>
-__device__ __forceinline__ void sum_x(const u8* const (&x)[NT], u8* sums, int groups, int warp, int lane) {
+__device__ __forceinline__ void sum_x(const u32 (&x)[NT], u8* sums, int groups, int warp, int lane) {
     const u32 one = BF16 ? 0x89008900u : 0xbc00bc00u;  // -2^-109: steps of 2^-24 and x's 2^64 make codes' 2^-69; -1
     const u32 even = ZEROS ? one : 0x80008000u | MIDDLE * 0x00010001u, odd = ZEROS ? one : 0x80008000u | MIDDLE * ODD * 0x00010001u;
     const u32 away[4] = {even, odd, even, odd};
@@ -55,7 +63,7 @@ __device__ __forceinline__ void sum_x(const u8* const (&x)[NT], u8* sums, int gr
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int unit = 0; unit < GROUP / 32; unit++) {
-                uint4 b = *(const uint4*)(x[n] + (group * (GROUP / 32) + unit) * 64);
+                uint4 b = load_unit(x[n] + (group * (GROUP / 32) + unit) * 64);
                 multiply(acc[n][0], away, b.x, b.y);
                 multiply(acc[n][1], away, b.z, b.w);
             }

@@ -2,20 +2,6 @@
 
 __device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
-// Lane t's words hold, of 32 columns 8s + 4j + .., the eight of s = t; afterwards word j holds, of the eights s = 2j (bytes
-// 0, 2) and 2j + 1 (bytes 1, 3), the columns 2t and 2t + 1. A 4 x 4 transposition: s's upper bit changes places with the
-// word, its lower with the bytes.
-__device__ __forceinline__ void exchange(u32& w0, u32& w1, int lane) {
-    const bool upper = lane & 2, lower = lane & 1;
-    u32 got = __shfl_xor_sync(0xffffffffu, upper ? w0 : w1, 2);
-    u32 v0 = upper ? got : w0, v1 = upper ? w1 : got;
-    u32 give = bytes_of(v0, v1, lower ? 0x6420 : 0x7531);
-    got = __shfl_xor_sync(0xffffffffu, give, 1);
-    // Bytes 0, 1 of what comes belong to word 0 and 2, 3 to word 1.
-    w0 = bytes_of(v0, got, lower ? 0x3514 : 0x5240);
-    w1 = bytes_of(v1, got, lower ? 0x3716 : 0x7260);
-}
-
 __device__ __forceinline__ u32 times(u32 a, u32 b) {
     u32 c;
 #if BF16
@@ -55,7 +41,7 @@ __device__ __forceinline__ Scales load_scales(const u8* block, int part, int g, 
     return s;
 }
 
-// One word, after `exchange`, as the operand of a product: rows g, g + 8 of the eight 2j, then of 2j + 1.
+// One word as the operand of a product: rows g, g + 8 of the first eight columns, then of the second.
 __device__ __forceinline__ void to_floats(u32 (&a)[4], u32 w, const Scales& s) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -42,14 +42,6 @@ __device__ __forceinline__ void multiply_kept(float (&c)[4], const u32 (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(places), "n"(H));
 }
 
-// 8 tokens x 32 columns as the registers of a product: of lane l is row l % 8 of the eight columns l / 8.
-__device__ __forceinline__ uint4 load_matrices(const u8* row) {
-    uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(row)) : "memory");
-    return v;
-}
-
 template <int NT>
 __device__ __forceinline__ void begin_group(float (&acc)[2][NT][4], Codes& codes, const u8* block, const u8*, int part, int lane) {
     codes.load_zeros(block, part, lane >> 2);
@@ -71,11 +63,6 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[2][NT][4], const Code
 #pragma unroll
     for (int n = 0; n < NT; n++) multiply_kept<1>(acc[1][n], a, b[n], codes.places[unit]);
 }
-
-// Of 8 rows of x, the first 16 bytes that a lane reads; and 8 tokens x 32 columns from there on.
-__device__ __forceinline__ int row_of(int lane) { return lane & 7; }
-__device__ __forceinline__ int byte_of(int lane) { return (lane >> 3) * 16; }
-__device__ __forceinline__ uint4 load_unit(const u8* x) { return load_matrices(x); }
 
 // A unit of 32 columns as floats, which begins at `column`, of a block's rows.
 __device__ __forceinline__ void store_weights(const Params& p, Codes& codes, const u8* block, int unit, int row, int column, int lane) {

@@ -6,8 +6,6 @@
 // TOKENS; a *stage* the 128 columns of x and of weights that it needs next.
 //
 // One warp copies stages into shared memory; WARPGROUPS of four warps make floats of codes in registers and multiply them.
-// Codes of one word belong to eight neighbouring columns of a row where the tensor cores want two of each of four eights:
-// four lanes exchange them (`exchange`).
 //
 // Tiles that fill the GPU evenly are computed whole, the rest by all CTAs together, each an equal stretch of their
 // columns; who shared in a tile then sums up its share of the parts, through device memory that the L2 holds.
@@ -15,10 +13,10 @@
 // SUMS 0: weights are rounded to float16 with their scale. SUMS 1: code minus zero, exact in either dtype, is multiplied,
 // and each group's sum scaled: twice the registers.
 //
-// SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns. The order of the words
-// is then the tensor cores' own.
+// SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns.
 //
-// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS.
+// Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS, CTAS of a multiprocessor
+// (1, or 2 for two warpgroups and 64 tokens: the second is the next launch's, which fetches weights while this one ends).
 
 #include "gpu.cuh"
 #include "hopper.cuh"
@@ -167,7 +165,8 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
         for (int k = piece.first; k < piece.end; k++) {
             wait_barrier(full + 8 * ring.slot, ring.phase);
             const u8* block = memory + p.at_weights + (ring.slot * TILES + warp / 2) * BLOCK;
-            const u64 x = operand_of(base + ring.slot * X_BYTES);
+            // The shuffle tells the compiler that all lanes have the same address: descriptors are then made once for all of them.
+            const u64 x = operand_of(__shfl_sync(0xffffffffu, base + ring.slot * X_BYTES, 0));
             u32 words[4];
 #pragma unroll
             for (int u = 0; u < 2; u++) {
@@ -180,7 +179,6 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
                         s[i] = load_scales(block, (2 * u + i) * 32 / GROUP, g, half);
                     else
                         s[i] = s[0];
-                    if (!SPARSE) exchange(words[2 * i], words[2 * i + 1], lane);
                     if (BUFFERS == 1 && i == 0) {
                         products_wait<0>();
                         have_ended(p, places[0], base);
@@ -245,9 +243,10 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
 }
 
 // Registers of a thread that copies, and of one that multiplies.
-constexpr int FEWER = WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 ? 32 : 24, MORE = WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
+constexpr int FEWER = CTAS == 2 ? 24 : WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 ? 32 : 24;
+constexpr int MORE = CTAS == 2 ? 104 : WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) w4a16_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, CTAS) w4a16_hopper(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) u8 memory[];
     if (threadIdx.x == 0) {
         const u32 full = shared_address(memory) + p.at_barriers;

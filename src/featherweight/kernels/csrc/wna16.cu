@@ -89,18 +89,13 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[2][NT][4], const Code
             for (int n = 0; n < NT; n++) multiply(acc[h][n], a, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
         }
 }
-
-// Of 8 rows of x, the first 16 bytes that a lane reads; and 8 tokens x 32 columns from there on.
-__device__ __forceinline__ int row_of(int lane) { return lane >> 2; }
-__device__ __forceinline__ int byte_of(int lane) { return (lane & 3) * 16; }
-__device__ __forceinline__ uint4 load_unit(const u8* x) { return *(const uint4*)x; }
 #endif
 
-// total += a block's 32 rows x 128 columns times x. `x` is this lane's first 16 bytes of each 8 tokens, `at` the block's
-// place in the slice.
+// total += a block's 32 rows x 128 columns times x. `x` is where this lane's row of each 8 tokens begins (`load_unit`), `at`
+// the block's place in the slice.
 template <int NT>
 __device__ __forceinline__ void multiply_block(
-    float (&total)[2][NT][4], const u8* block, const u8* const (&x)[NT], const u8* sums, int at, int lane) {
+    float (&total)[2][NT][4], const u8* block, const u32 (&x)[NT], const u8* sums, int at, int lane) {
     Codes codes;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
@@ -211,10 +206,12 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     wait_for_the_kernel_before();
     load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barrier + 8);
 
-    const u8* x[NT];
+    u32 x[NT];
 #pragma unroll
-    for (int n = 0; n < NT; n++)  // columns of the product beyond the last token repeat it, and are not stored
-        x[n] = memory + p.at_x + min(n * 8 + row_of(lane), p.tokens - 1) * p.x_stride + byte_of(lane);
+    for (int n = 0; n < NT; n++) {  // columns of the product beyond the last token repeat it, and are not stored
+        x[n] = base + p.at_x + min(n * 8 + (lane & 7), p.tokens - 1) * p.x_stride + (lane >> 3) * 16;
+        asm volatile("" : "+r"(x[n])::"memory");  // not before x has come
+    }
     u8* sums = memory + p.at_sums;
 #if !SPARSE
     sum_x<NT>(x, sums, (slice_end - slice) * PARTS, warp, lane);
@@ -263,6 +260,20 @@ extern "C" __global__ void __launch_bounds__(256, 1) wna16_32(const __grid_const
 // ---- many tokens: the weights as floats, for a dense product -----------------------------------------------------------
 
 #if !SPARSE
+// Of four lanes, word i of lane t and word t of lane i change places: pairs of eights become whole eights.
+__device__ __forceinline__ void turn_pairs(u32 (&w)[4], int lane) {
+#pragma unroll
+    for (int apart = 2; apart; apart /= 2) {
+        const bool upper = lane & apart;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & apart) continue;
+            const u32 got = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + apart], apart);
+            (upper ? w[i] : w[i + apart]) = got;
+        }
+    }
+}
+
 // A unit of 32 columns, which begins at `column`, of a block's rows.
 __device__ __forceinline__ void store_weights(const Params& p, const Codes& codes, const u8* block, int unit, int row, int column, int lane) {
     const int g = lane >> 2, part = unit * 32 / GROUP;
@@ -271,7 +282,7 @@ __device__ __forceinline__ void store_weights(const Params& p, const Codes& code
     column += (lane & 3) * 8;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        u32 out[2][4];  // rows g, g + 8; pairs of columns
+        u32 out[2][4];  // rows g, g + 8; a pair of each eight columns
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             u32 a[4];
@@ -288,6 +299,7 @@ __device__ __forceinline__ void store_weights(const Params& p, const Codes& code
 #pragma unroll
         for (int odd = 0; odd < 2; odd++) {
             const int at = row + h * 16 + odd * 8 + g;
+            turn_pairs(out[odd], lane);
             if (at < p.rows && column < p.columns)
                 *(uint4*)(p.y + (u64)at * p.columns + column) = make_uint4(out[odd][0], out[odd][1], out[odd][2], out[odd][3]);
         }
