@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from featherweight.core import triton_gram, triton_scales, triton_slabs
+from featherweight.core import triton_gram, triton_scales, triton_slabs, triton_triangle
 from featherweight.stream import triton_pieces
 from featherweight.train import triton_grid, triton_packed
 
@@ -27,6 +27,7 @@ CONSTANTS = {
     "ASYMMETRIC": True,
     "BITS": 3,
     "SPAN": 128,
+    "STRIP": 8,
     "HALVES": True,
     "PLUS_ONE": True,
     "EARLY": True,
@@ -42,6 +43,7 @@ POINTERS = {
     "shift_ptr": "*bf16",
     "first_ptr": "*bf16",
     "second_ptr": "*bf16",
+    "half_ptr": "*bf16",
 }
 TRAINED = {"keep_ptr": "*u8", "value_ptr": "*bf16", "gradient_ptr": "*bf16"}
 SEARCHES_AND_GRIDS = ("search", "grid_values", "grid_step")  # whose bounds are floats
@@ -66,6 +68,8 @@ KERNELS = {
         (triton_scales.symmetric_search, 4),
         (triton_scales.asymmetric_search, 4),
         (triton_gram.gram, 8),
+        (triton_triangle.invert_diagonal, 1),
+        (triton_triangle.take_apart, 4),
     ),
     "training": (
         (triton_grid.grid_values, 4),

@@ -22,12 +22,14 @@ from featherweight.core.refine import descend, refine
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import sweep
+from featherweight.core.triangle import inverse_lower
 from featherweight.errors import FallbackWarning
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # in tests on a CPU Triton interprets (conftest)
+INVERT = fused.invert_diagonal
 
 
 @pytest.fixture
@@ -44,6 +46,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
     monkeypatch.setattr(fused, "_tried", counted)
     monkeypatch.setattr(fused, "_failed", [])
+    monkeypatch.setattr(fused, "invert_diagonal", lambda *matrices: False)  # interpreted it takes seconds
     return ran
 
 
@@ -122,7 +125,7 @@ def test_a_failure_is_told_once_and_the_loops_go_on(monkeypatch: pytest.MonkeyPa
     plain = sweep(given, grid)
     monkeypatch.setattr(fused, "_failed", [])
     monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
-    for name in ("triton_slabs", "triton_scales"):
+    for name in ("triton_slabs", "triton_scales", "triton_triangle"):
         monkeypatch.setitem(sys.modules, f"featherweight.core.{name}", None)
         monkeypatch.delattr(featherweight.core, name, raising=False)
     with pytest.warns(FallbackWarning, match="Triton cannot run here") as told:
@@ -206,8 +209,48 @@ def test_searches_of_layers_have_their_own_prices(launched: list[str]) -> None:
         assert torch.equal(together[layer], scales.fit(grid, weight_ERGN[layer], price_EGN[layer])[0])
 
 
+@pytest.mark.parametrize(("columns", "layers"), [(20, None), (75, 2)])
+def test_triangles_in_blocks(
+    columns: int, layers: int | None, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that do not divide the columns, laid out as a Cholesky factor comes."""
+    monkeypatch.setattr(fused, "invert_diagonal", INVERT)
+    monkeypatch.setattr(fused, "TRIANGLE", 16)
+    given = problem(1, columns, layers)
+    lower_CC = torch.linalg.cholesky(given.damped()) + torch.ones_like(given.hessian_CC).triu(1)  # nobody's
+    found_CC = inverse_lower(lower_CC)
+    assert launched == ["kernel"]
+    torch.testing.assert_close(found_CC, torch.linalg.inv(lower_CC.tril()), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found_CC, found_CC.tril())
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (2, 33, 5)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_numbers_taken_apart(shape: tuple[int, ...], turned: bool, launched: list[str]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    matrix = matrix.mT if turned else matrix
+    first = matrix.half()
+    second = (matrix - first).half()
+    for planes, wanted in (
+        ("left", torch.cat([first, first, second], -1)),
+        ("right", torch.cat([first, second, first], -2)),
+        ("apart", torch.stack([first, second])),
+    ):
+        found = fused.halves(matrix, planes, torch.float16)  # type: ignore[arg-type]
+        assert found is not None and torch.equal(found, wanted)
+    assert len(launched) == 3
+
+
 COMPILED = {
-    "solvers": ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search", "gram"],
+    "solvers": [
+        "sweep_slab",
+        "descend_slab",
+        "symmetric_search",
+        "asymmetric_search",
+        "gram",
+        "invert_diagonal",
+        "take_apart",
+    ],
     "training": ["grid_values", "grid_step", "packed_values", "group_sums"],
     "passes": ["rms_norm", "rotate", "gate", "join"],
 }

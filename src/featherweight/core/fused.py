@@ -6,7 +6,7 @@ Shapes: E layers of one shape, N columns of a slab, R rows; of searches G groups
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from featherweight.core.triton_tried import tried
 ROWS = 16  # of a program: a warp holds a slab of them in registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
 GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 128  # groups whose columns a program multiplies at once, and its rows
+TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
+APART = 32, 64  # rows and columns of a program that takes numbers apart
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
 
@@ -142,10 +144,64 @@ def search(
     return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
 
 
+def halves(matrix: Tensor, planes: Literal["left", "right", "apart"], dtype: torch.dtype) -> Tensor | None:
+    """A matrix (with or without a leading axis) as first, what a dtype of 16 bits makes of it, and second, what that
+    makes of the rest: "left" [first first second] side by side, "right" [first; second; first] one below the other,
+    "apart" [first, second] along a new first axis. None where torch has to do it.
+    """
+    if not usable(matrix):
+        return None
+    stacked = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
+    layers, rows, columns = stacked.shape
+    if planes == "apart":
+        found = matrix.new_empty((2, *matrix.shape), dtype=dtype)
+        steps = (rows * columns, columns, 0, layers * rows * columns)
+    elif planes == "left":
+        found = matrix.new_empty((*matrix.shape[:-1], 3 * columns), dtype=dtype)
+        steps = (3 * rows * columns, 3 * columns, columns, 2 * columns)
+    else:
+        found = matrix.new_empty((*matrix.shape[:-2], 3 * rows, columns), dtype=dtype)
+        steps = (3 * rows * columns, columns, 2 * rows * columns, rows * columns)
+
+    def launch() -> None:
+        from featherweight.core import triton_triangle as kernels
+
+        programs = (-(-rows // APART[0]), -(-columns // APART[1]), layers)
+        kernels.take_apart[programs](
+            stacked, found, rows, columns, *stacked.stride(), *steps, ROWS=APART[0], SPAN=APART[1]
+        )
+
+    return found if _tried(launch) else None
+
+
+def invert_diagonal(lower_ECC: Tensor, inverse_ECC: Tensor) -> bool:
+    """Writes the inverses of a lower triangular matrix's blocks of TRIANGLE columns on the diagonal into zeros.
+
+    False, and nothing written, where torch has to do it.
+    """
+    if not usable(lower_ECC):
+        return False
+    assert inverse_ECC.is_contiguous()
+    layers, columns = lower_ECC.shape[:2]
+
+    def launch() -> None:
+        from featherweight.core import triton_triangle as kernels
+
+        programs = (TRIANGLE // STRIP, -(-columns // TRIANGLE), layers)
+        kernels.invert_diagonal[programs](
+            lower_ECC, inverse_ECC, columns, *lower_ECC.stride(), SPAN=TRIANGLE, STRIP=STRIP, num_warps=1
+        )
+
+    return _tried(launch)
+
+
 def halved(hessian_CC: Tensor) -> tuple[Tensor, Tensor]:
     """H as `gram` reads it: in bfloat16 and what that leaves; as it is, twice, where the kernel is interpreted."""
     if not hessian_CC.is_cuda:  # the interpreter knows no bfloat16
         return hessian_CC.contiguous(), hessian_CC.contiguous()
+    found = halves(hessian_CC, "apart", torch.bfloat16)
+    if found is not None:
+        return found[0], found[1]
     first_CC = hessian_CC.to(torch.bfloat16, memory_format=torch.contiguous_format)
     return first_CC, (hessian_CC - first_CC).to(torch.bfloat16)
 

@@ -18,6 +18,7 @@ from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
 DAMPING_TRIES = 5
+PROBES, INEXACT = 4, 1e-3  # random vectors that a factor is tried on, and how far off their image may be
 PERMUTED_ROWS = 4096  # at a time
 TRIANGLE_COLUMNS = 2048  # of a product with a triangular matrix, at a time
 
@@ -71,7 +72,7 @@ class LayerProblem:
             raise RequestError(
                 f"{self.name} has {columns} inputs but its Hessian is {shape}: collect H from its inputs."
             )
-        if not bool(torch.isfinite(self.hessian_CC).all()):
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(self.hessian_CC))).all()):  # NaN is its own least and most
             raise RequestError(
                 f"{self.name} saw inputs with NaN or Inf: run the model in float32 or check its weights."
             )
@@ -133,10 +134,23 @@ class LayerProblem:
 
         if in_place_pays(self.hessian_CC):
             upper_CC = ordered(order_C)
-            if inverse_factor_(upper_CC) and bool(torch.isfinite(upper_CC).all()):
+            if inverse_factor_(upper_CC) and self._inverts(upper_CC, order_C, diagonal_C):
                 return upper_CC
             del upper_CC
         return _inverse_factor(ordered(order_C.flip(-1)))
+
+    def _inverts(self, upper_CC: Tensor, order_C: Tensor, diagonal_C: Tensor) -> bool:
+        """Whether U H U^T z = z for some random z and H with this diagonal: products in halves of float16 may be too
+        inexact for an H that float32 can still do."""
+        draw = torch.Generator(upper_CC.device).manual_seed(0)
+        shape = (*upper_CC.shape[:-1], PROBES)
+        z_CP = torch.randn(shape, generator=draw, dtype=upper_CC.dtype, device=upper_CC.device)
+        order_CP = order_C.unsqueeze(-1).expand(shape)
+        x_CP = torch.empty_like(z_CP).scatter_(-2, order_CP, upper_CC.mT @ z_CP)
+        added_C = diagonal_C - self.hessian_CC.diagonal(dim1=-2, dim2=-1)
+        y_CP = self.hessian_CC @ x_CP + added_C.unsqueeze(-1) * x_CP
+        error = (upper_CC @ y_CP.gather(-2, order_CP) - z_CP).square().sum((-2, -1))
+        return bool((error <= INEXACT**2 * z_CP.square().sum((-2, -1))).all())
 
 
 def loss_R(problem: LayerProblem, values_RC: Tensor, damping: float | None = None) -> Tensor:
