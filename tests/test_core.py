@@ -352,7 +352,7 @@ def test_the_factor_in_place_with_products_in_pieces(unit: float, monkeypatch: p
     torch.testing.assert_close(found_CC, torch.eye(200, dtype=torch.float64), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("harm", [1.01, float("nan")])
+@pytest.mark.parametrize("harm", [1.02, float("nan")])
 def test_a_factor_that_is_not_exact_enough_is_made_again(harm: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def inexact(matrix_CC: Tensor) -> bool:
         done = inverse_factor_(matrix_CC)

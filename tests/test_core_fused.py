@@ -17,6 +17,7 @@ import torch
 import featherweight.core
 from featherweight.core import fused, scales
 from featherweight.core import refine as refine_room
+from featherweight.core import sweep as sweep_room
 from featherweight.core.problem import LayerProblem
 from featherweight.core.refine import descend, refine
 from featherweight.core.rules import Grid
@@ -72,19 +73,22 @@ GRIDS = [Grid(4, 32), Grid(3, 32, symmetric=False), Grid(2, None, symmetric=Fals
 def test_the_kernels_are_the_loops(grid: Grid, launched: list[str]) -> None:
     given = problem(18, 32)  # rows are no multiple of a program's
     fast = refine(given, sweep(given, grid), 1)
-    assert len(launched) == 5  # scales, sweep, gram, descent, gram
+    assert len(launched) == 7  # scales, sweep between two turns, gram, descent, gram
     fused._failed.append("on purpose")
     same(fast, refine(given, sweep(given, grid), 1))
-    assert len(launched) == 5
+    assert len(launched) == 7
 
 
-def test_slabs_and_layers(launched: list[str]) -> None:
-    given, grid = problem(3, 136, layers=2), Grid(3, 8, symmetric=False)  # a whole slab and a piece of one
+def test_slabs_and_layers(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs of a tile and a piece of one, the last a little one."""
+    for room in (sweep_room, refine_room):
+        monkeypatch.setattr(room, "WIDE_SLAB", 40)
+    given, grid = problem(3, 88, layers=2), Grid(3, 8, symmetric=False)
     fast = refine(given, sweep(given, grid), 1)
-    assert len(launched) == 5
+    assert len(launched) == 9  # scales, two turns, three slabs of sweep and descent each
     fused._failed.append("on purpose")
     same(fast, refine(given, sweep(given, grid), 1))
-    assert len(launched) == 5
+    assert len(launched) == 9
 
 
 @pytest.mark.parametrize("order", ["natural", "pivot"])
@@ -125,7 +129,7 @@ def test_a_failure_is_told_once_and_the_loops_go_on(monkeypatch: pytest.MonkeyPa
     plain = sweep(given, grid)
     monkeypatch.setattr(fused, "_failed", [])
     monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
-    for name in ("triton_slabs", "triton_scales", "triton_triangle"):
+    for name in ("triton_slabs", "triton_scales", "triton_passes"):
         monkeypatch.setitem(sys.modules, f"featherweight.core.{name}", None)
         monkeypatch.delattr(featherweight.core, name, raising=False)
     with pytest.warns(FallbackWarning, match="Triton cannot run here") as told:
@@ -149,7 +153,7 @@ def test_nothing_of_triton_is_imported_on_a_cpu() -> None:
 def test_scales_in_float32_are_laid_out_for_the_kernels(launched: list[str]) -> None:
     given, grid = problem(18, 64), Grid(4, 32, scale_dtype=torch.float32)
     fast = sweep(given, grid)
-    assert len(launched) == 2  # scales, sweep
+    assert len(launched) == 4  # scales, sweep between two turns
     fused._failed.append("on purpose")
     same(fast, sweep(given, grid))
 
@@ -209,13 +213,14 @@ def test_searches_of_layers_have_their_own_prices(launched: list[str]) -> None:
         assert torch.equal(together[layer], scales.fit(grid, weight_ERGN[layer], price_EGN[layer])[0])
 
 
-@pytest.mark.parametrize(("columns", "layers"), [(20, None), (75, 2)])
+@pytest.mark.parametrize(("columns", "layers"), [(20, None), (50, 2)])
 def test_triangles_in_blocks(
     columns: int, layers: int | None, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks that do not divide the columns, laid out as a Cholesky factor comes."""
     monkeypatch.setattr(fused, "invert_diagonal", INVERT)
-    monkeypatch.setattr(fused, "TRIANGLE", 16)
+    for name in ("TRIANGLE", "STRIP"):
+        monkeypatch.setattr(fused, name, 16)
     given = problem(1, columns, layers)
     lower_CC = torch.linalg.cholesky(given.damped()) + torch.ones_like(given.hessian_CC).triu(1)  # nobody's
     found_CC = inverse_lower(lower_CC)
@@ -250,6 +255,7 @@ COMPILED = {
         "gram",
         "invert_diagonal",
         "take_apart",
+        "turn",
     ],
     "training": ["grid_values", "grid_step", "packed_values", "group_sums"],
     "passes": ["rms_norm", "rotate", "gate", "join"],

@@ -14,11 +14,11 @@ from torch import Tensor
 from featherweight.core.rules import Grid
 from featherweight.core.triton_tried import tried
 
-ROWS = 16  # of a program: a warp holds a slab of them in registers
+ROWS, TILE = 16, 32  # of a program, and columns of them that it holds at a time: one warp's registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
 GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 128  # groups whose columns a program multiplies at once, and its rows
 TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
-APART = 32, 64  # rows and columns of a program that takes numbers apart
+APART, TURNED = (32, 64), 64  # rows and columns of a program that takes numbers apart, and that turns them
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
 
@@ -45,13 +45,9 @@ def sweep_slab(
     if not usable(weight_ECR):
         return False
     _, columns, rows = weight_ECR.shape
-    found_ENR = error_ENR.contiguous()  # a copy where several layers' slabs lie among others
-    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, found_ENR, code_ECR, loss_ER)
+    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, error_ENR, code_ECR, loss_ER)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
-    done = _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
-    if done and found_ENR is not error_ENR:
-        error_ENR.copy_(found_ENR)
-    return done
+    return _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
 
 
 def descend_slab(
@@ -69,7 +65,7 @@ def descend_slab(
     price_E: Tensor | None = None,
 ) -> bool:
     """Decides `refine.descend`'s columns `at` again: brings what is left of them, and their codes, up to date, and
-    adds to `gain` what the losses fall by.
+    adds to `gain` what the losses fall by. `pull` is used up.
 
     False, and nothing written, where the loop has to do it.
     """
@@ -83,8 +79,8 @@ def descend_slab(
 
 
 def usable(tensor: Tensor) -> bool:
-    """On a GPU, in float32, until it has failed once."""
-    return tensor.is_cuda and tensor.dtype == torch.float32 and not _failed
+    """On a GPU, float32 or codes, until it has failed once."""
+    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.uint8) and not _failed
 
 
 def try_again() -> None:
@@ -164,7 +160,7 @@ def halves(matrix: Tensor, planes: Literal["left", "right", "apart"], dtype: tor
         steps = (3 * rows * columns, columns, 2 * rows * columns, rows * columns)
 
     def launch() -> None:
-        from featherweight.core import triton_triangle as kernels
+        from featherweight.core import triton_passes as kernels
 
         programs = (-(-rows // APART[0]), -(-columns // APART[1]), layers)
         kernels.take_apart[programs](
@@ -185,7 +181,7 @@ def invert_diagonal(lower_ECC: Tensor, inverse_ECC: Tensor) -> bool:
     layers, columns = lower_ECC.shape[:2]
 
     def launch() -> None:
-        from featherweight.core import triton_triangle as kernels
+        from featherweight.core import triton_passes as kernels
 
         programs = (TRIANGLE // STRIP, -(-columns // TRIANGLE), layers)
         kernels.invert_diagonal[programs](
@@ -193,6 +189,24 @@ def invert_diagonal(lower_ECC: Tensor, inverse_ECC: Tensor) -> bool:
         )
 
     return _tried(launch)
+
+
+def turn(given: Tensor, place_EC: Tensor, back: bool = False) -> Tensor | None:
+    """E x R x C as E x C x R with column c at place[c], or `back`; None where torch has to do it."""
+    if not usable(given):
+        return None
+    given = given.contiguous()
+    rows, columns = given.shape[:0:-1] if back else given.shape[1:]
+    found = given.new_empty((len(given), *given.shape[:0:-1]))
+    pair = (found, given) if back else (given, found)
+
+    def launch() -> None:
+        from featherweight.core import triton_passes as kernels
+
+        programs = (-(-columns // TURNED), -(-rows // TURNED), len(given))
+        kernels.turn[programs](*pair, place_EC.contiguous(), rows, columns, BACK=back, SPAN=TURNED)
+
+    return found if _tried(launch) else None
 
 
 def halved(hessian_CC: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +254,7 @@ def _launch(
 ) -> bool:
     """Runs a kernel over all rows and layers; False, with one warning, where Triton cannot.
 
-    `sizes` begins with the rows, its fifth is the slab's columns; a tensor that is None is not read.
+    `sizes` begins with the rows; a tensor that is None is not read.
     """
     first = tensors[0]
     assert first is not None and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
@@ -248,10 +262,9 @@ def _launch(
     def launch() -> None:
         from featherweight.core import triton_slabs
 
-        tile = max(16, 1 << (sizes[4] - 1).bit_length())
         kernel = pick(triton_slabs)[(-(-sizes[0] // ROWS), first.shape[0])]
         arguments = (first if tensor is None else tensor for tensor in tensors)
-        kernel(*arguments, *sizes, TILE=tile, ROWS=ROWS, num_warps=1, **constants)
+        kernel(*arguments, *sizes, TILE=TILE, ROWS=ROWS, num_warps=1, **constants)
 
     return _tried(launch)
 

@@ -18,7 +18,7 @@ from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
 DAMPING_TRIES = 5
-PROBES, INEXACT = 4, 1e-3  # random vectors that a factor is tried on, and how far off their image may be
+PROBES, INEXACT = 4, 1e-2  # random vectors that a factor is tried on, and how far off their image may be
 PERMUTED_ROWS = 4096  # at a time
 TRIANGLE_COLUMNS = 2048  # of a product with a triangular matrix, at a time
 

@@ -21,7 +21,7 @@ from featherweight.core.products import Pulls, times
 from featherweight.core.serial import each, one_thread
 from featherweight.core.solution import Solution
 
-SLAB = 128
+SLAB, WIDE_SLAB = 128, 512  # columns; the latter where a slab is one kernel
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 28}  # of the temporaries in `refit_scales`; a CPU's in its cache
 
 
@@ -158,8 +158,9 @@ def _descended(
     bounds = solution.grid.bottom, solution.grid.top
     levels: columns.Levels | None = None  # made where they are needed: a GPU would have to be waited for
     group_EC = (torch.arange(weight_ECR.shape[1], device=weight_RC.device) // width).expand(len(weight_ECR), -1)
-    for start in range(0, weight_ECR.shape[1], SLAB):
-        at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
+    slab = WIDE_SLAB if fused.usable(weight_RC) else SLAB
+    for start in range(0, weight_ECR.shape[1], slab):
+        at = slice(start, min(start + slab, weight_ECR.shape[1]))
         pull_ENR = pulls.of(at)
         state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR, gain_ER)
         if fused.descend_slab(pull_ENR, *state, at, bounds, price_E):

@@ -13,16 +13,16 @@ from featherweight.core import fused
 from featherweight.core.products import add_, left, right, split_pays
 
 WHOLE = 256  # columns of a block on the diagonal, where torch inverts it
-BLOCK, STACKED_BLOCK = 1024, 256  # columns of a block of `inverse_factor_`, of one matrix and of many
-PANELS = 4  # blocks of rows that one product before a block has
-IN_PLACE = 2048  # columns of one matrix from which on `inverse_factor_` is faster than the whole at once
+BLOCK, STACKED_BLOCK = 2048, 256  # columns of a block of `inverse_factor_`, of one matrix and of many
+PANELS = 2  # blocks of rows that one product before a block has
+IN_PLACE = 6144  # columns of one matrix from which on `inverse_factor_` is faster than the whole at once
 
 
 def in_place_pays(matrix_CC: Tensor) -> bool:
     """Whether `inverse_factor_` is faster than a Cholesky factor and its inverse: of many, or of a large one, on a
     GPU."""
     alone, columns = matrix_CC.dim() == 2 or len(matrix_CC) == 1, matrix_CC.shape[-1]
-    return matrix_CC.is_cuda and columns > (IN_PLACE if alone else STACKED_BLOCK)
+    return matrix_CC.is_cuda and columns >= (IN_PLACE if alone else STACKED_BLOCK + 1)
 
 
 def inverse_factor_(matrix_CC: Tensor) -> bool:

@@ -1,7 +1,8 @@
-"""Two kernels of the factor: blocks on the diagonal of a triangular matrix inverted, all at once, and float32 numbers
-taken apart into two halves of 16 bits.
+"""What the solvers do beside products and column loops, one pass over memory each: blocks on the diagonal of a
+triangular matrix inverted, float32 numbers taken apart into two halves of 16 bits, and columns put into another order.
 
-Imported by `fused` alone. Shapes: E layers, C columns, N columns of a block, M of them to a program; A x B any matrix.
+Imported by `fused` alone.
+Shapes: E layers, R rows, C columns, N columns of a block, M of them to a program; A x B any matrix.
 """
 
 import triton
@@ -68,3 +69,27 @@ def take_apart(
     tl.store(to_AB, first_AB, mask=inside_AB)
     tl.store(to_AB + again, first_AB, mask=inside_AB)
     tl.store(to_AB + beyond, second_AB, mask=inside_AB)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def turn(
+    natural_ptr,  # E x R x C
+    ordered_ptr,  # E x C x R
+    place_ptr,  # E x C, int64: where a column lies in `ordered`
+    rows,
+    columns,
+    BACK: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Writes `ordered`, column by column in its order, from `natural`; or BACK."""
+    layer = tl.program_id(2).to(tl.int64)
+    row_R = (tl.program_id(1) * SPAN + tl.arange(0, SPAN)).to(tl.int64)
+    column_N = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
+    inside_NR = (column_N < columns)[:, None] & (row_R < rows)[None, :]
+    place_N = tl.load(place_ptr + layer * columns + column_N, mask=column_N < columns, other=0)
+    natural_NR = natural_ptr + (layer * rows + row_R)[None, :] * columns + column_N[:, None]
+    ordered_NR = ordered_ptr + (layer * columns + place_N)[:, None] * rows + row_R[None, :]
+    if BACK:
+        tl.store(natural_NR, tl.load(ordered_NR, mask=inside_NR), mask=inside_NR)
+    else:
+        tl.store(ordered_NR, tl.load(natural_NR, mask=inside_NR), mask=inside_NR)
