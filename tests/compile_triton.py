@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from featherweight.core import triton_gram, triton_scales, triton_slabs, triton_passes
+from featherweight.core import triton_gram, triton_passes, triton_scales, triton_slabs
 from featherweight.stream import triton_pieces
 from featherweight.train import triton_grid, triton_packed
 

@@ -138,7 +138,8 @@ def _pairs(matrix_ECC: Tensor, width: int) -> Tensor:
     count = matrix_ECC.shape[-1] // (2 * width)
     whole = matrix_ECC[..., : 2 * count * width, : 2 * count * width]
     blocks = whole.unflatten(-2, (count, -1)).unflatten(-1, (count, -1))
-    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    found: Tensor = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    return found
 
 
 def _join(lower: Tensor, inverse: Tensor, width: int) -> None:
