@@ -2,10 +2,11 @@
 
     PYTHONPATH=src python bench/solve.py --shapes 4096x4096,22016x4096,4096x11008 --bits 4 --group 128
 
-For each shape (outputs x inputs): milliseconds of the factor, the scale search, the sweep and a round of descent, each
-the median of --repeats with the device waited for, and on a GPU the most memory held, H itself
-and descent included, in units of H; with --loops also of the torch loops that the kernels stand in for,
-and whether codes and certificates agree. The last line of stdout is one JSON object.
+For each shape (outputs x inputs): milliseconds from H to codes, and of its parts, the factor, the scale search and the
+sweep, and of a round of descent after them, each the median of --repeats with the device waited for; on a GPU also the
+most memory held meanwhile, in units of H: H itself (1), the weights (told as well), their codes and all between. With
+--loops also times of the torch loops that the kernels stand in for, and whether codes and certificates agree. The last
+line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,12 +39,26 @@ def timed(device: torch.device, repeats: int, work: Callable[[], Any]) -> tuple[
 
     found, times = work(), []
     for _ in range(repeats):
+        found = None  # two results at once are not what is measured
         wait()
         began = time.perf_counter()
         found = work()
         wait()
         times.append(1e3 * (time.perf_counter() - began))
     return round(statistics.median(times), 3), found
+
+
+def start_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: torch.device, problem: LayerProblem) -> float | None:
+    """The most memory held since `start_peak`, in units of H."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated() / problem.hessian_CC.nbytes, 2)
 
 
 def main() -> None:
@@ -70,9 +85,10 @@ def main() -> None:
             del x_TC
         weight_RC = torch.randn(rows, columns, generator=generator, device=device)
         problem = LayerProblem(weight_RC, hessian.into_mean(), hessian.tokens, 0.01, shape)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        row: dict[str, Any] = {"shape": shape}
+        row: dict[str, Any] = {"shape": shape, "weights_in_hessians": round(rows / columns, 2)}
+        start_peak(device)
+        row["h_to_codes_ms"], _ = timed(device, args.repeats, lambda p=problem: sweep(p, grid))
+        row["h_to_codes_peak"] = peak(device, problem)
         row["factor_ms"], factor = timed(device, args.repeats, lambda p=problem: p.factor("activation"))
         price_GN = _importance(factor.upper_CC[None], factor.order_C[None], args.group)[0]
         grouped_RGN = weight_RC.unflatten(-1, (-1, args.group))
@@ -83,6 +99,7 @@ def main() -> None:
             row[f"sweep_{name}_ms"], solution = timed(
                 device, args.repeats, lambda p=problem, f=factor, s=fitted: sweep(p, grid, factor=f, fitted=s)
             )
+            start_peak(device)
             row[f"refine_{name}_ms"], better = timed(
                 device, args.repeats, lambda p=problem, s=solution: refine(p, s, 1)
             )
@@ -92,17 +109,12 @@ def main() -> None:
         mine, theirs = row.pop("kernels"), row.pop("loops", None)
         if theirs is not None:
             row["codes_equal"] = float((mine == theirs).float().mean())
-        if device.type == "cuda":
-            row["peak_in_hessians"] = round(torch.cuda.max_memory_allocated() / problem.hessian_CC.nbytes, 2)
+        row["refine_peak"] = peak(device, problem)  # with the factor, which it does not need
+        del factor, solution, better, mine, theirs, fitted, grouped_RGN, problem, weight_RC, hessian
         rows_out.append(row)
         print(json.dumps(row), flush=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    print(
-        json.dumps(
-            {"device": name, "torch": torch.__version__, "grid": str(grid), "peak_bytes": peak, "rows": rows_out}
-        )
-    )
+    print(json.dumps({"device": name, "torch": torch.__version__, "grid": str(grid), "rows": rows_out}))
 
 
 if __name__ == "__main__":

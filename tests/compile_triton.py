@@ -7,14 +7,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from featherweight.core import triton_gram, triton_scales, triton_slabs
+from featherweight.core import triton_gram, triton_passes, triton_scales, triton_slabs
 from featherweight.stream import triton_pieces
 from featherweight.train import triton_grid, triton_packed
 
 WHICH = sys.argv[2]
 FLOATS = {"low", "high", "levels", "least", "most", "top", "lowest_zero", "bottom", "least_scale"}
 CONSTANTS = {
-    "TILE": 128,
+    "TILE": 32,
     "ROWS": 16,
     "GROUPS": 16,
     "FINE": 4,
@@ -27,6 +27,8 @@ CONSTANTS = {
     "ASYMMETRIC": True,
     "BITS": 3,
     "SPAN": 128,
+    "STRIP": 8,
+    "BACK": True,
     "HALVES": True,
     "PLUS_ONE": True,
     "EARLY": True,
@@ -42,6 +44,8 @@ POINTERS = {
     "shift_ptr": "*bf16",
     "first_ptr": "*bf16",
     "second_ptr": "*bf16",
+    "half_ptr": "*bf16",
+    "place_ptr": "*i64",
 }
 TRAINED = {"keep_ptr": "*u8", "value_ptr": "*bf16", "gradient_ptr": "*bf16"}
 SEARCHES_AND_GRIDS = ("search", "grid_values", "grid_step")  # whose bounds are floats
@@ -66,6 +70,9 @@ KERNELS = {
         (triton_scales.symmetric_search, 4),
         (triton_scales.asymmetric_search, 4),
         (triton_gram.gram, 8),
+        (triton_passes.invert_diagonal, 1),
+        (triton_passes.take_apart, 4),
+        (triton_passes.turn, 4),
     ),
     "training": (
         (triton_grid.grid_values, 4),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.core import products, scales
+from featherweight.core import products, scales, triangle
 from featherweight.core.problem import LayerProblem, Order, loss_R
 from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
@@ -266,9 +266,8 @@ def test_same_input_same_bytes_and_input_untouched(solver, rows) -> None:  # typ
 
 @pytest.mark.parametrize(("columns", "layers"), [(7, None), (33, 2), (150, None)])
 def test_triangles_are_inverted_in_pieces(columns: int, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that do not divide the columns, small halves and large ones."""
+    """Blocks that do not divide the columns, pairs of them and what is left."""
     monkeypatch.setattr("featherweight.core.triangle.WHOLE", 8)
-    monkeypatch.setattr("featherweight.core.triangle.LARGE", 30)
     lead = () if layers is None else (layers,)
     draw = torch.randn(*lead, columns, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     lower_CC = draw.tril(-1) / columns**0.5 + torch.diag_embed(draw.diagonal(dim1=-2, dim2=-1).abs() + 1)
@@ -278,20 +277,24 @@ def test_triangles_are_inverted_in_pieces(columns: int, layers: int | None, monk
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in pieces, multiplied here as a tensor core does it: bfloat16 into float32."""
+    """Products in pieces, multiplied here as a tensor core does it: 16 bits into float32."""
+
+    def add_(total_AB: Tensor, one_AK: Tensor, other_KB: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+        total_AB.copy_((total_AB * beta if beta else 0.0) + alpha * (one_AK.float() @ other_KB.float()))
+
     monkeypatch.setattr(products, "split_pays", lambda matrix: matrix.shape[-1] >= 16)
     monkeypatch.setattr(products, "_multiplied", lambda one, other: one.float() @ other.float())
+    for room in (products, triangle):
+        monkeypatch.setattr(room, "add_", add_)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("lead", [(), (2,)], ids=["layer", "layers"])
-def test_products_in_pieces(lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "EXACT", 24)
+def test_products_in_pieces(lead: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(*lead, *shape, generator=generator) for shape in ((30, 80), (80, 20)))
     wanted = one.double() @ other.double()
-    for multiply, error in ((products.times, 3e-5), (products.exactly, 1e-6)):
-        assert float((multiply(one, other) - wanted).norm() / wanted.norm()) < error
+    assert float((products.times(one, other) - wanted).norm() / wanted.norm()) < 3e-5
     assert float((one.bfloat16() @ other.bfloat16() - wanted).norm() / wanted.norm()) > 1e-3  # what one piece gives
 
 
@@ -310,7 +313,7 @@ def test_pulls_follow_what_changes() -> None:
 @pytest.mark.parametrize(("columns", "layers"), [(7, None), (200, None), (130, 3)])
 def test_the_factor_in_place(columns: int, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that do not divide the columns; what lies under the diagonal is nobody's."""
-    for name, size in (("BLOCK", 48), ("STACKED_BLOCK", 32), ("WHOLE", 16), ("EXACT", 64)):
+    for name, size in (("BLOCK", 48), ("STACKED_BLOCK", 32), ("WHOLE", 16), ("PANELS", 2)):
         monkeypatch.setattr(f"featherweight.core.triangle.{name}", size)
     lead = () if layers is None else (layers,)
     draw = torch.Generator().manual_seed(0)
@@ -334,15 +337,33 @@ def test_the_factor_in_place_is_the_factor(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_the_factor_in_place_with_products_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("BLOCK", 48), ("WHOLE", 16), ("EXACT", 64), ("LARGE", 100)):
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_the_factor_in_place_with_products_in_pieces(unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exact as float32's own, in any unit, with inputs a thousand times as large as others."""
+    for name, size in (("BLOCK", 48), ("WHOLE", 16), ("PANELS", 2)):
         monkeypatch.setattr(f"featherweight.core.triangle.{name}", size)
     monkeypatch.setattr("featherweight.core.triangle.split_pays", lambda matrix: True)
     x_TC = torch.randn(600, 200, generator=torch.Generator().manual_seed(0))
-    hessian_CC = x_TC.T @ x_TC / len(x_TC)
+    x_TC[:, ::50] *= 1000
+    hessian_CC = x_TC.T @ x_TC / len(x_TC) * unit
     upper_CC = hessian_CC.clone()
     assert inverse_factor_(upper_CC)
-    torch.testing.assert_close(upper_CC.mT @ upper_CC, torch.linalg.inv(hessian_CC), rtol=1e-3, atol=1e-4)
+    found_CC = upper_CC.double() @ hessian_CC.double() @ upper_CC.T.double()
+    torch.testing.assert_close(found_CC, torch.eye(200, dtype=torch.float64), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("harm", [1.02, float("nan")])
+def test_a_factor_that_is_not_exact_enough_is_made_again(harm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inexact(matrix_CC: Tensor) -> bool:
+        done = inverse_factor_(matrix_CC)
+        matrix_CC *= harm
+        return done
+
+    problem = LayerProblem(*random_layer(4, 128, seed=3, dead=DEAD))
+    usual = problem.factor()
+    monkeypatch.setattr("featherweight.core.problem.in_place_pays", lambda matrix_CC: True)
+    monkeypatch.setattr("featherweight.core.problem.inverse_factor_", inexact)
+    assert torch.equal(problem.factor().upper_CC, usual.upper_CC)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -17,17 +17,20 @@ import torch
 import featherweight.core
 from featherweight.core import fused, scales
 from featherweight.core import refine as refine_room
+from featherweight.core import sweep as sweep_room
 from featherweight.core.problem import LayerProblem
 from featherweight.core.refine import descend, refine
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import sweep
+from featherweight.core.triangle import inverse_lower
 from featherweight.errors import FallbackWarning
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # in tests on a CPU Triton interprets (conftest)
+INVERT = fused.invert_diagonal
 
 
 @pytest.fixture
@@ -44,6 +47,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
     monkeypatch.setattr(fused, "_tried", counted)
     monkeypatch.setattr(fused, "_failed", [])
+    monkeypatch.setattr(fused, "invert_diagonal", lambda *matrices: False)  # interpreted it takes seconds
     return ran
 
 
@@ -69,19 +73,22 @@ GRIDS = [Grid(4, 32), Grid(3, 32, symmetric=False), Grid(2, None, symmetric=Fals
 def test_the_kernels_are_the_loops(grid: Grid, launched: list[str]) -> None:
     given = problem(18, 32)  # rows are no multiple of a program's
     fast = refine(given, sweep(given, grid), 1)
-    assert len(launched) == 5  # scales, sweep, gram, descent, gram
+    assert len(launched) == 11  # scales, sweep between two turns, gram, descent after three and before one, gram
     fused._failed.append("on purpose")
     same(fast, refine(given, sweep(given, grid), 1))
-    assert len(launched) == 5
+    assert len(launched) == 11
 
 
-def test_slabs_and_layers(launched: list[str]) -> None:
-    given, grid = problem(3, 136, layers=2), Grid(3, 8, symmetric=False)  # a whole slab and a piece of one
+def test_slabs_and_layers(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs of a tile and a piece of one."""
+    for room in (sweep_room, refine_room):
+        monkeypatch.setattr(room, "WIDE_SLAB", 40)
+    given, grid = problem(3, 72, layers=2), Grid(3, 8, symmetric=False)
     fast = refine(given, sweep(given, grid), 1)
-    assert len(launched) == 5
+    assert len(launched) == 11  # scales, six turns, two slabs of sweep and descent each
     fused._failed.append("on purpose")
     same(fast, refine(given, sweep(given, grid), 1))
-    assert len(launched) == 5
+    assert len(launched) == 11
 
 
 @pytest.mark.parametrize("order", ["natural", "pivot"])
@@ -101,7 +108,7 @@ def test_a_price_on_what_is_not_zero(launched: list[str]) -> None:
     price_E = torch.tensor([0.5, 0.0], device=DEVICE) * swept.loss_R.mean(-1) / 4
     launched.clear()
     fast = descend(given.weight_RC, damped_ECC, swept, price_E)
-    assert launched == ["kernel"]
+    assert len(launched) == 5  # between turns
     fused._failed.append("on purpose")
     same(fast, descend(given.weight_RC, damped_ECC, swept, price_E))
     free = descend(given.weight_RC, damped_ECC, swept)
@@ -122,7 +129,7 @@ def test_a_failure_is_told_once_and_the_loops_go_on(monkeypatch: pytest.MonkeyPa
     plain = sweep(given, grid)
     monkeypatch.setattr(fused, "_failed", [])
     monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
-    for name in ("triton_slabs", "triton_scales"):
+    for name in ("triton_slabs", "triton_scales", "triton_passes"):
         monkeypatch.setitem(sys.modules, f"featherweight.core.{name}", None)
         monkeypatch.delattr(featherweight.core, name, raising=False)
     with pytest.warns(FallbackWarning, match="Triton cannot run here") as told:
@@ -144,9 +151,9 @@ def test_nothing_of_triton_is_imported_on_a_cpu() -> None:
 
 
 def test_scales_in_float32_are_laid_out_for_the_kernels(launched: list[str]) -> None:
-    given, grid = problem(18, 64), Grid(4, 32, scale_dtype=torch.float32)
+    given, grid = problem(18, 32), Grid(4, 16, scale_dtype=torch.float32)
     fast = sweep(given, grid)
-    assert len(launched) == 2  # scales, sweep
+    assert len(launched) == 4  # scales, sweep between two turns
     fused._failed.append("on purpose")
     same(fast, sweep(given, grid))
 
@@ -206,8 +213,50 @@ def test_searches_of_layers_have_their_own_prices(launched: list[str]) -> None:
         assert torch.equal(together[layer], scales.fit(grid, weight_ERGN[layer], price_EGN[layer])[0])
 
 
+@pytest.mark.parametrize(("columns", "layers"), [(20, None), (40, 2)])
+def test_triangles_in_blocks(
+    columns: int, layers: int | None, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that do not divide the columns, laid out as a Cholesky factor comes."""
+    monkeypatch.setattr(fused, "invert_diagonal", INVERT)
+    for name in ("TRIANGLE", "STRIP"):
+        monkeypatch.setattr(fused, name, 16)
+    given = problem(1, columns, layers)
+    lower_CC = torch.linalg.cholesky(given.damped()) + torch.ones_like(given.hessian_CC).triu(1)  # nobody's
+    found_CC = inverse_lower(lower_CC)
+    assert launched == ["kernel"]
+    torch.testing.assert_close(found_CC, torch.linalg.inv(lower_CC.tril()), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found_CC, found_CC.tril())
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (2, 33, 5)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_numbers_taken_apart(shape: tuple[int, ...], turned: bool, launched: list[str]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    matrix = matrix.mT if turned else matrix
+    first = matrix.half()
+    second = (matrix - first).half()
+    for planes, wanted in (
+        ("left", torch.cat([first, first, second], -1)),
+        ("right", torch.cat([first, second, first], -2)),
+        ("apart", torch.stack([first, second])),
+    ):
+        found = fused.halves(matrix, planes, torch.float16)  # type: ignore[arg-type]
+        assert found is not None and torch.equal(found, wanted)
+    assert len(launched) == 3
+
+
 COMPILED = {
-    "solvers": ["sweep_slab", "descend_slab", "symmetric_search", "asymmetric_search", "gram"],
+    "solvers": [
+        "sweep_slab",
+        "descend_slab",
+        "symmetric_search",
+        "asymmetric_search",
+        "gram",
+        "invert_diagonal",
+        "take_apart",
+        "turn",
+    ],
     "training": ["grid_values", "grid_step", "packed_values", "group_sums"],
     "passes": ["rms_norm", "rotate", "gate", "join"],
 }

@@ -6,7 +6,7 @@ Shapes: E layers of one shape, N columns of a slab, R rows; of searches G groups
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from torch import Tensor
 from featherweight.core.rules import Grid
 from featherweight.core.triton_tried import tried
 
-ROWS = 16  # of a program: a warp holds a slab of them in registers
+ROWS, TILE = 16, 32  # of a program, and columns of them that it holds at a time: one warp's registers
+MANY_ROWS = 8192  # from which on a program has twice as many: there are enough of them then
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
 GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 128  # groups whose columns a program multiplies at once, and its rows
+TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
+APART, TURNED = (32, 64), 64  # rows and columns of a program that takes numbers apart, and that turns them
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
 
@@ -43,13 +46,9 @@ def sweep_slab(
     if not usable(weight_ECR):
         return False
     _, columns, rows = weight_ECR.shape
-    found_ENR = error_ENR.contiguous()  # a copy where several layers' slabs lie among others
-    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, found_ENR, code_ECR, loss_ER)
+    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, error_ENR, code_ECR, loss_ER)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
-    done = _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
-    if done and found_ENR is not error_ENR:
-        error_ENR.copy_(found_ENR)
-    return done
+    return _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
 
 
 def descend_slab(
@@ -67,7 +66,7 @@ def descend_slab(
     price_E: Tensor | None = None,
 ) -> bool:
     """Decides `refine.descend`'s columns `at` again: brings what is left of them, and their codes, up to date, and
-    adds to `gain` what the losses fall by.
+    adds to `gain` what the losses fall by. `pull` is used up.
 
     False, and nothing written, where the loop has to do it.
     """
@@ -81,8 +80,8 @@ def descend_slab(
 
 
 def usable(tensor: Tensor) -> bool:
-    """On a GPU, in float32, until it has failed once."""
-    return tensor.is_cuda and tensor.dtype == torch.float32 and not _failed
+    """On a GPU, float32 or codes, until it has failed once."""
+    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.uint8) and not _failed
 
 
 def try_again() -> None:
@@ -142,10 +141,82 @@ def search(
     return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
 
 
+def halves(matrix: Tensor, planes: Literal["left", "right", "apart"], dtype: torch.dtype) -> Tensor | None:
+    """A matrix (with or without a leading axis) as first, what a dtype of 16 bits makes of it, and second, what that
+    makes of the rest: "left" [first first second] side by side, "right" [first; second; first] one below the other,
+    "apart" [first, second] along a new first axis. None where torch has to do it.
+    """
+    if not usable(matrix):
+        return None
+    stacked = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
+    layers, rows, columns = stacked.shape
+    if planes == "apart":
+        found = matrix.new_empty((2, *matrix.shape), dtype=dtype)
+        steps = (rows * columns, columns, 0, layers * rows * columns)
+    elif planes == "left":
+        found = matrix.new_empty((*matrix.shape[:-1], 3 * columns), dtype=dtype)
+        steps = (3 * rows * columns, 3 * columns, columns, 2 * columns)
+    else:
+        found = matrix.new_empty((*matrix.shape[:-2], 3 * rows, columns), dtype=dtype)
+        steps = (3 * rows * columns, columns, 2 * rows * columns, rows * columns)
+
+    def launch() -> None:
+        from featherweight.core import triton_passes as kernels
+
+        programs = (-(-rows // APART[0]), -(-columns // APART[1]), layers)
+        kernels.take_apart[programs](
+            stacked, found, rows, columns, *stacked.stride(), *steps, ROWS=APART[0], SPAN=APART[1]
+        )
+
+    return found if _tried(launch) else None
+
+
+def invert_diagonal(lower_ECC: Tensor, inverse_ECC: Tensor) -> bool:
+    """Writes the inverses of a lower triangular matrix's blocks of TRIANGLE columns on the diagonal into zeros.
+
+    False, and nothing written, where torch has to do it.
+    """
+    if not usable(lower_ECC):
+        return False
+    assert inverse_ECC.is_contiguous()
+    layers, columns = lower_ECC.shape[:2]
+
+    def launch() -> None:
+        from featherweight.core import triton_passes as kernels
+
+        programs = (TRIANGLE // STRIP, -(-columns // TRIANGLE), layers)
+        kernels.invert_diagonal[programs](
+            lower_ECC, inverse_ECC, columns, *lower_ECC.stride(), SPAN=TRIANGLE, STRIP=STRIP, num_warps=1
+        )
+
+    return _tried(launch)
+
+
+def turn(given: Tensor, place_EC: Tensor, back: bool = False) -> Tensor | None:
+    """E x R x C as E x C x R with column c at place[c], or `back`; None where torch has to do it."""
+    if not usable(given):
+        return None
+    given = given.contiguous()
+    rows, columns = given.shape[:0:-1] if back else given.shape[1:]
+    found = given.new_empty((len(given), *given.shape[:0:-1]))
+    pair = (found, given) if back else (given, found)
+
+    def launch() -> None:
+        from featherweight.core import triton_passes as kernels
+
+        programs = (-(-columns // TURNED), -(-rows // TURNED), len(given))
+        kernels.turn[programs](*pair, place_EC.contiguous(), rows, columns, BACK=back, SPAN=TURNED)
+
+    return found if _tried(launch) else None
+
+
 def halved(hessian_CC: Tensor) -> tuple[Tensor, Tensor]:
     """H as `gram` reads it: in bfloat16 and what that leaves; as it is, twice, where the kernel is interpreted."""
     if not hessian_CC.is_cuda:  # the interpreter knows no bfloat16
         return hessian_CC.contiguous(), hessian_CC.contiguous()
+    found = halves(hessian_CC, "apart", torch.bfloat16)
+    if found is not None:
+        return found[0], found[1]
     first_CC = hessian_CC.to(torch.bfloat16, memory_format=torch.contiguous_format)
     return first_CC, (hessian_CC - first_CC).to(torch.bfloat16)
 
@@ -184,7 +255,7 @@ def _launch(
 ) -> bool:
     """Runs a kernel over all rows and layers; False, with one warning, where Triton cannot.
 
-    `sizes` begins with the rows, its fifth is the slab's columns; a tensor that is None is not read.
+    `sizes` begins with the rows; a tensor that is None is not read.
     """
     first = tensors[0]
     assert first is not None and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
@@ -192,10 +263,10 @@ def _launch(
     def launch() -> None:
         from featherweight.core import triton_slabs
 
-        tile = max(16, 1 << (sizes[4] - 1).bit_length())
-        kernel = pick(triton_slabs)[(-(-sizes[0] // ROWS), first.shape[0])]
+        rows = ROWS if sizes[0] * len(first) <= MANY_ROWS else 2 * ROWS
+        kernel = pick(triton_slabs)[(-(-sizes[0] // rows), len(first))]
         arguments = (first if tensor is None else tensor for tensor in tensors)
-        kernel(*arguments, *sizes, TILE=tile, ROWS=ROWS, num_warps=1, **constants)
+        kernel(*arguments, *sizes, TILE=TILE, ROWS=rows, num_warps=1, **constants)
 
     return _tried(launch)
 

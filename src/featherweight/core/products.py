@@ -10,15 +10,13 @@ Shapes: A, B, K any; a leading axis is allowed throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from featherweight.core import fused
+
 LEAST = 256  # along the inner axis; below, there is nothing to be gained
 AHEAD = 2048  # rows of H that are made halves of at once
-EXACT = 2048  # along it at once: tensor cores cut off what they add up, which shows in long sums
 
 
 def times(one_AK: Tensor, other_KB: Tensor) -> Tensor:
@@ -42,41 +40,12 @@ def subtract_(total_EAB: Tensor, one_EAK: Tensor, other_EKB: Tensor) -> None:
     elif len(total_EAB) > 1:
         total_EAB -= _multiplied(left(one_EAK), right(other_EKB))
     else:
-        total_AB, halves = total_EAB[0], (left(one_EAK)[0], right(other_EKB)[0])
-        torch.addmm(total_AB, *halves, alpha=-1, out_dtype=torch.float32, out=total_AB)
+        add_(total_EAB[0], left(one_EAK)[0], right(other_EKB)[0], alpha=-1)
 
 
-def exactly(one_AK: Tensor, other_KB: Tensor) -> Tensor:
-    """one @ other to nearly float32's own accuracy (4e-6 at 4096), by three products in TF32: of the first ten bits
-    after the point and of what they leave. Takes 0.53 of float32's time.
-    """
-    if not split_pays(one_AK):
-        return one_AK @ other_KB
-    total_AB: Tensor | None = None
-    with _tf32():
-        for one, other in zip(one_AK.split(EXACT, -1), other_KB.split(EXACT, -2), strict=True):
-            found_AB = left_exactly(one) @ right_exactly(other)
-            total_AB = found_AB if total_AB is None else total_AB.add_(found_AB)
-    assert total_AB is not None
-    return total_AB
-
-
-def left_exactly(one_AK: Tensor) -> Tensor:
-    """[a1 a1 a2], A x 3K in float32, a1 of as many bits as TF32 has: for `add_exactly_`."""
-    first = _truncated(one_AK)
-    return torch.cat([first, first, one_AK - first], -1)
-
-
-def right_exactly(other_KB: Tensor) -> Tensor:
-    """[b1; b2; b1], 3K x B in float32."""
-    first = _truncated(other_KB)
-    return torch.cat([first, other_KB - first, first], -2)
-
-
-def add_exactly_(total_EAB: Tensor, left_EAK: Tensor, right_EKB: Tensor, alpha: float, beta: float = 1.0) -> None:
-    """total = beta x total + alpha x left @ right in TF32, in place, of what the two functions before this one make."""
-    with _tf32():
-        total_EAB.baddbmm_(left_EAK, right_EKB, beta=beta, alpha=alpha)
+def add_(total_AB: Tensor, left_AK: Tensor, right_KB: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """total = beta x total + alpha x left @ right, in place, of what `left` and `right` make, on a GPU."""
+    torch.addmm(total_AB, left_AK, right_KB, alpha=alpha, beta=beta, out_dtype=torch.float32, out=total_AB)
 
 
 class Pulls:
@@ -115,38 +84,31 @@ def split_pays(one_AK: Tensor) -> bool:
     return one_AK.is_cuda and one_AK.dtype == torch.float32 and one_AK.shape[-1] >= LEAST
 
 
-def left(one_AK: Tensor) -> Tensor:
-    """[a1 a1 a2], A x 3K in bfloat16: a factor that is used on the left more than once."""
-    first, second = _halves(one_AK)
-    return torch.cat([first, first, second], -1)
+def left(one_AK: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """[a1 a1 a2], A x 3K in `dtype`: a factor that is used on the left more than once.
+
+    In float16 a sum has 22 bits, as long as the numbers lie around 1 (`inverse_factor_` sees to that): its products
+    are as exact as float32's own. In bfloat16 it has 16, wherever the numbers lie.
+    """
+    found = fused.halves(one_AK, "left", dtype)
+    if found is None:
+        first, second = _halves(one_AK, dtype)
+        found = torch.cat([first, first, second], -1)
+    return found
 
 
-def right(other_KB: Tensor) -> Tensor:
-    """[b1; b2; b1], 3K x B in bfloat16."""
-    first, second = _halves(other_KB)
-    return torch.cat([first, second, first], -2)
+def right(other_KB: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """[b1; b2; b1], 3K x B, likewise."""
+    found = fused.halves(other_KB, "right", dtype)
+    if found is None:
+        first, second = _halves(other_KB, dtype)
+        found = torch.cat([first, second, first], -2)
+    return found
 
 
-def _truncated(matrix: Tensor) -> Tensor:
-    """With the 13 bits cleared that TF32 does not have."""
-    return (matrix.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Lets a GPU multiply float32 as TF32."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def _halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    first = matrix.to(torch.bfloat16)
-    return first, (matrix - first).to(torch.bfloat16)
+def _halves(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    first = matrix.to(dtype)
+    return first, (matrix - first).to(dtype)
 
 
 def _multiplied(left_AK: Tensor, right_KB: Tensor) -> Tensor:

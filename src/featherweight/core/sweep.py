@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from featherweight.core import columns, fused, scales
+from featherweight.core.order import natural, ordered
 from featherweight.core.problem import Factor, LayerProblem, Order
-from featherweight.core.products import split_pays, subtract_
+from featherweight.core.products import subtract_
 from featherweight.core.rules import Grid
 from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 
-SLAB = 128
-LAZY = 8  # slabs whose errors go into the columns after all of them by one product on a GPU's tensor cores,
-LAZY_WORK = 2e11  # from this many weights x columns on: below, the launches cost more than the products
+SLAB, WIDE_SLAB = 128, 512  # columns; the latter where a slab is one kernel
 ScalesFrom = Literal["original", "updated"]
 
 
@@ -46,7 +45,7 @@ def sweep(
     grid: Grid,
     order: Order = "activation",
     scales_from: ScalesFrom = "original",
-    slab: int = SLAB,
+    slab: int | None = None,
     lowest_zero: int = 0,
     fitted: tuple[Tensor, Tensor] | None = None,
     factor: Factor | None = None,
@@ -58,7 +57,8 @@ def sweep(
         scales_from: "original" fits every group on the given weights before the sweep (static groups: any order, and
             nothing to store but the scales); "updated" fits a group on the weights as they stand when the slab it
             begins in begins, which needs the natural order.
-        slab: columns swept together; the result does not depend on it except for the last bits (and "updated").
+        slab: columns swept together; the result does not depend on it except for the last bits (and "updated", for
+            which it is 128 unless it is given).
         lowest_zero: the smallest zero the file format can hold.
         fitted: scales and zeros (R x G) to use instead of fitting them.
         factor: of this problem and order, where the caller already has it.
@@ -81,15 +81,12 @@ def sweep(
         scale_ERG, zero_ERG = scales.fit(
             grid, kept_ERC.unflatten(-1, (-1, width)), _importance(upper_ECC, order_EC, width), lowest_zero
         )
-    each_E1 = torch.arange(weight_ERC.shape[0], device=weight_ERC.device).unsqueeze(1)
-    weight_ECR = weight_ERC.transpose(1, 2).contiguous()[each_E1, order_EC]
-    keep_ECR = None
+    weight_ECR, keep_ECR = ordered(weight_ERC, order_EC), None
     if keep_RC is not None:
-        keep_ERC = keep_RC if stacked else keep_RC.unsqueeze(0)
-        keep_ECR = keep_ERC.transpose(1, 2).to(weight_ECR.dtype)[each_E1, order_EC]
+        keep_ECR = ordered((keep_RC if stacked else keep_RC.unsqueeze(0)).to(weight_ECR.dtype), order_EC)
     pass_ = _Pass(grid, width, weight_ECR, upper_ECC, order_EC, scale_ERG, zero_ERG, lowest_zero, keep_ECR)
     pass_.run(slab, refit=scales_from == "updated" and fitted is None)
-    codes_ERC = pass_.codes_ECR[each_E1, torch.argsort(order_EC, -1)].transpose(1, 2).contiguous()
+    codes_ERC = natural(pass_.codes_ECR, order_EC)
     solution = Solution(codes_ERC, pass_.scale_ERG, pass_.zero_ERG, grid, pass_.loss_ER, factor.damping)
     return replace(solution if stacked else solution.layer(0), keep_RC=keep_RC)
 
@@ -125,28 +122,21 @@ class _Pass:
         self.codes_ECR = torch.empty_like(weight_ECR, dtype=torch.uint8)
         self.loss_ER = torch.zeros_like(weight_ECR[:, 0])
 
-    def run(self, slab: int, refit: bool) -> None:
+    def run(self, slab: int | None, refit: bool) -> None:
         count = self.weight_ECR.shape[1]
         if refit:
             self.scale_ERG, self.zero_ERG = self.scale_ERG.clone(), self.zero_ERG.clone()
-        work = self.weight_ECR.numel() * count
-        # a group that is fitted has to be up to date to its end
-        span = slab if refit or not split_pays(self.upper_ECC) or work < LAZY_WORK else LAZY * slab
-        for begin in range(0, count, span):
-            end = min(begin + span, count)
-            errors_ECR = self.weight_ECR.new_empty(len(self.weight_ECR), end - begin, self.weight_ECR.shape[-1])
-            for start in range(begin, end, slab):
-                stop = min(start + slab, end)
-                if refit:
-                    self._refit(start, stop)
-                errors_ENR = errors_ECR[:, start - begin : stop - begin]
-                self._slab(slice(start, stop), errors_ENR)
-                if stop < end:
-                    rest = self.upper_ECC[:, start:stop, stop:end].transpose(1, 2)
-                    self.weight_ECR[:, stop:end].baddbmm_(rest, errors_ENR, alpha=-1)
-            if end < count:
-                rest = self.upper_ECC[:, begin:end, end:].transpose(1, 2)
-                subtract_(self.weight_ECR[:, end:], rest, errors_ECR)
+        if slab is None:
+            slab = WIDE_SLAB if fused.usable(self.weight_ECR) and not refit else SLAB
+        for start in range(0, count, slab):
+            stop = min(start + slab, count)
+            if refit:
+                self._refit(start, stop)
+            errors_ENR = self.weight_ECR.new_empty(len(self.weight_ECR), stop - start, self.weight_ECR.shape[-1])
+            self._slab(slice(start, stop), errors_ENR)
+            if stop < count:
+                rest = self.upper_ECC[:, start:stop, stop:].transpose(1, 2)
+                subtract_(self.weight_ECR[:, stop:], rest, errors_ENR)
 
     def _slab(self, at: slice, errors_ENR: Tensor) -> None:
         """Rounds the columns `at` and writes down their scaled errors E, with W - V = E U."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featherweight.core import fused, scales
 from featherweight.core.problem import LayerProblem
-from featherweight.core.products import roughly, times
+from featherweight.core.products import left, roughly, times
 from featherweight.core.refine import descend, refit_scales
 from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution, Solution
@@ -121,6 +121,7 @@ def _pieces(grid: Grid, choices: Choices, device: torch.device) -> list[Callable
         lambda: sweep(problem, grid, choices.order, fitted=fitted),
         lambda: descend(weight_RC, problem.hessian_CC, solution),
         lambda: refit_scales(weight_RC, problem.hessian_CC, solution),
+        lambda: [left(weight_RC.mT), left(weight_RC, torch.float16), left(weight_RC.mT, torch.float16)],
     ]
 
 
