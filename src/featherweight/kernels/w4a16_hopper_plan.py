@@ -68,7 +68,7 @@ COSTS = {
     Tile(64, 4, True): Cost(2.1, 1.190, 4.2, 0.6),
     Tile(128, 2, True): Cost(3.0, 1.120, 4.0, 1.5),
 }
-"""Fitted to some 200 launches on an H100, of at most 256 tokens, with an error of 3 to 6 per cent, and the last of those
+"""Fitted to some 160 launches of at most 256 tokens on an H100, with an error of 3 to 6 per cent, the last of those
 without sums to 4096 tokens too (bench/results/2026-11-22-h100-w4a16-hopper.md); those with sums are guessed by their
 instructions, 15 per cent more."""
 SPARSE_COSTS = {
@@ -174,7 +174,8 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
 
     def estimate(tile: Tile) -> float:
         count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
-        return _estimate_us(costs_of(layout)[tile], blocks, *_share(tile, count, blocks, layout, processors * tile.ctas))
+        shares = _share(tile, count, blocks, layout, processors * tile.ctas)
+        return _estimate_us(costs_of(layout)[tile], blocks, *shares)
 
     exact = layout.sparse and dtype == torch.bfloat16 and tokens <= EXACT_TOKENS
     best = min((tile for tile in tiles(dtype, layout) if tile.sums or not exact), key=estimate)

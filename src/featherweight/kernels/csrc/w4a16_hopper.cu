@@ -165,8 +165,10 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
         for (int k = piece.first; k < piece.end; k++) {
             wait_barrier(full + 8 * ring.slot, ring.phase);
             const u8* block = memory + p.at_weights + (ring.slot * TILES + warp / 2) * BLOCK;
-            // The shuffle tells the compiler that all lanes have the same address: descriptors are then made once for all of them.
-            const u64 x = operand_of(__shfl_sync(0xffffffffu, base + ring.slot * X_BYTES, 0));
+            // The shuffle tells the compiler that all lanes have the same address: descriptors are then made once for all of them,
+            // by other registers. (Sparse groups of 32 have none left to spare.)
+            const u32 at = base + ring.slot * X_BYTES;
+            const u64 x = operand_of(SPARSE && GROUP == 32 ? at : __shfl_sync(0xffffffffu, at, 0));
             u32 words[4];
 #pragma unroll
             for (int u = 0; u < 2; u++) {
