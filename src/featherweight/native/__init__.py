@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +33,6 @@ FLAGS = (
 NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
 COMPILERS = ("cc", "gcc", "clang")
 DIGEST_BYTES = 32
-OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b")
 COMPILE_S = 60.0
 HUGE_PAGE, USE_HUGE_PAGES = 1 << 21, 14  # Linux' number for asking for them
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux' numbers for asking to use tiles
@@ -207,18 +205,18 @@ def huge_pages(tensor: Tensor) -> None:
 
 @cache
 def openmp() -> Any:
-    """The OpenMP library that torch has loaded; None, with a warning, where it has none with GNU's entry points."""
-    try:
-        words = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    except OSError:  # no Linux
-        words = []
-    paths = {part[-1] for part in words if len(part) > 5 and OPENMP.match(Path(part[-1]).name)}
-    found = [ctypes.CDLL(path) for path in sorted(paths)]
-    usable = next((library for library in found if hasattr(library, "GOMP_parallel")), None)
-    if usable is None:
-        warnings.warn(
-            "torch has loaded no OpenMP library with GOMP_parallel: what is C runs on one thread; use its wheels.",
-            FallbackWarning,
-            stacklevel=3,
-        )
-    return usable
+    """The OpenMP library that torch itself calls; None, with a warning, where that has none of GNU's entry points.
+
+    Asked of torch's own library, whose dependencies are searched: another package may have loaded another OpenMP
+    (sentencepiece's wheels do), whose threads would turn beside torch's on the same cores.
+    """
+    own = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    library = ctypes.CDLL(str(own[0])) if own else None
+    if library is not None and hasattr(library, "GOMP_parallel"):
+        return library
+    warnings.warn(
+        "torch has loaded no OpenMP library with GOMP_parallel: what is C runs on one thread; use its wheels.",
+        FallbackWarning,
+        stacklevel=3,
+    )
+    return None
