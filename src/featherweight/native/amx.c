@@ -169,39 +169,40 @@ static void lay_out_few(const uint16_t *x, int64_t tokens, int64_t columns, int6
         }
 }
 
-/* 32 columns of a panel as 16 + code, exactly: a bfloat16 of that size has three bits behind its point, so a code
+/* 32 columns of half a panel as 16 + code, exactly: a bfloat16 of that size has three bits behind its point, so a code
    moved to bits 3 to 6 and 16's own bits are one. Four rows of a tile are made of each 16 words. */
 static inline __attribute__((always_inline)) void integers(const uint32_t *codes, int64_t ahead, uint16_t *to) {
     const __m512i field = _mm512_set1_epi32(0x00780078), sixteen = _mm512_set1_epi32(0x41804180);
-    for (int word = 0; word < 4; word++)
-        for (int half = 0; half < 2; half++) {
-            const uint32_t *from = codes + (word * 2 + half) * 16;
-            uint16_t *at = to + half * TILE + word * 4 * STEP;
-            _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
-            const __m512i words = _mm512_loadu_si512(from);
-#define ROW(i, moved) _mm512_store_si512(at + i * STEP, _mm512_ternarylogic_epi32(moved, field, sixteen, 0xEA))
-            ROW(0, _mm512_slli_epi32(words, 3));
-            ROW(1, _mm512_srli_epi32(words, 1));
-            ROW(2, _mm512_srli_epi32(words, 5));
-            ROW(3, _mm512_srli_epi32(words, 9));
-        }
+    for (int word = 0; word < 4; word++, codes += 32, to += 4 * STEP) {
+        _mm_prefetch((const char *)codes + ahead, _MM_HINT_T0);
+        const __m512i words = _mm512_loadu_si512(codes);
+#define ROW(i, moved) _mm512_store_si512(to + i * STEP, _mm512_ternarylogic_epi32(moved, field, sixteen, 0xEA))
+        ROW(0, _mm512_slli_epi32(words, 3));
+        ROW(1, _mm512_srli_epi32(words, 1));
+        ROW(2, _mm512_srli_epi32(words, 5));
+        ROW(3, _mm512_srli_epi32(words, 9));
+    }
 }
 
-/* One step of 32 columns: of two panels with up to 16 tokens, of one panel, or of one panel with up to 32 tokens. */
-static inline __attribute__((always_inline)) void step_of(const uint16_t *x, const uint16_t *v, const int panels,
+/* What one step of 32 columns makes (`to`, or NULL) and multiplies (`v`, made a step before, or NULL): of two panels or
+   one with up to 16 tokens, of one panel with up to 32. Making and multiplying take turns half by half, so that a core
+   that shares its buffers with another thread can still do both at once. */
+static inline __attribute__((always_inline)) void step_of(const uint16_t *x, const uint16_t *v, const uint32_t *codes,
+                                                          int64_t words, int64_t ahead, uint16_t *to, const int panels,
                                                           const int blocks) {
-    _tile_loadd(4, x, 64);
-    if (blocks == 2) {
-        _tile_loadd(5, x + TILE, 64);
-        _tile_loadd(6, v, 64); _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, v + TILE, 64); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7);
-        return;
-    }
-    _tile_loadd(5, v, 64); _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, v + TILE, 64); _tile_dpbf16ps(1, 4, 6);
+    if (v) _tile_loadd(4, x, 64);
+    if (v && blocks == 2) _tile_loadd(5, x + TILE, 64);
+    if (to) integers(codes, ahead, to);
+    if (v && blocks == 1) { _tile_loadd(5, v, 64); _tile_dpbf16ps(0, 4, 5); }
+    if (v && blocks == 2) { _tile_loadd(6, v, 64); _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6); }
+    if (to) integers(codes + 16, ahead, to + TILE);
+    if (v && blocks == 1) { _tile_loadd(6, v + TILE, 64); _tile_dpbf16ps(1, 4, 6); }
+    if (v && blocks == 2) { _tile_loadd(7, v + TILE, 64); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7); }
     if (panels == 1) return;
-    _tile_loadd(7, v + 2 * TILE, 64); _tile_dpbf16ps(2, 4, 7);
-    _tile_loadd(5, v + 3 * TILE, 64); _tile_dpbf16ps(3, 4, 5);
+    if (to) integers(codes + words, ahead, to + 2 * TILE);
+    if (v) { _tile_loadd(7, v + 2 * TILE, 64); _tile_dpbf16ps(2, 4, 7); }
+    if (to) integers(codes + words + 16, ahead, to + 3 * TILE);
+    if (v) { _tile_loadd(5, v + 3 * TILE, 64); _tile_dpbf16ps(3, 4, 5); }
 }
 
 /* The sums of a group leave the tiles, and are scaled: totals += (sum - (16 + zero) * sum of x) * scale. */
@@ -237,12 +238,12 @@ static inline __attribute__((always_inline)) void few_panels(const Few *f, int64
     const int64_t steps = f->columns / STEP, words = f->columns * 4, per_group = f->group / STEP;
     const uint32_t *codes = f->codes + panel * words;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (int64_t step = 0, in_group = 0, at = 0; step <= steps; step++) {
+    step_of(NULL, NULL, codes, words, AHEAD, made[0], panels, blocks);
+    for (int64_t step = 1, in_group = 0, at = 0; step <= steps; step++) {
         const int64_t ahead = AHEAD + (step * 512 + AHEAD < words * 4 ? 0 : (panels - 1) * words * 4);
-        if (step < steps)
-            for (int p = 0; p < panels; p++) integers(codes + p * words + step * 128, ahead, made[step & 1] + p * 2 * TILE);
-        if (!step) continue;
-        step_of(f->x + (step - 1) * f->tokens * STEP, made[step - 1 & 1], panels, blocks);
+        const uint16_t *x = f->x + (step - 1) * f->tokens * STEP, *v = made[step - 1 & 1];
+        if (step < steps) step_of(x, v, codes + step * 128, words, ahead, made[step & 1], panels, blocks);
+        else step_of(x, v, NULL, 0, 0, NULL, panels, blocks);
         if (++in_group < per_group) continue;
         end_group(f, panel, at++, totals, panels, blocks);
         in_group = 0;
