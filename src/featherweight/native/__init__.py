@@ -2,8 +2,8 @@
 
 On CPUs with a matrix unit (AMX) torch multiplies bfloat16 at full speed only into bfloat16, and never by packed codes:
 `amx.c` and `gram.c` have what is missing. Linux on x86-64 alone: elsewhere a process cannot ask for the unit in this
-way. `loops.c` is plain C for any CPU: loops whose steps are too small for calls of a library. Where there is no
-compiler, callers go torch's way, with one FallbackWarning.
+way. `loops.c` is plain C for any CPU: loops whose steps are too small for calls of a library; `int4.c` likewise: for
+products with 4-bit codes. Where there is no compiler, callers go torch's way, with one FallbackWarning.
 """
 
 from __future__ import annotations
@@ -64,6 +64,22 @@ def loops() -> Any:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
             f"the solver's loops were not compiled ({said}): they take several times as long; install a C compiler.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+@cache
+def pieces() -> Any:
+    """The functions of `pieces.c`, likewise."""
+    try:
+        flags = (*_vector_flags(), "-fno-math-errno")
+        return ctypes.CDLL(str(library(Path(__file__).with_name("pieces.c"), cache_folder(), flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"norms, gates and rotations were not compiled ({said}): passes take a third longer; install a C compiler.",
             FallbackWarning,
             stacklevel=2,
         )
