@@ -249,8 +249,9 @@ static inline __attribute__((always_inline)) void few_panels(const Few *f, int64
         in_group = 0;
     }
     for (int tile = 0; tile < 2 * panels * blocks; tile++) {
-        const int64_t token = blocks == 2 ? tile / 2 * 16 : 0, row = 32 * (panels == 2 ? panel + tile / 2 : panel) + 16 * (tile % 2);
-        if (row < f->rows) store(totals + tile * 256, f->y + token * f->rows + row, least(f->tokens - token, 16), f->rows);
+        const int64_t token = blocks == 2 ? tile / 2 * 16 : 0, of = panels == 2 ? panel + tile / 2 : panel;
+        const int64_t row = 32 * of + 16 * (tile % 2), tokens = least(f->tokens - token, 16);
+        if (row < f->rows) store(totals + tile * 256, f->y + token * f->rows + row, tokens, f->rows);
     }
 }
 

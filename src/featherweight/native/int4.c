@@ -81,7 +81,8 @@ INLINE void panel_of(const Few *f, int64_t panel, int64_t token, const int token
                 for (int i = 0; i < 8; i++) {
                     const Floats code = codes_of(words, i);
 #pragma GCC unroll 4
-                    for (int t = 0; t < tokens; t++) sum[half][t * turns + i % turns] += code * x[t * f->columns + column + i];
+                    for (int t = 0; t < tokens; t++)
+                        sum[half][t * turns + i % turns] += code * x[t * f->columns + column + i];
                 }
             }
         for (int half = 0; half < HALVES; half++) {
@@ -98,7 +99,8 @@ INLINE void panel_of(const Few *f, int64_t panel, int64_t token, const int token
     for (int half = 0; half < HALVES && panel * 32 + half * LANES < f->rows; half++)
         for (int t = 0; t < tokens; t++) {
             const Unsigned bits = (Unsigned)total[half][t];
-            *(Halves *)(f->y + (token + t) * f->rows + panel * 32 + half * LANES) = __builtin_convertvector(ROUNDED(bits), Halves);
+            uint16_t *y = f->y + (token + t) * f->rows + panel * 32 + half * LANES;
+            *(Halves *)y = __builtin_convertvector(ROUNDED(bits), Halves);
         }
 }
 
@@ -120,7 +122,7 @@ void few(const int64_t *arguments, int64_t begin, int64_t end) {
     free(x);
 }
 
-/* Panels begin .. end-1 as bfloat16 rows, the first of which is `first`: V (rows x columns). */
+/* Panels begin .. end-1 of V as rows of bfloat16. */
 void floats(const int64_t *arguments, int64_t begin, int64_t end) {
     const int32_t *codes = (const int32_t *)arguments[0];
     const float *scale = (const float *)arguments[1];
