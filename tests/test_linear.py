@@ -233,7 +233,7 @@ def test_compiled_in_one_graph(kernel: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("kernel", ["cpu-int4", "dequantize"])
 def test_many_tokens_on_a_cpu_multiply_the_rounded_weights(kernel: str) -> None:
-    solution, x = solved(Grid(group_size=64, symmetric=False)), torch.randn(2, 20, 256).bfloat16()  # 40 rows
+    solution, x = solved(Grid(group_size=64, symmetric=False)), torch.randn(2, 40, 256).bfloat16()  # 80 rows
     built = layer(Grid(group_size=64, symmetric=False), kernel)
     assert torch.equal(built(x), functional.linear(x, dequantize(solution, torch.bfloat16)))
 

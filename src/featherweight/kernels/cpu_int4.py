@@ -1,16 +1,15 @@
-"""torch's own 4-bit product on CPUs, for up to four bits and bfloat16 activations.
+"""Products on CPUs with codes of up to four bits and bfloat16 activations.
 
-The operator computes V = (q - 8) * scale + offset from 4-bit q, with scale and offset of each group in the dtype of the
-activations. Codes of any width up to 4 bits are moved to q = code - middle + 8, which leaves an offset of
+In C where there is a compiler (`cpu_native`), which holds the codes once and gives the stored tensors back. Where there
+is none, by torch's own 4-bit operator for few tokens and by `tiles` for more, each with its own order of the codes.
+
+That operator computes V = (q - 8) * scale + offset from 4-bit q, with scale and offset of each group in the dtype of
+the activations. Codes of any width up to 4 bits are moved to q = code - middle + 8, which leaves an offset of
 (middle - zero) * scale: nothing for symmetric grids, and little for others. (With q = code, the first thing tried,
 2-bit weights were small differences of large rounded terms, and 2 % wrong.) Scales and offsets are rounded to bfloat16
 first, where the reference rounds each weight: the same relative step, but taken by a whole group together.
 
-The operator's time grows with the rows of x, and what it saves is the reading of the weights. Above `FEW_BESIDE_AMX`
-rows a CPU with a matrix unit has our own product (`cpu_amx`, where a C compiler is); elsewhere torch makes tiles of
-weights floats above `FEW_TOKENS` (`tiles`). Both orders of the codes are kept: twice 4 bits, and not 16.
-
-bfloat16 only: with float32 or float16 the same operator was measured 10 to 300 times slower than a dense product
+bfloat16 only: with float32 or float16 the operator was measured 10 to 300 times slower than a dense product
 (torch 2.13, 4096 x 4096, 1 .. 256 tokens), with bfloat16 5 times faster at one token and 4 times slower at 256.
 
 Source: torch's `_convert_weight_to_int4pack_for_cpu` and `_weight_int4pack_mm_for_cpu`, undocumented;
@@ -22,17 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels import cpu_amx, tiles
-from featherweight.kernels.base import Case, Kernel, Run, require_input, require_no_backward
-from featherweight.native import amx
+from featherweight.kernels import cpu_native, tiles
+from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
 
-FEW_TOKENS, FEW_BESIDE_AMX = 32, 4
+FEW_TOKENS = 32  # that torch's operator multiplies faster than floats are made of codes
+Multiply = Callable[[Tensor], Tensor]
 WIDTHS = (256, 128, 64, 32)
 ROW_MULTIPLE = 16
 MIDDLE = 8
@@ -64,33 +64,42 @@ class CpuInt4(Kernel):
     def prepare(self, format: Format, rule: Rule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
         solution = format.unpack(tensors, rule)
         assert isinstance(solution, Solution)
-        rows, columns = solution.codes_RC.shape
-        packed, scales_GR2, width = _repack(solution, dtype)
-        few, many = _for_many(solution)
+        in_c = cpu_native.library() is not None
+        multiply, stored = _in_c(solution) if in_c else (_by_torch(solution, dtype), None)
+        columns, device = solution.codes_RC.shape[1], solution.codes_RC.device
 
         def run(x_TC: Tensor, bias_R: Tensor | None) -> Tensor:
             require_no_backward(self.name, x_TC)
-            require_input(x_TC, columns, dtype, packed.device)
-            flat_TC = x_TC.reshape(-1, columns)
-            if len(flat_TC) > few:
-                y_TR = many(x_TC)
-                return y_TR if bias_R is None else y_TR + bias_R
-            y_TR = torch._weight_int4pack_mm_for_cpu(flat_TC, packed, width, scales_GR2)
-            y_TR = y_TR.view(*x_TC.shape[:-1], rows)
+            require_input(x_TC, columns, dtype, device)
+            y_TR = multiply(x_TC)
             return y_TR if bias_R is None else y_TR + bias_R
 
-        return run
+        return run if stored is None else Restorable(run, stored)
 
 
-def _for_many(solution: Solution) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """What multiplies more tokens than the operator should have, and how many it should."""
-    if amx() is not None:
-        cpu_amx.register()
-        panels = cpu_amx.pack(solution)
-        return FEW_BESIDE_AMX, lambda x_TC: cpu_amx.call(x_TC, panels)
+def _in_c(solution: Solution) -> tuple[Multiply, Callable[[], Solution] | None]:
+    """The product, and what makes the solution of what it holds: None of a pruned one, whose mask it does not hold."""
+    cpu_native.register()
+    packed = cpu_native.pack(solution)
+    grid, dtype, pruned = solution.grid, solution.scales_RG.dtype, solution.keep_RC is not None
+    stored = None if pruned else partial(cpu_native.unpack, packed, grid, dtype)
+    return partial(cpu_native.call, packed=packed), stored
+
+
+def _by_torch(solution: Solution, dtype: torch.dtype) -> Multiply:
+    rows = len(solution.codes_RC)
+    packed, scales_GR2, width = _repack(solution, dtype)
     tiles.register()
-    packed = tiles.pack(solution)
-    return FEW_TOKENS, lambda x_TC: tiles.call(x_TC, packed, None)
+    many = tiles.pack(solution)
+
+    def multiply(x_TC: Tensor) -> Tensor:
+        flat_TC = x_TC.reshape(-1, x_TC.shape[-1])
+        if len(flat_TC) > FEW_TOKENS:
+            return tiles.call(x_TC, many, None)
+        y_TR = torch._weight_int4pack_mm_for_cpu(flat_TC, packed, width, scales_GR2)
+        return y_TR.view(*x_TC.shape[:-1], rows)
+
+    return multiply
 
 
 def _repack(solution: Solution, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
