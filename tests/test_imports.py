@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "featherweight"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "native": set(),  # C for CPUs: products that kernels are made of
-    "core": set(),
+    "core": {"native"},  # sums and column loops that torch takes several times as long for on a CPU
     "codec": set(),
     "data": set(),
     "laws": set(),

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from featherweight.core import columns, fused, scales
+from featherweight.core import columns, compiled, fused, scales
 from featherweight.core.problem import LayerProblem
 from featherweight.core.products import Pulls, times
 from featherweight.core.serial import each, one_thread
@@ -162,7 +162,7 @@ def _descended(
         at = slice(start, min(start + SLAB, weight_ECR.shape[1]))
         pull_ENR = pulls.of(at)
         state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR, gain_ER)
-        if fused.descend_slab(pull_ENR, *state, at, bounds, price_E):
+        if any(solver.descend_slab(pull_ENR, *state, at, bounds, price_E) for solver in (fused, compiled)):
             continue
         levels = levels or columns.Levels.of(scale_EGR, zero_EGR, *bounds)
         with one_thread(weight_RC.device):

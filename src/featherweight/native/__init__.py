@@ -1,8 +1,9 @@
-"""C for CPUs with a matrix unit (AMX), compiled at first use by the machine's own compiler and kept on disk.
+"""C for CPUs, compiled at first use by the machine's own compiler and kept on disk.
 
-torch multiplies bfloat16 there at full speed only into bfloat16, and never by packed codes. `amx.c` has what is
-missing; where the CPU has no such unit nothing is lost, and where there is no compiler its callers go torch's way, with
-one FallbackWarning. Linux on x86-64 alone: elsewhere a process cannot ask for the unit in this way.
+On CPUs with a matrix unit (AMX) torch multiplies bfloat16 at full speed only into bfloat16, and never by packed codes:
+`amx.c` and `gram.c` have what is missing. Linux on x86-64 alone: elsewhere a process cannot ask for the unit in this
+way. `loops.c` is plain C for any CPU: loops whose steps are too small for calls of a library. Where there is no
+compiler, callers go torch's way, with one FallbackWarning.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from featherweight.errors import FallbackWarning
 
+PLAIN_FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11")
 FLAGS = (
-    *("-O3", "-shared", "-fPIC", "-std=gnu11"),
+    *PLAIN_FLAGS,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 )
 NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
@@ -44,17 +46,50 @@ def cache_folder() -> Path:
 @cache
 def amx() -> Any:
     """The functions of `amx.c`; None where the CPU has no tiles of bfloat16, or, with a warning, nothing compiles."""
+    return _of_tiles("amx.c")
+
+
+@cache
+def gram() -> Any:
+    """The functions of `gram.c`, likewise."""
+    return _of_tiles("gram.c")
+
+
+@cache
+def loops() -> Any:
+    """The functions of `loops.c`, for any CPU; None, with a warning, where nothing compiles."""
+    try:
+        return ctypes.CDLL(str(library(Path(__file__).with_name("loops.c"), cache_folder(), _vector_flags())))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"the solver's loops were not compiled ({said}): they take several times as long; install a C compiler.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _vector_flags() -> tuple[str, ...]:
+    """What to compile plain C with: the widest vectors that this CPU has."""
+    has = _instructions()
+    if has >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}:
+        return (*PLAIN_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+    return (*PLAIN_FLAGS, "-mavx2", "-mfma") if has >= {"avx2", "fma"} else PLAIN_FLAGS
+
+
+def _of_tiles(source: str) -> Any:
     if not has_tiles() or not _permitted():
         return None
     try:
-        return ctypes.CDLL(str(library(Path(__file__).with_name("amx.c"), cache_folder())))
+        return ctypes.CDLL(str(library(Path(__file__).with_name(source), cache_folder())))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
             f"this CPU multiplies tiles of bfloat16, and nothing was compiled for it ({said}): products take two to "
             "five times as long; install a C compiler (gcc 11 or clang 12, or newer).",
             FallbackWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
 
@@ -62,11 +97,15 @@ def amx() -> Any:
 @cache
 def has_tiles() -> bool:
     """Whether this machine is a Linux whose CPU has every instruction of `amx.c`."""
+    return _instructions() >= NEEDED
+
+
+def _instructions() -> set[str]:
+    """What Linux says that an x86 CPU has; nothing elsewhere."""
     try:
-        words = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+        return set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
     except (OSError, IndexError):
-        return False
-    return set(words) >= NEEDED
+        return set()
 
 
 def _permitted() -> bool:
@@ -74,14 +113,14 @@ def _permitted() -> bool:
     return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
 
 
-def library(source: Path, folder: Path) -> Path:
+def library(source: Path, folder: Path, flags: Sequence[str] | None = None) -> Path:
     """A C source as a library in `folder`, compiled if it is not there or not as it was written.
 
     Its digest follows it in the file. Files appear by renaming, so processes that compile at once cannot disturb each
     other. Raises OSError (no compiler, or the folder cannot be written) or subprocess.SubprocessError.
     """
-    text = source.read_bytes()
-    key = hashlib.sha256(b"\0".join((text, *(flag.encode() for flag in FLAGS)))).hexdigest()
+    text, flags = source.read_bytes(), FLAGS if flags is None else flags
+    key = hashlib.sha256(b"\0".join((text, *(flag.encode() for flag in flags)))).hexdigest()
     path = folder / f"{source.stem}-{key[:32]}.so"
     if path.exists() and _sound(path.read_bytes()):
         return path
@@ -91,7 +130,7 @@ def library(source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / path.name
-        command = [compiler, *FLAGS, str(source), "-o", str(made)]
+        command = [compiler, *flags, str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
         code = made.read_bytes()
         made.write_bytes(code + hashlib.sha256(code).digest())
@@ -113,13 +152,14 @@ class _Call(ctypes.Structure):
     )
 
 
-def run(name: str, arguments: Sequence[Tensor | int], count: int, most: int) -> None:
-    """A function of `amx.c` for 0 .. count - 1, dealt out to as many threads as torch has, at most `most`.
+def run(name: str, arguments: Sequence[Tensor | int], count: int, most: int, functions: Any = None) -> None:
+    """A function of `amx.c`, or of the library given, for 0 .. count - 1, dealt out to as many threads as torch has, at
+    most `most`.
 
     Tensors are passed as their addresses. The threads are torch's own, since others would share the cores with these,
     which go on turning for some milliseconds after their work.
     """
-    functions = amx()
+    functions = functions or amx()
     work = getattr(functions, name)
     given = (ctypes.c_int64 * len(arguments))(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
     threads = min(torch.get_num_threads(), count, most)
@@ -137,13 +177,16 @@ def run(name: str, arguments: Sequence[Tensor | int], count: int, most: int) -> 
 @cache
 def openmp() -> Any:
     """The OpenMP library that torch has loaded; None, with a warning, where it has none with GNU's entry points."""
-    words = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    try:
+        words = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:  # no Linux
+        words = []
     paths = {part[-1] for part in words if len(part) > 5 and OPENMP.match(Path(part[-1]).name)}
     found = [ctypes.CDLL(path) for path in sorted(paths)]
     usable = next((library for library in found if hasattr(library, "GOMP_parallel")), None)
     if usable is None:
         warnings.warn(
-            "torch has loaded no OpenMP library with GOMP_parallel: products in C run on one thread; use its wheels.",
+            "torch has loaded no OpenMP library with GOMP_parallel: what is C runs on one thread; use its wheels.",
             FallbackWarning,
             stacklevel=3,
         )
