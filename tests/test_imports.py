@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"core", "recipe"},
     "plan": {"core"},
     "train": {"core", "linear"},
-    "stream": {"core", "models", "data", "formats", "linear", "recipe", "train", "plan"},
+    "stream": {"core", "models", "data", "formats", "linear", "recipe", "train", "plan", "native"},
     # a token is put together from a model's modules, merged products and the kernels between them
     "evaluate": {"models", "data", "linear", "merged", "kernels"},
 }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from featherweight.errors import FallbackWarning
 
-PLAIN_FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11")
+PLAIN_FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-fno-math-errno")
 FLAGS = (
     *PLAIN_FLAGS,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
@@ -58,14 +58,22 @@ def gram() -> Any:
 @cache
 def loops() -> Any:
     """The functions of `loops.c`, for any CPU; None, with a warning, where nothing compiles."""
+    return _plain("loops.c", "the solver's loops take several times as long")
+
+
+@cache
+def pieces() -> Any:
+    """The functions of `pieces.c`, likewise."""
+    return _plain("pieces.c", "norms, gates and rotations take several times as long")
+
+
+def _plain(source: str, lost: str) -> Any:
     try:
-        return ctypes.CDLL(str(library(Path(__file__).with_name("loops.c"), cache_folder(), _vector_flags())))
+        return ctypes.CDLL(str(library(Path(__file__).with_name(source), cache_folder(), _vector_flags())))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"the solver's loops were not compiled ({said}): they take several times as long; install a C compiler.",
-            FallbackWarning,
-            stacklevel=2,
+            f"{source} was not compiled ({said}): {lost}; install a C compiler.", FallbackWarning, stacklevel=3
         )
         return None
 
