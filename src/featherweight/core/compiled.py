@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from featherweight.core.rules import Pattern
 from featherweight.native import loops, run
 
-LANES = 64  # rows of a task, as `loops.c` has them
+LANES, LARGEST = 64, 32  # rows of a task and columns of an N:M group, as `loops.c` has them
 TASK_WORK = 1 << 15  # weights for each thread, below which waking it takes longer
 
 
@@ -69,6 +70,21 @@ def descend_slab(
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
     _rows("descend_slab", (*tensors, delta_ECR, code_ECR, gain_ER), sizes, layers)
     return True
+
+
+def prune_slab(
+    weight_NR: Tensor, kept_NR: Tensor, upper_NN: Tensor, price_N: Tensor, choosing: Pattern | None
+) -> Tensor | None:
+    """Prunes a slab in place, choosing N:M masks on the way; its scaled errors, or None where the loop has to do it."""
+    if not usable(weight_NR) or (choosing and choosing.of > LARGEST):
+        return None
+    error_NR, owed_NN = torch.empty_like(weight_NR), upper_NN.mT.contiguous()
+    group = (choosing.of, choosing.keep) if choosing else (0, 0)
+    tensors = (weight_NR, kept_NR, owed_NN, price_N.contiguous(), error_NR)
+    assert weight_NR.is_contiguous() and kept_NR.is_contiguous()
+    columns, rows = weight_NR.shape
+    run("prune_slab", (*tensors, rows, columns, *group), -(-rows // LANES), weight_NR.numel() // TASK_WORK, loops())
+    return error_NR
 
 
 def least(

@@ -12,11 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from featherweight.native import gram, run
+from featherweight.core import tiles
 
-TILED_PANEL, TILED_STEP = 32, 32  # channels and tokens of `native/gram.c`'s tiles
-TILED_TOKENS = 2048  # laid out at a time
-TILED_WORK = 1 << 24  # products of one thread, below which waking it takes longer
 PANEL_COLUMNS = {"cpu": 1024, "cuda": 4096}  # fewer are multiplied faster whole
 PANELS = 4
 WIDE_COLUMNS, WIDE_PANELS = 8192, 8  # the same of the widest
@@ -42,8 +39,8 @@ class HessianSum:
         """Adds the inputs of one batch, ... x C in any float dtype."""
         x_TC = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x_TC.shape[0]
-        if _tiles_pay(x_TC):
-            _add_tiles(self.sum_CC, x_TC, x_TC)
+        if tiles.sums(x_TC):
+            tiles.add_(self.sum_CC, x_TC, x_TC)
             self.tiled = True
             return
         for start, stop in itertools.pairwise(self.edges):
@@ -59,9 +56,9 @@ class HessianSum:
         return self._mirrored(mean_CC)
 
     def _mirrored(self, mean_CC: Tensor) -> Tensor:
-        columns = len(mean_CC)
-        edges = [*range(0, columns, TILED_PANEL), columns] if self.tiled else self.edges
-        for start, stop in itertools.pairwise(edges):
+        if self.tiled:
+            return tiles.mirror_(mean_CC)
+        for start, stop in itertools.pairwise(self.edges):
             mean_CC[stop:, start:stop] = mean_CC[start:stop, stop:].T
         return mean_CC
 
@@ -78,45 +75,14 @@ class CrossSum:
         x_TC = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x_TC.shape[0]
         d_TR = difference.reshape(-1, difference.shape[-1])
-        if _tiles_pay(x_TC) and _tiles_pay(d_TR):
-            _add_tiles(self.sum_RC, d_TR, x_TC)
+        if tiles.sums(x_TC) and tiles.sums(d_TR):
+            tiles.add_(self.sum_RC, d_TR, x_TC)
         else:
             _accumulate(self.sum_RC, d_TR, x_TC)
 
     def mean(self, rows: slice = slice(None)) -> Tensor:
         """d^T x / T, all of it or some rows."""
         return self.sum_RC[rows] / max(self.tokens, 1)
-
-
-def _tiles_pay(x_TC: Tensor) -> bool:
-    """Whether sums over these inputs are left to a CPU's matrix unit."""
-    return x_TC.device.type == "cpu" and x_TC.dtype == torch.bfloat16 and len(x_TC) >= TILED_STEP and bool(gram())
-
-
-def _add_tiles(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:
-    """sum += a^T b; where a is b, on or above the diagonal of panels."""
-    upper, (rows, columns) = a_TA is b_TB, sum_AB.shape
-    for some_TA, some_TB in zip(a_TA.split(TILED_TOKENS), b_TB.split(TILED_TOKENS), strict=True):
-        steps = -(-len(some_TB) // TILED_STEP)
-        turned, pairs = _tiles(some_TA, steps), _tiles(some_TB, steps)
-        if upper:
-            _lay_out(some_TB, steps, pairs, turned)
-        else:
-            _lay_out(some_TA, steps, None, turned)
-            _lay_out(some_TB, steps, pairs, None)
-        threads = rows * columns * len(some_TB) // TILED_WORK
-        arguments = (turned, pairs, steps, rows, columns, sum_AB, sum_AB.stride(0), int(upper), torch.zeros(1).long())
-        run("add_up", arguments, max(1, threads), threads, gram())
-
-
-def _tiles(x_TC: Tensor, steps: int) -> Tensor:
-    return x_TC.new_empty(-(-x_TC.shape[1] // TILED_PANEL) * steps * TILED_PANEL * TILED_STEP)
-
-
-def _lay_out(x_TC: Tensor, steps: int, pairs: Tensor | None, turned: Tensor | None) -> None:
-    x_TC = x_TC if x_TC.stride(1) == 1 else x_TC.contiguous()
-    sizes, places = (*x_TC.shape, x_TC.stride(0)), (0 if place is None else place for place in (pairs, turned))
-    run("lay_out", (x_TC, *sizes, *places, steps), steps, x_TC.numel() * TILED_STEP // TILED_WORK, gram())
 
 
 def _accumulate(sum_AB: Tensor, a_TA: Tensor, b_TB: Tensor) -> None:

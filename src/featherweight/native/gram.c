@@ -5,6 +5,7 @@
              channels][2], and, if wanted, `turned`, [panel][32 tokens][half][16 channels][32 tokens]
    add_up    sum (A x B, rows `stride` apart) += a^T b, of a turned and b in pairs; with `upper`, only panels on or above the
              diagonal. All tokens of a call at once: the sum goes through memory, and its pages, once a call.
+   weigh     K H K^T of every row of codes K, by groups of columns, of H in pairs
 
    A panel is 32 channels. Behind the last channel and the last token there are zeros. */
 #include <immintrin.h>
@@ -135,6 +136,50 @@ void add_up(const int64_t *arguments, int64_t begin, int64_t end) {
                 else edge(x, y, steps, at, stride, r < PANEL ? r : PANEL, c < PANEL ? c : PANEL);
             }
     }
+    _tile_release();
+}
+
+/* 16 rows of 16 floats times the codes k (rows `stride` apart), added to sums by row. */
+static inline void gather(const float *tile, const uint16_t *k, int64_t stride, __m512 *sums) {
+    for (int row = 0; row < 16; row++) {
+        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(k + row * stride)));
+        sums[row] = _mm512_fmadd_ps(_mm512_load_ps(tile + 16 * row), _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
+                                    sums[row]);
+    }
+}
+
+/* Rows 16 begin .. 16 end-1 of codes (R x C bfloat16, R a multiple of 16), H in two parts (high and what that leaves) in pairs,
+   C x C: out R x G x G, its lower triangle, is the sum of k_c H_cd k_d over the columns c of one group and d of another, of
+   `width` columns, a multiple of 32. */
+void weigh(const int64_t *arguments, int64_t begin, int64_t end) {
+    const uint16_t *codes = (const uint16_t *)arguments[0];
+    const uint16_t *parts[2] = {(const uint16_t *)arguments[1], (const uint16_t *)arguments[2]};
+    float *out = (float *)arguments[3];
+    const int64_t C = arguments[4], width = arguments[5], G = C / width, steps = C / 32, inside = width / 32;
+    float tiles[2][256] __attribute__((aligned(64)));
+    _tile_loadconfig(&SHAPE);
+    for (int64_t g = 0; g < G; g++)
+        for (int64_t h = 0; h <= g; h++)
+            for (int64_t rows = begin; rows < end; rows++) {
+                const uint16_t *k = codes + 16 * rows * C;
+                __m512 sums[16];
+                for (int row = 0; row < 16; row++) sums[row] = _mm512_setzero_ps();
+                for (int64_t panel = h * inside; panel < (h + 1) * inside; panel++) {
+                    _tile_zero(0); _tile_zero(1);
+                    for (int64_t step = g * inside; step < (g + 1) * inside; step++) {
+                        const int64_t at = (panel * steps + step) * 2 * TILE;
+                        _tile_loadd(4, k + 32 * step, 2 * C);
+                        _tile_loadd(6, parts[0] + at, 64); _tile_loadd(7, parts[0] + at + TILE, 64);
+                        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+                        _tile_loadd(6, parts[1] + at, 64); _tile_loadd(7, parts[1] + at + TILE, 64);
+                        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+                    }
+                    _tile_stored(0, tiles[0], 64); _tile_stored(1, tiles[1], 64);
+                    gather(tiles[0], k + 32 * panel, C, sums);
+                    gather(tiles[1], k + 32 * panel + 16, C, sums);
+                }
+                for (int row = 0; row < 16; row++) out[((16 * rows + row) * G + g) * G + h] = _mm512_reduce_add_ps(sums[row]);
+            }
     _tile_release();
 }
 

@@ -1,5 +1,5 @@
 /* Loops of small operations on CPUs, for which every call of a library costs more than its work: the column loops of the
-   sweep and the descent, and the search for scales. Plain C that compilers vectorise; every sum is in float32.
+   sweeps and the descent, and the search for scales. Plain C that compilers vectorise; every sum is in float32.
 
    A task is LANES rows of one layer: what it works on stays in a core's cache. Shapes: E layers, C columns, R rows, G groups,
    N columns of a slab, K candidates. Names of arguments follow core/compiled.py. */
@@ -143,6 +143,53 @@ void descend_slab(const int64_t *a, int64_t begin, int64_t end) {
             memcpy(codes + at, code, rows);
         }
         for (int64_t r = 0; r < rows; r++) gain[e * R + first + r] += won[r];
+    }
+    free(found);
+}
+
+#define LARGEST 32 /* columns of an N:M group */
+
+/* Of M columns keeps the `keep` with the most worth, of equals the last ones; a column has LANES rows. */
+static void choose(const Lanes *worth, uint8_t (*kept)[LANES], int64_t M, int64_t keep) {
+    for (int64_t i = 0; i < M; i++) {
+        int32_t below[LANES] = {0}; /* how many are worth less */
+        for (int64_t k = 0; k < M; k++)
+            if (k < i) EACH below[r] += worth[k][r] <= worth[i][r];
+            else if (k > i) EACH below[r] += worth[k][r] < worth[i][r];
+        EACH kept[i][r] = below[r] >= M - keep;
+    }
+}
+
+/* weight and kept (bytes) C x R of columns start .. start+N-1, owed N x N (U transposed), price N: prunes in place what is not
+   kept and writes errors N x R; with M, what is kept is first chosen for every M columns, as these stand by then. */
+void prune_slab(const int64_t *a, int64_t begin, int64_t end) {
+    float *weight = (float *)a[0], *errors = (float *)a[4];
+    uint8_t *kept = (uint8_t *)a[1];
+    const float *owed = (float *)a[2], *price = (float *)a[3];
+    const int64_t R = a[5], N = a[6], M = a[7], keep = a[8], wide = M ? M : 1;
+    Lanes *found = (Lanes *)room(N), now[LARGEST], worth[LARGEST];
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t first = task * LANES, rows = R - first < LANES ? R - first : LANES;
+        for (int64_t j = 0; j < N; j += wide) {
+            uint8_t held[LARGEST][LANES];
+            for (int64_t i = 0; i < wide; i++) {
+                load(now[i], weight + (j + i) * R + first, rows);
+                settle(now[i], owed + (j + i) * N, found, j);
+                EACH worth[i][r] = now[i][r] * now[i][r] * price[j + i];
+                if (!M) memset(held, 0, sizeof held[0]), memcpy(held, kept + j * R + first, rows);
+            }
+            if (M) choose(worth, held, M, keep);
+            for (int64_t i = 0; i < wide; i++) {
+                const float *row = owed + (j + i) * N, pivot = 1 / row[j + i];
+                Lanes value;
+                settle(now[i], row + j, found + j, i);
+                EACH value[r] = held[i][r] ? now[i][r] : 0;
+                EACH found[j + i][r] = (now[i][r] - value[r]) * pivot;
+                store(weight + (j + i) * R + first, value, rows);
+                store(errors + (j + i) * R + first, found[j + i], rows);
+                if (M) memcpy(kept + (j + i) * R + first, held[i], rows);
+            }
+        }
     }
     free(found);
 }

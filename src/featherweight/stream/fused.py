@@ -2,8 +2,8 @@
 
 Families write norms, rotary positions and gated units in eager torch, up to eight kernels each, which together take as
 long as half the products. A piece is recognised by what it computes: it is run on small random tensors on the CPU, and
-where it does what a formula here says, to the bit, a Triton kernel takes its place, or a loop in C on a CPU (`compiled`). Other pieces, other dtypes and
-passes that need gradients stay as they are.
+where it does what a formula here says, to the bit, a Triton kernel takes its place, or a loop in C on a CPU
+(`compiled`). Other pieces, other dtypes and passes that need gradients stay as they are.
 
 Shapes: N rows, D width, I inner width; S sequences, T tokens, H heads.
 """
