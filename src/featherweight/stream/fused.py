@@ -38,9 +38,8 @@ _found: dict[Any, Any] = {}  # what the modules and functions of this process we
 
 def fuse(block: nn.Module) -> None:
     """Gives a block's norms and gated units their kernels, where it has any we know; a copy of the block keeps them."""
-    on_gpu = any(parameter.is_cuda for parameter in block.parameters())
     for module in block.modules():
-        if isinstance(module, Experts) and on_gpu and _is_gate(module):
+        if isinstance(module, Experts) and _is_gate(module):
             for expert in module.children():
                 if isinstance(expert, Expert):
                     expert.gated = gated
