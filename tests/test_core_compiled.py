@@ -137,7 +137,7 @@ def close(ours: Tensor, exact: Tensor, room: float = 1e-6) -> bool:
 def test_without_a_compiler_a_process_is_told_once_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    with pytest.warns(native.FallbackWarning, match="loops.c was not compiled.*several times as long"):
+    with pytest.warns(native.FallbackWarning, match="loops were not compiled.*several times as long"):
         assert native.loops.__wrapped__() is None
     monkeypatch.setattr(compiled, "loops", lambda: None)
     assert not compiled.usable(torch.ones(1)) and sweep(problem(20, 64), Grid(4, 32)).codes_RC.any()

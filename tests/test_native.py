@@ -58,10 +58,20 @@ def test_products_of_many_tokens(tokens: int, threads: int, tiles: None, monkeyp
     assert got.dtype == torch.bfloat16 and (got.double() - exact).norm() < 2**-7 * exact.norm()
 
 
-def test_threads_that_are_not_to_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.Path, "read_text", lambda path: "7f00 r-xp 0 0 0 /lib/libc.so.6\n7f01 rw-p 0 0 0\n")
+def test_threads_that_are_not_to_be_had_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native.torch, "__file__", str(tmp_path / "__init__.py"))
     with pytest.warns(FallbackWarning, match="GOMP_parallel.*one thread"):
         assert native.openmp.__wrapped__() is None
+
+
+def test_threads_are_torchs_own_whatever_else_was_loaded() -> None:
+    found = native.openmp()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert found.omp_get_max_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import re
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from featherweight.errors import FallbackWarning
 
-PLAIN_FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-fno-math-errno")
+PLAIN_FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11")
 FLAGS = (
     *PLAIN_FLAGS,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
@@ -33,7 +32,6 @@ FLAGS = (
 NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
 COMPILERS = ("cc", "gcc", "clang")
 DIGEST_BYTES = 32
-OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b")
 COMPILE_S = 60.0
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux' numbers for asking to use tiles
 
@@ -58,22 +56,30 @@ def gram() -> Any:
 @cache
 def loops() -> Any:
     """The functions of `loops.c`, for any CPU; None, with a warning, where nothing compiles."""
-    return _plain("loops.c", "the solver's loops take several times as long")
+    try:
+        return ctypes.CDLL(str(library(Path(__file__).with_name("loops.c"), cache_folder(), _vector_flags())))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"the solver's loops were not compiled ({said}): they take several times as long; install a C compiler.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 @cache
 def pieces() -> Any:
     """The functions of `pieces.c`, likewise."""
-    return _plain("pieces.c", "norms, gates and rotations take several times as long")
-
-
-def _plain(source: str, lost: str) -> Any:
     try:
-        return ctypes.CDLL(str(library(Path(__file__).with_name(source), cache_folder(), _vector_flags())))
+        flags = (*_vector_flags(), "-fno-math-errno")
+        return ctypes.CDLL(str(library(Path(__file__).with_name("pieces.c"), cache_folder(), flags)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"{source} was not compiled ({said}): {lost}; install a C compiler.", FallbackWarning, stacklevel=3
+            f"norms, gates and rotations were not compiled ({said}): passes take a third longer; install a C compiler.",
+            FallbackWarning,
+            stacklevel=2,
         )
         return None
 
@@ -184,18 +190,18 @@ def run(name: str, arguments: Sequence[Tensor | int], count: int, most: int, fun
 
 @cache
 def openmp() -> Any:
-    """The OpenMP library that torch has loaded; None, with a warning, where it has none with GNU's entry points."""
-    try:
-        words = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    except OSError:  # no Linux
-        words = []
-    paths = {part[-1] for part in words if len(part) > 5 and OPENMP.match(Path(part[-1]).name)}
-    found = [ctypes.CDLL(path) for path in sorted(paths)]
-    usable = next((library for library in found if hasattr(library, "GOMP_parallel")), None)
-    if usable is None:
-        warnings.warn(
-            "torch has loaded no OpenMP library with GOMP_parallel: what is C runs on one thread; use its wheels.",
-            FallbackWarning,
-            stacklevel=3,
-        )
-    return usable
+    """The OpenMP library that torch itself calls; None, with a warning, where that has none of GNU's entry points.
+
+    Asked of torch's own library, whose dependencies are searched: another package may have loaded another OpenMP
+    (sentencepiece's wheels do), whose threads would turn beside torch's on the same cores.
+    """
+    own = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    library = ctypes.CDLL(str(own[0])) if own else None
+    if library is not None and hasattr(library, "GOMP_parallel"):
+        return library
+    warnings.warn(
+        "torch has loaded no OpenMP library with GOMP_parallel: what is C runs on one thread; use its wheels.",
+        FallbackWarning,
+        stacklevel=3,
+    )
+    return None
