@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's names for mallopt
-NEVER, USUAL = 1 << 30, 1 << 17  # bytes; the second is what glibc begins with
+MAPPED, TRIMMED = 1 << 26, 1 << 29  # bytes: larger blocks are given back as ever, and so is what is free beyond that
+USUAL = 1 << 17  # what glibc begins with, for both
 
 
 @contextmanager
@@ -24,8 +25,8 @@ def kept() -> Iterator[None]:
     except (OSError, AttributeError):  # no glibc
         yield
         return
-    mallopt(MMAP_THRESHOLD, NEVER)
-    mallopt(TRIM_THRESHOLD, NEVER)
+    mallopt(MMAP_THRESHOLD, MAPPED)
+    mallopt(TRIM_THRESHOLD, TRIMMED)
     try:
         yield
     finally:

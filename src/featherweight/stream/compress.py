@@ -87,7 +87,7 @@ def compress(
     `ids_ST` are token ids to calibrate on in place of the recipe's text. With `memory` "low", hidden states stay off
     the GPU and fewer tokens go through a block at a time: slower, with sums in another order.
     """
-    with joined() as world, kept():
+    with joined() as world:
         return _compress(model, Path(out), recipe, device, tell, ids_ST, memory, world)
 
 
@@ -122,7 +122,7 @@ def _compress(
         if world.leads:
             folder.begin(manifest(tree, recipe, ids_ST, torch_device, job.dtype, world))
         if not world.first(folder.done):
-            with torch.no_grad():
+            with torch.no_grad(), kept() if torch_device.type == "cpu" else nullcontext():
                 job.plan()
                 job.run(folder, ids_ST)
             if world.leads:
