@@ -221,6 +221,7 @@ def test_libraries_are_kept_and_made_again_when_damaged(monkeypatch: pytest.Monk
     assert native.library(source, tmp_path / "kept") == made and len(compiled) == 1
     assert ctypes.CDLL(str(made)).one() == 1
     for damaged in (b"", made.read_bytes()[:-7], bytes(len(made.read_bytes()))):
+        made.unlink()  # another file: this process has the first one mapped
         made.write_bytes(damaged)
         assert native.library(source, tmp_path / "kept") == made
         assert native._sound(made.read_bytes())

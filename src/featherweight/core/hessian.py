@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from featherweight.core import tiles
+
 PANEL_COLUMNS = {"cpu": 1024, "cuda": 4096}  # fewer are multiplied faster whole
 PANELS = 4
 WIDE_COLUMNS, WIDE_PANELS = 8192, 8  # the same of the widest
@@ -31,11 +33,16 @@ class HessianSum:
         if device.type == "cuda" and columns >= WIDE_COLUMNS:
             panels = WIDE_PANELS
         self.edges = [columns * n // panels for n in range(panels + 1)]
+        self.tiled = False  # whether anything was added by panels of tiles, on or above the diagonal alone
 
     def add(self, inputs: Tensor) -> None:
         """Adds the inputs of one batch, ... x C in any float dtype."""
         x_TC = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x_TC.shape[0]
+        if tiles.sums(x_TC):
+            tiles.add_(self.sum_CC, x_TC, x_TC)
+            self.tiled = True
+            return
         for start, stop in itertools.pairwise(self.edges):
             _accumulate(self.sum_CC[start:stop, start:], x_TC[:, start:stop], x_TC[:, start:])
 
@@ -49,6 +56,8 @@ class HessianSum:
         return self._mirrored(mean_CC)
 
     def _mirrored(self, mean_CC: Tensor) -> Tensor:
+        if self.tiled:
+            return tiles.mirror_(mean_CC)
         for start, stop in itertools.pairwise(self.edges):
             mean_CC[stop:, start:stop] = mean_CC[start:stop, stop:].T
         return mean_CC
@@ -65,7 +74,11 @@ class CrossSum:
         """Adds one batch: ... x R differences and ... x C inputs, in one dtype."""
         x_TC = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x_TC.shape[0]
-        _accumulate(self.sum_RC, difference.reshape(-1, difference.shape[-1]), x_TC)
+        d_TR = difference.reshape(-1, difference.shape[-1])
+        if tiles.sums(x_TC) and tiles.sums(d_TR):
+            tiles.add_(self.sum_RC, d_TR, x_TC)
+        else:
+            _accumulate(self.sum_RC, d_TR, x_TC)
 
     def mean(self, rows: slice = slice(None)) -> Tensor:
         """d^T x / T, all of it or some rows."""

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from featherweight.core import scales
+from featherweight.core import compiled, scales
 from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Grid, Joint, Pattern
 from featherweight.core.serial import one_thread
@@ -100,8 +100,11 @@ class _Run:
                 kept_CR[at] = _unstructured(weight_CR[at].square() * self.price_C[at, None], pattern, self.scope)
             choosing = pattern if keep_RC is None and pattern.of else None
             here = None if levels is None else (levels[0], levels[1][at], levels[2][at])
-            with one_thread(weight_CR.device):
-                error_NR = _sweep_slab(weight_CR[at], kept_CR[at], upper_CC[at, at], self.price_C[at], choosing, here)
+            slab_of = (weight_CR[at], kept_CR[at], upper_CC[at, at], self.price_C[at], choosing)
+            error_NR = compiled.prune_slab(*slab_of) if here is None else None
+            if error_NR is None:
+                with one_thread(weight_CR.device):
+                    error_NR = _sweep_slab(*slab_of, here)
             weight_CR[at.stop :].addmm_(upper_CC[at, at.stop :].T, error_NR, alpha=-1)
             self.loss_R += error_NR.square().sum(0)
 

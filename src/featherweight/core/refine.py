@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from featherweight.core import columns, fused, scales
+from featherweight.core import columns, compiled, fused, scales, tiles
 from featherweight.core.order import turned
 from featherweight.core.problem import LayerProblem
 from featherweight.core.products import Pulls, times
@@ -78,6 +78,8 @@ def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, pull
     each_row = 2 * solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
     chunk = max(1, CHUNK_ELEMENTS[weight_RC.device.type] // each_row)
     halves = fused.halved(hessian_CC) if fused.grams(weight_RC, width) else None
+    if tiles.weighs(weight_RC, width):
+        halves = tiles.halved(hessian_CC)
 
     def refit(at: int) -> tuple[Tensor, Tensor]:
         stop = min(at + chunk, rows)
@@ -96,7 +98,8 @@ def _refitted(
     shift_RGN = solution.codes_RC.unflatten(-1, (groups, -1)).to(dtype)
     shift_RGN = shift_RGN - solution.zeros_RG.unsqueeze(-1).to(dtype)
     right_RG = (pull_RC.unflatten(-1, (groups, -1)) * shift_RGN).sum(-1)
-    left_RGG = None if halves is None else fused.gram(shift_RGN, halves)
+    weigh = fused.gram if shift_RGN.is_cuda else tiles.weigh
+    left_RGG = None if halves is None else weigh(shift_RGN, halves)
     if left_RGG is None:
         left_RGG = _gram(shift_RGN, hessian_CC)
     whole_RGG = left_RGG.tril() + left_RGG.tril(-1).mT
@@ -164,7 +167,7 @@ def _descended(
         at = slice(start, min(start + slab, count))
         pull_ENR = pulls.of(at)
         state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR, gain_ER)
-        if fused.descend_slab(pull_ENR, *state, at, bounds, price_E):
+        if any(solver.descend_slab(pull_ENR, *state, at, bounds, price_E) for solver in (fused, compiled)):
             continue
         levels = levels or columns.Levels.of(scale_EGR, zero_EGR, *bounds)
         with one_thread(weight_RC.device):

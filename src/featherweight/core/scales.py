@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from featherweight.core import fused
+from featherweight.core import compiled, fused
 from featherweight.core.rules import Grid
 from featherweight.core.serial import each
 
@@ -20,8 +20,12 @@ PAPER_POWER = 2.4  # and the power of the error it adds up
 FINE = (-0.025, -0.0125, 0.0125, 0.025)  # steps around the best of the ladder
 CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # weights searched at a time: a CPU does it in its cache
 
+COMPILED_GROUPS = 1 << 16  # searched at a time in C: what their candidates take is then some megabytes
+
 Cost = Callable[[Tensor], Tensor]
 """What errors (B x N x R, which it may write over) cost a group, B x R."""
+Weigh = Callable[[Tensor, Tensor], list[Tensor]]
+"""The least that any of K scales and zeros (K x B x R) costs, and that scale and zero; 1 x B x R each."""
 
 
 def fit(
@@ -39,6 +43,8 @@ def fit(
         found = fused.search(grid, weight_RGN, importance.unsqueeze(-3), ladder(grid), FINE, lowest_zero)
         if found:
             return found
+        if compiled.usable(weight_RGN):
+            return _compiled_search(grid, weight_RGN, importance, lowest_zero)
     weight_BNR, importance_B1N = weight_RGN.movedim(-3, -1).flatten(0, -3), importance.flatten(0, -2).unsqueeze(1)
     groups, width, rows = weight_BNR.shape
     most = CHUNK_ELEMENTS[weight_RGN.device.type]
@@ -60,16 +66,49 @@ def fit(
     return scale_BR.view(shape).mT.contiguous(), zero_BR.view(shape).mT.contiguous()
 
 
+def _compiled_search(grid: Grid, weight_RGN: Tensor, importance_GN: Tensor, lowest_zero: int) -> tuple[Tensor, Tensor]:
+    """`fit`'s search by weighted error, layer by layer, with the candidates weighed in C."""
+    if weight_RGN.dim() == 4:
+        pairs = zip(weight_RGN, importance_GN, strict=True)
+        each_layer = [_compiled_search(grid, weight, importance, lowest_zero) for weight, importance in pairs]
+        scales, zeros = zip(*each_layer, strict=True)
+        return torch.stack(scales), torch.stack(zeros)
+    rows, groups, _ = weight_RGN.shape
+    prices_GN, found = importance_GN.to(weight_RGN).contiguous(), []
+    for some_RGN in weight_RGN.split(max(1, COMPILED_GROUPS // groups)):
+        some_BN = some_RGN.flatten(0, 1).contiguous()
+
+        def weigh(scale_KB1: Tensor, zero_KB1: Tensor, some_BN: Tensor = some_BN) -> list[Tensor]:
+            zeros = None if grid.symmetric else zero_KB1.squeeze(-1)
+            bounds = (grid.bottom, grid.top, grid.middle)
+            cost_B, place_B = compiled.least(some_BN, prices_GN, scale_KB1.squeeze(-1), zeros, bounds)
+            place_1B1 = place_B.view(1, -1, 1)
+            return [cost_B.view(1, -1, 1), *(tensor.gather(0, place_1B1) for tensor in (scale_KB1, zero_KB1))]
+
+        found.append(_searched(grid, some_BN.unsqueeze(-1), weigh, lowest_zero))
+    scale_B1, zero_B1 = (torch.cat(part) for part in zip(*found, strict=True))
+    return scale_B1.view(rows, groups), zero_B1.view(rows, groups)
+
+
 def _fit(grid: Grid, weight_BNR: Tensor, importance_B1N: Tensor, lowest_zero: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros, B x R."""
-    low_BR, high_BR = _range(weight_BNR, grid)
     if grid.search == "minmax":
-        return _from_range(grid, low_BR, high_BR, lowest_zero)
+        return _from_range(grid, *_range(weight_BNR, grid), lowest_zero)
     if grid.search == "mse":
-        return _shrink_search(grid, weight_BNR, low_BR, high_BR, lowest_zero)
+        return _shrink_search(grid, weight_BNR, *_range(weight_BNR, grid), lowest_zero)
+    cost = _weighted(importance_B1N)
+
+    def weigh(scale_KBR: Tensor, zero_KBR: Tensor) -> list[Tensor]:
+        return _least(_costs(cost, weight_BNR, scale_KBR, zero_KBR, grid), scale_KBR, zero_KBR)
+
+    return _searched(grid, weight_BNR, weigh, lowest_zero)
+
+
+def _searched(grid: Grid, weight_BNR: Tensor, weigh: Weigh, lowest_zero: int) -> tuple[Tensor, Tensor]:
+    """The search by weighted error: scales and zeros, B x R."""
     if grid.symmetric:
-        return _symmetric_search(grid, weight_BNR, importance_B1N)
-    return _asymmetric_search(grid, weight_BNR, importance_B1N, low_BR, high_BR, lowest_zero)
+        return _symmetric_search(grid, weight_BNR.abs().amax(-2), weigh)
+    return _asymmetric_search(grid, *_range(weight_BNR, grid), weigh, lowest_zero)
 
 
 def store(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,31 +189,30 @@ def _shrink_search(
     return scale[0], zero[0]
 
 
-def _symmetric_search(grid: Grid, weight_BNR: Tensor, importance_B1N: Tensor) -> tuple[Tensor, Tensor]:
+def _symmetric_search(grid: Grid, extreme_BR: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor]:
     """Scales from 1.08 down to 0.33 of the extreme over the middle code, and their mirror images; then finer steps."""
-    extreme_BR = weight_BNR.abs().amax(-2)
     extreme_BR = torch.where(extreme_BR == 0, 1.0, extreme_BR) / (1 if grid.ternary else grid.middle)
     signs = (1.0, -1.0) if grid.mirror and not grid.ternary else (1.0,)
     factors = extreme_BR.new_tensor([sign * factor for factor in ladder(grid) for sign in signs])
-    cost, zero_BR = _weighted(importance_B1N), torch.full_like(extreme_BR, grid.middle, dtype=torch.uint8)
+    zero_BR = torch.full_like(extreme_BR, grid.middle, dtype=torch.uint8)
 
-    def costs(scale_KBR: Tensor) -> Tensor:
-        return _costs(cost, weight_BNR, scale_KBR, zero_BR.expand_as(scale_KBR), grid)
+    def offer(steps_KBR: Tensor) -> list[Tensor]:
+        scale_KBR = store(steps_KBR, grid.scale_dtype)
+        return weigh(scale_KBR, zero_BR.expand_as(scale_KBR))[:2]
 
-    scale_KBR = store(factors.view(-1, 1, 1) * extreme_BR, grid.scale_dtype)
-    best_1BR, scale_1BR = _least(costs(scale_KBR), scale_KBR)
-    centre_1BR = scale_1BR.to(weight_BNR.dtype)
+    first = offer(factors.view(-1, 1, 1) * extreme_BR)
+    centre_1BR = first[1].to(extreme_BR.dtype)
     fine_K11 = extreme_BR.new_tensor(FINE).view(-1, 1, 1)
-    finer_KBR = store(centre_1BR + torch.copysign(fine_K11 * extreme_BR, fine_K11 * centre_1BR), grid.scale_dtype)
-    _, scale = _least(torch.cat([best_1BR, costs(finer_KBR)]), torch.cat([scale_1BR, finer_KBR]))
+    finer = offer(centre_1BR + torch.copysign(fine_K11 * extreme_BR, fine_K11 * centre_1BR))
+    _, scale = _least(*map(torch.cat, zip(first, finer, strict=True)))
     return scale[0], zero_BR
 
 
 def _asymmetric_search(
-    grid: Grid, weight_BNR: Tensor, importance_B1N: Tensor, low_BR: Tensor, high_BR: Tensor, lowest_zero: int
+    grid: Grid, low_BR: Tensor, high_BR: Tensor, weigh: Weigh, lowest_zero: int
 ) -> tuple[Tensor, Tensor]:
     """Scales from 1.04 down to 0.29 of the range, each with the three zeros that centre it best; then finer steps."""
-    full_BR, cost = (high_BR - low_BR) / grid.top, _weighted(importance_B1N)
+    full_BR = (high_BR - low_BR) / grid.top
 
     def offer(steps_KBR: Tensor) -> list[Tensor]:
         """The least cost of these scales, each with three zeros; the scale and the zero."""
@@ -182,11 +220,10 @@ def _asymmetric_search(
         middle_KBR = torch.round((grid.top - (low_BR + high_BR) / scale_KBR.to(low_BR.dtype)) / 2)  # clips both alike
         shifts = middle_KBR.new_tensor([0, -1, 1]).view(-1, 1, 1)
         zero_KBR = (middle_KBR.unsqueeze(1) + shifts).clamp(lowest_zero, grid.top).to(torch.uint8).flatten(0, 1)
-        scale_KBR = scale_KBR.repeat_interleave(3, 0)
-        return _least(_costs(cost, weight_BNR, scale_KBR, zero_KBR, grid), scale_KBR, zero_KBR)
+        return weigh(scale_KBR.repeat_interleave(3, 0), zero_KBR)
 
     first = offer(full_BR.new_tensor(ladder(grid)).view(-1, 1, 1) * full_BR)
-    finer = offer(first[1].to(weight_BNR.dtype) + full_BR.new_tensor(FINE).view(-1, 1, 1) * full_BR)
+    finer = offer(first[1].to(full_BR.dtype) + full_BR.new_tensor(FINE).view(-1, 1, 1) * full_BR)
     _, scale, zero = _least(*map(torch.cat, zip(first, finer, strict=True)))
     return scale[0], zero[0]
 

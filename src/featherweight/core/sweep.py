@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from featherweight.core import columns, fused, scales
+from featherweight.core import columns, compiled, fused, scales
 from featherweight.core.order import natural, ordered
 from featherweight.core.problem import Factor, LayerProblem, Order
 from featherweight.core.products import subtract_
@@ -142,8 +142,9 @@ class _Pass:
         """Rounds the columns `at` and writes down their scaled errors E, with W - V = E U."""
         levels = (self.grid.bottom, self.grid.top)
         tensors = (self.weight_ECR, self.upper_ECC, self.scale_EGR, self.zero_EGR, self.group_EC, self.keep_ECR)
-        if fused.sweep_slab(*tensors, errors_ENR, self.codes_ECR, self.loss_ER, at, levels):
-            return
+        for solver in (fused, compiled):
+            if solver.sweep_slab(*tensors, errors_ENR, self.codes_ECR, self.loss_ER, at, levels):
+                return
         keep_ENR = None if self.keep_ECR is None else self.keep_ECR[:, at]
         if self.levels is None:
             self.levels = columns.Levels.of(self.scale_EGR, self.zero_EGR, *levels)

@@ -58,30 +58,32 @@ def gram() -> Any:
 @cache
 def loops() -> Any:
     """The functions of `loops.c`, for any CPU; None, with a warning, where nothing compiles."""
-    try:
-        return ctypes.CDLL(str(library(Path(__file__).with_name("loops.c"), cache_folder(), _vector_flags())))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"the solver's loops were not compiled ({said}): they take several times as long; install a C compiler.",
-            FallbackWarning,
-            stacklevel=2,
-        )
-        return None
+    return _of_any_cpu("loops.c", (), "the solver's loops", "several times as long")
 
 
 @cache
 def pieces() -> Any:
     """The functions of `pieces.c`, likewise."""
+    return _of_any_cpu("pieces.c", ("-fno-math-errno",), "norms, gates and rotations", "half as long again in passes")
+
+
+@cache
+def int4() -> Any:
+    """The functions of `int4.c`, likewise."""
+    # gcc 12's -O3 makes the AVX2 loop six times slower than its -O2.
+    return _of_any_cpu("int4.c", ("-O2", "-Wno-psabi"), "products with 4-bit codes", "two to five times as long")
+
+
+def _of_any_cpu(source: str, flags: tuple[str, ...], what: str, without: str) -> Any:
     try:
-        flags = (*_vector_flags(), "-fno-math-errno")
-        return ctypes.CDLL(str(library(Path(__file__).with_name("pieces.c"), cache_folder(), flags)))
+        path = library(Path(__file__).with_name(source), cache_folder(), (*_vector_flags(), *flags))
+        return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"norms, gates and rotations were not compiled ({said}): passes take a third longer; install a C compiler.",
+            f"{what} were not compiled ({said}): they take {without}; install a C compiler.",
             FallbackWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
 
@@ -106,24 +108,6 @@ def _of_tiles(source: str) -> Any:
             "five times as long; install a C compiler (gcc 11 or clang 12, or newer).",
             FallbackWarning,
             stacklevel=3,
-        )
-        return None
-
-
-@cache
-def int4() -> Any:
-    """The functions of `int4.c`, for any CPU; None, with a warning, where nothing compiles."""
-    try:
-        # gcc 12's -O3 makes the AVX2 loop six times slower than its -O2.
-        flags = (*_vector_flags(), "-O2", "-Wno-psabi")
-        return ctypes.CDLL(str(library(Path(__file__).with_name("int4.c"), cache_folder(), flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"products with 4-bit codes were not compiled ({said}): they take two to five times as long; install a C "
-            "compiler.",
-            FallbackWarning,
-            stacklevel=2,
         )
         return None
 

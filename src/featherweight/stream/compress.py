@@ -28,6 +28,7 @@ from featherweight.models.encoder_decoder import runner_of
 from featherweight.models.load import load_tokenizer
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
+from featherweight.native.memory import kept
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
@@ -121,7 +122,7 @@ def _compress(
         if world.leads:
             folder.begin(manifest(tree, recipe, ids_ST, torch_device, job.dtype, world))
         if not world.first(folder.done):
-            with torch.no_grad():
+            with torch.no_grad(), kept() if torch_device.type == "cpu" else nullcontext():
                 job.plan()
                 job.run(folder, ids_ST)
             if world.leads:
@@ -161,7 +162,7 @@ class _Job:
         self.phases = Phases(device)
         self.beside = device.type == "cuda"  # on a CPU, reading and writing beside the solver takes cores from it
         self.dtype = compute_dtype(tree.dtype, device)
-        self.fuses = device.type == "cuda" and not recipe.trains  # training compiles blocks and needs gradients
+        self.fuses = not recipe.trains  # training compiles blocks and needs gradients
         self.low = memory == "low"
         self.compiled: Future[None] | None = None
         # A plain format rounds what the pass has gone through, and training goes through the block again.

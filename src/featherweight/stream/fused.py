@@ -1,9 +1,9 @@
-"""What transformers' blocks do between their products, with fewer passes over memory on a GPU.
+"""What transformers' blocks do between their products, with fewer passes over memory.
 
 Families write norms, rotary positions and gated units in eager torch, up to eight kernels each, which together take as
 long as half the products. A piece is recognised by what it computes: it is run on small random tensors on the CPU, and
-where it does what a formula here says, to the bit, a Triton kernel takes its place. Other pieces, other dtypes and
-passes that need gradients stay as they are.
+where it does what a formula here says, to the bit, a Triton kernel takes its place, or a loop in C on a CPU
+(`compiled`). Other pieces, other dtypes and passes that need gradients stay as they are.
 
 Shapes: N rows, D width, I inner width; S sequences, T tokens, H heads.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from featherweight.core.triton_tried import tried
 from featherweight.models.experts import Expert, Experts
 from featherweight.models.pieces import epsilon_of
+from featherweight.stream import compiled
 from featherweight.stream.grouped import Grouped
 
 KINDS = (torch.float16, torch.bfloat16)
@@ -67,7 +68,9 @@ def rotations(model: nn.Module) -> Iterator[None]:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool, early: bool) -> Tensor | None:
-    """x / sqrt(mean x^2 + eps), times weight or 1 + weight; None where Triton cannot."""
+    """x / sqrt(mean x^2 + eps), times weight or 1 + weight; None where neither Triton nor C can."""
+    if compiled.usable(x, weight_D):
+        return compiled.rms_norm(x, weight_D, eps, plus_one, early)
     width = x.shape[-1]
     if width > WIDEST or not usable(x, weight_D):
         return None
@@ -86,6 +89,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool, early: boo
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape; rows (the last axis) may lie apart."""
+    if gate.stride(-1) == up.stride(-1) == 1 and compiled.usable(gate, up):
+        return compiled.gated(gate, up)
     if not (usable(gate, up) and gate.stride(-1) == up.stride(-1) == 1):
         return F.silu(gate) * up
     gate_NI, up_NI = gate.flatten(0, -2), up.flatten(0, -2)
@@ -102,14 +107,17 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotated(x_SHTD: Tensor, cos_STD: Tensor, sin_STD: Tensor) -> Tensor | None:
-    """x cos + (-x2, x1) sin, with x1 and x2 the halves of the last axis; None where Triton cannot."""
+    """x cos + (-x2, x1) sin, with x1 and x2 the halves of the last axis; None where neither Triton nor C can."""
     sequences, heads, tokens, width = x_SHTD.shape
     alike = cos_STD.shape == sin_STD.shape and cos_STD.shape[1:] == (tokens, width) and not width % 2
-    if not (alike and len(cos_STD) in (1, sequences) and usable(x_SHTD, cos_STD, sin_STD)):
+    tensors, in_c = (x_SHTD, cos_STD, sin_STD), compiled.usable(x_SHTD, cos_STD, sin_STD)
+    if not (alike and len(cos_STD) in (1, sequences) and (in_c or usable(*tensors))):
         return None
     found = torch.empty_like(x_SHTD)
     if found.stride() != x_SHTD.stride() or x_SHTD.stride(-1) != 1:
         return None
+    if in_c:
+        return compiled.rotated(*tensors, found)
 
     def launch() -> None:
         from featherweight.stream import triton_pieces
