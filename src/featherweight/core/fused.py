@@ -1,6 +1,8 @@
-"""Whether, and how, a slab of columns or a search for scales is one kernel; where not, the callers' own loops do it.
+"""Whether, and how, a slab of columns, a search for scales or a pass over memory is one kernel; where not, the callers'
+own loops, or torch, do it.
 
-Shapes: E layers of one shape, N columns of a slab, R rows; of searches G groups of a row and N inputs of a group.
+Shapes: E layers of one shape, C columns, N columns of a slab, R rows; of searches G groups of a row and N inputs of a
+group.
 """
 
 from __future__ import annotations
