@@ -17,7 +17,6 @@ from featherweight.core.rules import Grid
 from featherweight.core.triton_tried import tried
 
 ROWS, TILE = 16, 32  # of a program, and columns of them that it holds at a time: one warp's registers
-MANY_ROWS = 8192  # from which on a program has twice as many: there are enough of them then
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
 GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 128  # groups whose columns a program multiplies at once, and its rows
 TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
@@ -265,10 +264,9 @@ def _launch(
     def launch() -> None:
         from featherweight.core import triton_slabs
 
-        rows = ROWS if sizes[0] * len(first) <= MANY_ROWS else 2 * ROWS
-        kernel = pick(triton_slabs)[(-(-sizes[0] // rows), len(first))]
+        kernel = pick(triton_slabs)[(-(-sizes[0] // ROWS), first.shape[0])]
         arguments = (first if tensor is None else tensor for tensor in tensors)
-        kernel(*arguments, *sizes, TILE=TILE, ROWS=rows, num_warps=1, **constants)
+        kernel(*arguments, *sizes, TILE=TILE, ROWS=ROWS, num_warps=1, **constants)
 
     return _tried(launch)
 
