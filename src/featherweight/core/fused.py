@@ -1,6 +1,8 @@
-"""Whether, and how, a slab of columns or a search for scales is one kernel; where not, the callers' own loops do it.
+"""Whether, and how, a slab of columns, a search for scales or a pass over memory is one kernel; where not, the callers'
+own loops, or torch, do it.
 
-Shapes: E layers of one shape, N columns of a slab, R rows; of searches G groups of a row and N inputs of a group.
+Shapes: E layers of one shape, C columns, N columns of a slab, R rows; of searches G groups of a row and N inputs of a
+group.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from featherweight.core.rules import Grid
 from featherweight.core.triton_tried import tried
 
 ROWS, TILE = 16, 32  # of a program, and columns of them that it holds at a time: one warp's registers
-MANY_ROWS = 8192  # from which on a program has twice as many: there are enough of them then
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
 GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 128  # groups whose columns a program multiplies at once, and its rows
 TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
@@ -263,10 +264,9 @@ def _launch(
     def launch() -> None:
         from featherweight.core import triton_slabs
 
-        rows = ROWS if sizes[0] * len(first) <= MANY_ROWS else 2 * ROWS
-        kernel = pick(triton_slabs)[(-(-sizes[0] // rows), len(first))]
+        kernel = pick(triton_slabs)[(-(-sizes[0] // ROWS), first.shape[0])]
         arguments = (first if tensor is None else tensor for tensor in tensors)
-        kernel(*arguments, *sizes, TILE=TILE, ROWS=rows, num_warps=1, **constants)
+        kernel(*arguments, *sizes, TILE=TILE, ROWS=ROWS, num_warps=1, **constants)
 
     return _tried(launch)
 

@@ -18,7 +18,7 @@ from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
 DAMPING_TRIES = 5
-INEXACT = 1e-2  # how far off the image of a random vector may be that a factor is tried on
+PROBES, INEXACT = 4, 1e-2  # random vectors that a factor is tried on, and how far off their image may be
 PERMUTED_ROWS = 4096  # at a time
 TRIANGLE_COLUMNS = 2048  # of a product with a triangular matrix, at a time
 
@@ -72,7 +72,7 @@ class LayerProblem:
             raise RequestError(
                 f"{self.name} has {columns} inputs but its Hessian is {shape}: collect H from its inputs."
             )
-        if not bool(_finite(self.hessian_CC)):
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(self.hessian_CC))).all()):  # NaN is its own least and most
             raise RequestError(
                 f"{self.name} saw inputs with NaN or Inf: run the model in float32 or check its weights."
             )
@@ -140,15 +140,17 @@ class LayerProblem:
         return _inverse_factor(ordered(order_C.flip(-1)))
 
     def _inverts(self, upper_CC: Tensor, order_C: Tensor, diagonal_C: Tensor) -> bool:
-        """Whether U H U^T z = z for a random z and H with this diagonal: products in halves of float16 may be too
+        """Whether U H U^T z = z for some random z and H with this diagonal: products in halves of float16 may be too
         inexact for an H that float32 can still do."""
         draw = torch.Generator(upper_CC.device).manual_seed(0)
-        z_C = torch.randn(upper_CC.shape[:-1], generator=draw, dtype=upper_CC.dtype, device=upper_CC.device)
-        x_C = torch.empty_like(z_C).scatter_(-1, order_C, _applied(upper_CC.mT, z_C))
+        shape = (*upper_CC.shape[:-1], PROBES)
+        z_CP = torch.randn(shape, generator=draw, dtype=upper_CC.dtype, device=upper_CC.device)
+        order_CP = order_C.unsqueeze(-1).expand(shape)
+        x_CP = torch.empty_like(z_CP).scatter_(-2, order_CP, upper_CC.mT @ z_CP)
         added_C = diagonal_C - self.hessian_CC.diagonal(dim1=-2, dim2=-1)
-        y_C = _applied(self.hessian_CC, x_C) + added_C * x_C
-        error_C = _applied(upper_CC, y_C.gather(-1, order_C)) - z_C
-        return bool((error_C.norm(dim=-1) <= INEXACT * z_C.norm(dim=-1)).all())
+        y_CP = self.hessian_CC @ x_CP + added_C.unsqueeze(-1) * x_CP
+        error = (upper_CC @ y_CP.gather(-2, order_CP) - z_CP).square().sum((-2, -1))
+        return bool((error <= INEXACT**2 * z_CP.square().sum((-2, -1))).all())
 
 
 def loss_R(problem: LayerProblem, values_RC: Tensor, damping: float | None = None) -> Tensor:
@@ -222,21 +224,12 @@ def _pivot_order(damped_CC: Tensor) -> Tensor:
     return torch.cat(picks[::-1], -1)
 
 
-def _applied(matrix_CC: Tensor, vector_C: Tensor) -> Tensor:
-    """matrix @ vector; of one matrix by a kernel for vectors, where one for matrices takes five times as long."""
-    return matrix_CC @ vector_C if matrix_CC.dim() == 2 else (matrix_CC @ vector_C.unsqueeze(-1)).squeeze(-1)
-
-
 def _inverse_factor(reversed_CC: Tensor) -> Tensor | None:
     """U with inv(H) = U^T U, of J H J; None where H is not positive definite even in float64."""
     for dtype in (reversed_CC.dtype, torch.float64):
         lower_CC, info = torch.linalg.cholesky_ex(reversed_CC.to(dtype))
-        result_CC = inverse_lower(lower_CC).to(reversed_CC.dtype).flip(-2, -1)
-        if bool((info == 0).all() & _finite(result_CC)):  # one question to a GPU, which is waited for
-            return result_CC
+        if bool((info == 0).all()):
+            result_CC = inverse_lower(lower_CC).to(reversed_CC.dtype).flip(-2, -1)
+            if bool(torch.isfinite(result_CC).all()):
+                return result_CC
     return None
-
-
-def _finite(matrix_CC: Tensor) -> Tensor:
-    """Whether all numbers are, as a tensor; NaN is its own least and most."""
-    return torch.isfinite(torch.stack(torch.aminmax(matrix_CC))).all()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from featherweight.core import columns, compiled, fused, scales, tiles
-from featherweight.core.order import turned
 from featherweight.core.problem import LayerProblem
 from featherweight.core.products import Pulls, times
 from featherweight.core.serial import each, one_thread
@@ -147,24 +146,24 @@ def _descended(
     weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, price_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The codes after `descend`'s pass, and what the losses fall by, step after step (with a price, less than zero)."""
+    weight_ECR = weight_RC.transpose(1, 2)
     scale_EGR, zero_EGR = (
         t.to(weight_RC.dtype).transpose(1, 2).contiguous() for t in (solution.scales_RG, solution.zeros_RG)
     )
-    values_ECR = turned(solution.values(weight_RC.dtype))
-    delta_ECR = turned(weight_RC).sub_(values_ECR)
-    codes_ECR = turned(solution.codes_RC)
-    layers, count, _ = values_ECR.shape
-    width = count // scale_EGR.shape[1]
+    values_ECR = solution.values(weight_RC.dtype).transpose(1, 2).contiguous()
+    delta_ECR = weight_ECR.contiguous() - values_ECR
+    codes_ECR = solution.codes_RC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    width = weight_ECR.shape[1] // scale_EGR.shape[1]
     free_ECR, hessian_CC = None, hessian_CC.contiguous()
     if solution.keep_RC is not None:
         free_ECR = solution.keep_RC.transpose(1, 2).to(weight_RC.dtype, memory_format=torch.contiguous_format)
     pulls, gain_ER = Pulls(hessian_CC, delta_ECR), torch.zeros_like(weight_RC[..., 0])
     bounds = solution.grid.bottom, solution.grid.top
     levels: columns.Levels | None = None  # made where they are needed: a GPU would have to be waited for
-    group_EC = (torch.arange(count, device=weight_RC.device) // width).expand(layers, -1)
+    group_EC = (torch.arange(weight_ECR.shape[1], device=weight_RC.device) // width).expand(len(weight_ECR), -1)
     slab = WIDE_SLAB if fused.usable(weight_RC) else SLAB
-    for start in range(0, count, slab):
-        at = slice(start, min(start + slab, count))
+    for start in range(0, weight_ECR.shape[1], slab):
+        at = slice(start, min(start + slab, weight_ECR.shape[1]))
         pull_ENR = pulls.of(at)
         state = (hessian_CC, values_ECR, scale_EGR, zero_EGR, free_ECR, delta_ECR, codes_ECR, gain_ER)
         if any(solver.descend_slab(pull_ENR, *state, at, bounds, price_E) for solver in (fused, compiled)):
@@ -183,4 +182,4 @@ def _descended(
         delta_ECR[:, at] -= moved_ENR
         codes_ECR[:, at] = codes_ENR
         gain_ER += fallen_ER
-    return turned(codes_ECR), gain_ER
+    return codes_ECR.transpose(1, 2).contiguous(), gain_ER

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from featherweight.core import columns, compiled, fused, scales
-from featherweight.core.order import natural, ordered
 from featherweight.core.problem import Factor, LayerProblem, Order
 from featherweight.core.products import subtract_
 from featherweight.core.rules import Grid
@@ -81,14 +80,33 @@ def sweep(
         scale_ERG, zero_ERG = scales.fit(
             grid, kept_ERC.unflatten(-1, (-1, width)), _importance(upper_ECC, order_EC, width), lowest_zero
         )
-    weight_ECR, keep_ECR = ordered(weight_ERC, order_EC), None
+    weight_ECR, keep_ECR = _ordered(weight_ERC, order_EC), None
     if keep_RC is not None:
-        keep_ECR = ordered((keep_RC if stacked else keep_RC.unsqueeze(0)).to(weight_ECR.dtype), order_EC)
+        keep_ECR = _ordered((keep_RC if stacked else keep_RC.unsqueeze(0)).to(weight_ECR.dtype), order_EC)
     pass_ = _Pass(grid, width, weight_ECR, upper_ECC, order_EC, scale_ERG, zero_ERG, lowest_zero, keep_ECR)
     pass_.run(slab, refit=scales_from == "updated" and fitted is None)
-    codes_ERC = natural(pass_.codes_ECR, order_EC)
+    codes_ERC = _in_place(pass_.codes_ECR, order_EC)
     solution = Solution(codes_ERC, pass_.scale_ERG, pass_.zero_ERG, grid, pass_.loss_ER, factor.damping)
     return replace(solution if stacked else solution.layer(0), keep_RC=keep_RC)
+
+
+def _ordered(natural_ERC: Tensor, order_EC: Tensor) -> Tensor:
+    """Columns in this order, each in one piece: E x C x R."""
+    found_ECR = fused.turn(natural_ERC, torch.argsort(order_EC, -1))
+    if found_ECR is None:
+        each_E1 = torch.arange(len(natural_ERC), device=natural_ERC.device).unsqueeze(1)
+        found_ECR = natural_ERC.transpose(1, 2).contiguous()[each_E1, order_EC]
+    return found_ECR
+
+
+def _in_place(ordered_ECR: Tensor, order_EC: Tensor) -> Tensor:
+    """Columns as they were before `_ordered`, E x R x C."""
+    place_EC = torch.argsort(order_EC, -1)
+    found_ERC = fused.turn(ordered_ECR, place_EC, back=True)
+    if found_ERC is None:
+        each_E1 = torch.arange(len(ordered_ECR), device=ordered_ECR.device).unsqueeze(1)
+        found_ERC = ordered_ECR[each_E1, place_EC].transpose(1, 2).contiguous()
+    return found_ERC
 
 
 def _importance(upper_ECC: Tensor, order_EC: Tensor, width: int) -> Tensor:

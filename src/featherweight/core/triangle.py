@@ -49,20 +49,17 @@ def inverse_factor_(matrix_CC: Tensor) -> bool:
         failures.append(info_E)
         upper_ENN = inverse_lower(lower_ENN).flip(-2, -1)
         if stop < columns:
-            products.into_(all_ECC[:, own, after], upper_ENN, all_ECC[:, own, after])
+            all_ECC[:, own, after] = products.of(upper_ENN, all_ECC[:, own, after])
             all_ECC[:, after, own] = 0.0
         all_ECC[:, own, own] = upper_ENN
         if start:
-            panel_ESN = all_ECC[:, before, own]
-            products.into_(panel_ESN, panel_ESN, upper_ENN.mT)
+            panel_ESN = products.of(all_ECC[:, before, own], upper_ENN.mT)
+            all_ECC[:, before, own] = 0.0
             one = products.left(panel_ESN)
-            sides = ((0, products.right(panel_ESN.mT)), (start, products.right(all_ECC[:, own, start:])))
-            panel_ESN.zero_()
+            other = products.right(torch.cat([panel_ESN.mT, all_ECC[:, own, start:]], -1))
             for at in range(0, start, PANELS * block):
                 end = min(at + PANELS * block, start)
-                for begin, other in sides:
-                    total = all_ECC[:, at:end, max(at, begin) : begin + other.shape[-1]]
-                    products.subtract_(total, one[:, at:end], other[..., max(at - begin, 0) :])
+                products.subtract_(all_ECC[:, at:end, at:], one[:, at:end], other[..., at:])
     if products.halved:
         all_ECC.mul_(root_EC.unsqueeze(-2))
     return bool((torch.stack(failures) == 0).all())
@@ -75,11 +72,10 @@ class _Products:
         self.halved = halved
 
     def left(self, one_EAK: Tensor) -> Tensor:
-        """A copy, in either case."""
-        return left(one_EAK, torch.float16) if self.halved else one_EAK.clone()
+        return left(one_EAK, torch.float16) if self.halved else one_EAK
 
     def right(self, other_EKB: Tensor) -> Tensor:
-        return right(other_EKB, torch.float16) if self.halved else other_EKB.clone()
+        return right(other_EKB, torch.float16) if self.halved else other_EKB
 
     def subtract_(self, total_EAB: Tensor, one: Tensor, other: Tensor) -> None:
         """total -= one @ other, of what `left` and `right` made."""
@@ -88,12 +84,13 @@ class _Products:
         else:
             total_EAB.baddbmm_(one, other, alpha=-1)
 
-    def into_(self, total_EAB: Tensor, one_EAK: Tensor, other_EKB: Tensor) -> None:
-        """total = one @ other, where total may be one of them."""
-        if self.halved:
-            add_(total_EAB[0], self.left(one_EAK)[0], self.right(other_EKB)[0], beta=0)
-        else:
-            total_EAB.copy_(one_EAK @ other_EKB)
+    def of(self, one_EAK: Tensor, other_EKB: Tensor) -> Tensor:
+        """one @ other."""
+        if not self.halved:
+            return one_EAK @ other_EKB
+        found_EAB = one_EAK.new_empty((1, one_EAK.shape[-2], other_EKB.shape[-1]))
+        add_(found_EAB[0], self.left(one_EAK)[0], self.right(other_EKB)[0], beta=0)
+        return found_EAB
 
 
 def inverse_lower(lower_CC: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def invert_diagonal(
         tile_NM -= tl.where(row_N > j, now_N, 0.0)[:, None] * found_M[None, :]
 
 
-@triton.jit  # where rows and columns are known to be whole sixteens, numbers are read and written several at a time
+@triton.jit(do_not_specialize=["rows", "columns"])
 def take_apart(
     matrix_ptr,  # E x A x B, with strides
     half_ptr,  # float16 or bfloat16: `first` at 0 and at `again`, `second` at `beyond`; rows of B contiguous
@@ -71,7 +71,7 @@ def take_apart(
     tl.store(to_AB + beyond, second_AB, mask=inside_AB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def turn(
     natural_ptr,  # E x R x C
     ordered_ptr,  # E x C x R

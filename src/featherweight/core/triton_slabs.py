@@ -31,17 +31,17 @@ def load_row(base, at, rows, row_R, inside_R, other):
 
 @triton.jit
 def owed(matrix_ptr, moved_ptr, begin, all_columns, rows, row_R, inside_R, inside_N, TILE: tl.constexpr):
-    """moved[:, :begin] @ M[:begin, tile], of what a slab's columns moved by and its own block of a matrix C x C."""
+    """M[:begin, tile]^T @ moved[:begin], of the slab's own block of a matrix C x C and what its columns moved by."""
     place_K = tl.arange(0, TILE)
-    owed_RN = tl.zeros((row_R.shape[0], TILE), tl.float32)
+    owed_NR = tl.zeros((TILE, row_R.shape[0]), tl.float32)
     for done in range(0, begin, TILE):
         place = (done + place_K).to(tl.int64)
-        moved_RK = tl.load(moved_ptr + place[None, :] * rows + row_R[:, None], mask=inside_R[:, None], other=0.0)
-        matrix_KN = tl.load(
-            matrix_ptr + place[:, None] * all_columns + (begin + place_K)[None, :], mask=inside_N[None, :], other=0.0
+        matrix_NK = tl.load(  # read across: M^T
+            matrix_ptr + place[None, :] * all_columns + (begin + place_K)[:, None], mask=inside_N[:, None], other=0.0
         )
-        owed_RN = tl.dot(moved_RK, matrix_KN, owed_RN, input_precision="tf32x3")
-    return owed_RN
+        moved_KR = tl.load(moved_ptr + place[:, None] * rows + row_R[None, :], mask=inside_R[None, :], other=0.0)
+        owed_NR = tl.dot(matrix_NK, moved_KR, owed_NR, input_precision="tf32x3")
+    return owed_NR
 
 
 @triton.jit(do_not_specialize=["groups"])  # one kernel whatever the number of groups
@@ -74,12 +74,12 @@ def sweep_slab(
     loss_R = load_row(loss_ptr, layer, rows, row_R, inside_R, 0.0)
     for begin in range(0, columns, TILE):
         inside_N, last = begin + place_N < columns, tl.minimum(begin + TILE, columns) - 1
-        tile_RN = tl.load(
-            weight_ptr + (first + begin + place_N)[None, :] * rows + row_R[:, None],
-            mask=inside_R[:, None] & inside_N[None, :],
+        tile_NR = tl.load(
+            weight_ptr + (first + begin + place_N)[:, None] * rows + row_R[None, :],
+            mask=inside_N[:, None] & inside_R[None, :],
             other=0.0,
         )
-        tile_RN -= owed(slab_ptr, slab_error_ptr, begin, all_columns, rows, row_R, inside_R, inside_N, TILE)
+        tile_NR -= owed(slab_ptr, slab_error_ptr, begin, all_columns, rows, row_R, inside_R, inside_N, TILE)
         upper_row = upper_ptr + start + begin + place_N
         group_0 = layer * groups + tl.load(group_ptr + first + begin)
         group_1 = layer * groups + tl.load(group_ptr + first + tl.minimum(begin + 1, last))
@@ -98,7 +98,7 @@ def sweep_slab(
             upper_1N = tl.load(upper_row + (first + tl.minimum(j + 2, last)) * all_columns, mask=inside_N, other=0.0)
             group_2 = layer * groups + tl.load(group_ptr + first + tl.minimum(j + 3, last))
             own_N = begin + place_N == j
-            now_R = tl.sum(tl.where(own_N[None, :], tile_RN, 0.0), axis=1)
+            now_R = tl.sum(tl.where(own_N[:, None], tile_NR, 0.0), axis=0)
             pivot = tl.sum(tl.where(own_N, upper_N, 0.0), axis=0)
             low_R, high_R = bottom - zero_R, top - zero_R
             at_R = (first + j) * rows + row_R
@@ -110,7 +110,7 @@ def sweep_slab(
             loss_R += error_R * error_R
             tl.store(error_ptr + (layer * columns + j) * rows + row_R, error_R, mask=inside_R)
             tl.store(code_ptr + at_R, (step_R + zero_R).to(tl.uint8), mask=inside_R)
-            tile_RN -= error_R[:, None] * tl.where(begin + place_N > j, upper_N, 0.0)[None, :]
+            tile_NR -= tl.where(begin + place_N > j, upper_N, 0.0)[:, None] * error_R[None, :]
         tl.debug_barrier()  # errors of this tile are read by the next
     tl.store(loss_ptr + layer * rows + row_R, loss_R, mask=inside_R)
 
@@ -150,12 +150,12 @@ def descend_slab(
     gain_R = load_row(gain_ptr, layer, rows, row_R, inside_R, 0.0)
     for begin in range(0, columns, TILE):
         inside_N, last = begin + place_N < columns, tl.minimum(begin + TILE, columns) - 1
-        tile_RN = tl.load(
-            pull_ptr + (layer * columns + begin + place_N)[None, :] * rows + row_R[:, None],
-            mask=inside_R[:, None] & inside_N[None, :],
+        tile_NR = tl.load(
+            pull_ptr + (layer * columns + begin + place_N)[:, None] * rows + row_R[None, :],
+            mask=inside_N[:, None] & inside_R[None, :],
             other=0.0,
         )
-        tile_RN -= owed(slab_ptr, slab_pull_ptr, begin, all_columns, rows, row_R, inside_R, inside_N, TILE)
+        tile_NR -= owed(slab_ptr, slab_pull_ptr, begin, all_columns, rows, row_R, inside_R, inside_N, TILE)
         hessian_row = hessian_ptr + start + begin + place_N
         next_1 = tl.minimum(begin + 1, last)
         group_0, group_1 = layer * groups + (start + begin) // width, layer * groups + (start + next_1) // width
@@ -180,7 +180,7 @@ def descend_slab(
             delta_1R = load_row(delta_ptr, first + ahead, rows, row_R, inside_R, 0.0)
             hessian_1N = tl.load(hessian_row + (first + ahead) * all_columns, mask=inside_N, other=0.0)
             own_N = begin + place_N == j
-            pull_R = tl.sum(tl.where(own_N[None, :], tile_RN, 0.0), axis=1)
+            pull_R = tl.sum(tl.where(own_N[:, None], tile_NR, 0.0), axis=0)
             curve = tl.sum(tl.where(own_N, hessian_N, 0.0), axis=0)
             low_R, high_R = bottom - zero_R, top - zero_R
             at_R = (first + j) * rows + row_R
@@ -197,6 +197,6 @@ def descend_slab(
             tl.store(pull_ptr + (layer * columns + j) * rows + row_R, moved_R, mask=inside_R)
             tl.store(delta_ptr + at_R, delta_R - moved_R, mask=inside_R)
             tl.store(code_ptr + at_R, (step_R + zero_R).to(tl.uint8), mask=inside_R)
-            tile_RN -= moved_R[:, None] * tl.where(begin + place_N > j, hessian_N, 0.0)[None, :]
+            tile_NR -= tl.where(begin + place_N > j, hessian_N, 0.0)[:, None] * moved_R[None, :]
         tl.debug_barrier()  # what this tile moved by is read by the next
     tl.store(gain_ptr + layer * rows + row_R, gain_R, mask=inside_R)
