@@ -32,7 +32,8 @@ ALL: tuple[Kernel, ...] = (
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}
 AUTO = ("sub1-cuda", "sub1-tiles", "cpu-int4", "sparse24", "w4a16-hopper", "wna16", "triton", "dequantize", "reference")
 """The order of "auto". Never dense: it gives back the memory that compressing saved, so it has to be asked for; nor
-cpu-int4 for sub1, whose codes it would hold in two to six times their bytes."""
+cpu-int4 for sub1, whose codes it would hold in two to six times their bytes. (What a race checker says of w4a16-hopper,
+and why it is here all the same: bench/results/2026-11-22-h100-w4a16-hopper.md, "Checked at night".)"""
 
 
 def reasons(

@@ -41,10 +41,11 @@ __device__ __forceinline__ void load_x(const Params& p, int first_column, int co
 }
 
 // 8 tokens x 32 columns as the registers of products; `x` is where this lane's row of the four matrices begins: of lane l row
-// l % 8 of the eight columns l / 8. The compiler may move it as it likes (not volatile): x must be there when its address is.
+// l % 8 of the eight columns l / 8.
 __device__ __forceinline__ uint4 load_unit(u32 x) {
     uint4 v;
-    asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(x));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(x) : "memory");
     return v;
 }
 

@@ -208,10 +208,8 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
 
     u32 x[NT];
 #pragma unroll
-    for (int n = 0; n < NT; n++) {  // columns of the product beyond the last token repeat it, and are not stored
+    for (int n = 0; n < NT; n++)  // columns of the product beyond the last token repeat it, and are not stored
         x[n] = base + p.at_x + min(n * 8 + (lane & 7), p.tokens - 1) * p.x_stride + (lane >> 3) * 16;
-        asm volatile("" : "+r"(x[n])::"memory");  // not before x has come
-    }
     u8* sums = memory + p.at_sums;
 #if !SPARSE
     sum_x<NT>(x, sums, (slice_end - slice) * PARTS, warp, lane);
