@@ -149,7 +149,19 @@ def test_the_kernels_compile_without_a_gpu(arch: int, tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, program, str(arch)], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     made = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert [each["kernel"] for each in made] == ["join"] * 2 + ["gate"] * 3 + ["attend"] * 2
+    assert [each["kernel"] for each in made] == ["join"] * 2 + ["gate"] * 3 + ["attend", "likeliest", "attend"]
     for each in made:
         assert each["shared"] <= 48 << 10 and (each["mma"] > 0) == (each["kernel"] == "attend")
         assert each["waits"] == (arch >= 90), "one wait for the kernel in front, where GPUs have it"
+
+
+@pytest.mark.parametrize("vocabulary", [1, 1000, 1024, 5000])
+def test_the_likeliest_token_is_the_first_of_equals(vocabulary: int) -> None:
+    logits_V = torch.randn(vocabulary, device=DEVICE)
+    for most in (None, 9.0):
+        if most is not None:
+            logits_V[vocabulary // 2 :] = most
+        for by in (decode.likeliest, decode.likeliest_by_triton):
+            token = torch.full((1, 1), -1, device=DEVICE)
+            by(logits_V, token)
+            assert int(token) == int((logits_V == logits_V.max()).nonzero()[0])

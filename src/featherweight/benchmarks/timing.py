@@ -1,7 +1,8 @@
 """The one rule all kernels are timed by, and what the machine can do at most.
 
 On a GPU: a CUDA graph of launches over copies of the weights that together exceed the L2 cache four times (two at
-least), replayed; the median of the replays, divided by the launches. On a CPU: the same calls one after another, the
+least), gone through until there are sixteen launches, so that none carries the cost of starting a graph; replayed; the
+median of the replays, divided by the launches. On a CPU: the same calls one after another, the
 median of the rounds. Random data, since zeros draw less power. Peaks are measured on the machine, in the same run.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 Call = Callable[[], object]
 ROUNDS_S = 0.04  # of replays or rounds that are measured
 LEAST_ROUNDS = 5
+LEAST_LAUNCHES = 16  # of a graph
 CPU_CACHE_BYTES = 32e6  # that calls rotate through where nothing says how large the cache is
 MOST_COPIES = 256
 PEAK_WIDTHS = {"cuda": 8192, "cpu": 1024}
@@ -28,6 +30,7 @@ def median_us(calls: Sequence[Call], device: torch.device) -> float:
     for call in calls:
         call()
     if device.type == "cuda":
+        calls = [*calls] * -(-LEAST_LAUNCHES // len(calls))
         return _replayed(calls, device) / len(calls)
     return _rounds_us(calls) / len(calls)
 

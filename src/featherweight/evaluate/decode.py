@@ -18,6 +18,7 @@ from torch import Tensor
 
 from featherweight.errors import FallbackWarning
 from featherweight.evaluate import fused
+from featherweight.kernels.decode import likeliest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +106,7 @@ class Decoder:
         """One step, and its likeliest token in the place of the one it was given."""
         assert self.token is not None
         logits_V = self._logits(self.runs, self.token) if self.step is None else self.step(self.token)
-        self.token.copy_(logits_V.argmax())
+        likeliest(logits_V, self.token)
         return logits_V
 
     def _logits(self, model: Any, ids: Tensor) -> Tensor:

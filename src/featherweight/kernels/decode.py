@@ -24,7 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 GATE_TILE = 1024
 SPLITS = 32  # of the keys, at most
-KEYS, ATTEND_WARPS = 64, 4  # of a tile
+KEYS, ATTEND_WARPS = 128, 8  # of a tile
+LIKELIEST_TILE = 1024
 JOIN_COLUMNS = 256  # of a warp
 PDL_FROM = 9  # compute capability
 
@@ -108,6 +109,14 @@ def attend(qkv_J: Tensor, heads: Heads, memory: Memory) -> Tensor:
     return (scores.softmax(-1) @ memory.values[0, :, seen].float()).to(qkv_J.dtype).flatten()
 
 
+def likeliest(logits_V: Tensor, token: Tensor) -> None:
+    """Put the likeliest token's number, the first of equals, into `token` (int64, one element)."""
+    if logits_V.is_cuda:
+        likeliest_by_triton(logits_V, token)
+    else:
+        token.copy_(logits_V.argmax())
+
+
 def _turned(x_HW: Tensor, cos_W: Tensor, sin_W: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021) of the first columns of each head, halves of them paired."""
     rotary = len(cos_W)
@@ -176,6 +185,7 @@ def attend_by_triton(qkv_J: Tensor, heads: Heads, memory: Memory) -> Tensor:
         ROWS=max(16, _power_of_two(group)),
         DIM=heads.width,
         PAD=pad,
+        WIDE=_power_of_two(group) * pad,
         ROTARY=memory.cos_LW.shape[1],
         BLOCK=KEYS,
         SPLITS=splits,
@@ -184,6 +194,28 @@ def attend_by_triton(qkv_J: Tensor, heads: Heads, memory: Memory) -> Tensor:
         **_early(qkv_J.device),
     )
     return out_J
+
+
+def likeliest_by_triton(logits_V: Tensor, token: Tensor) -> None:
+    """`likeliest` as one launch."""
+    from featherweight.kernels import triton_decode
+
+    parts = -(-len(logits_V) // LIKELIEST_TILE)
+    triton_decode.likeliest[(parts,)](
+        *(logits_V, *_likeliest_scratch(logits_V.device, parts), token),
+        VOCAB=len(logits_V),
+        TILE=LIKELIEST_TILE,
+        PARTS=parts,
+        PADDED=_power_of_two(parts),
+        **_early(logits_V.device),
+    )
+
+
+@cache
+def _likeliest_scratch(device: torch.device, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The greatest of each part, where it is, and how many have ended."""
+    at = torch.empty(parts, dtype=torch.int32, device=device)
+    return torch.empty(parts, device=device), at, torch.zeros(1, dtype=torch.int32, device=device)
 
 
 @cache

@@ -129,6 +129,7 @@ def attend(
     ROWS: tl.constexpr,  # GROUP, padded to what a product takes
     DIM: tl.constexpr,
     PAD: tl.constexpr,
+    WIDE: tl.constexpr,  # PAD for each of GROUP, padded to a power of two
     ROTARY: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -227,18 +228,61 @@ def attend(
         tl.debug_barrier()  # every thread's part is written before one of them says so
         if tl.atomic_add(count_ptr + head, 1, sem="acq_rel") == used - 1:
             tl.debug_barrier()
-            split_S = tl.arange(0, SPLITS)
-            for group in tl.static_range(GROUP):
-                part_S = (head * SPLITS + split_S) * GROUP + group
-                mine_S = split_S < used
-                most_S = tl.load(most_ptr + part_S, mask=mine_S, other=float("-inf"), cache_modifier=".cg")
-                total_S = tl.load(most_ptr + totals + part_S, mask=mine_S, other=0.0, cache_modifier=".cg")
-                sums_SD = tl.load(
-                    part_ptr + part_S[:, None] * PAD + column_D[None, :], mask=mine_S[:, None], other=0.0,
-                    cache_modifier=".cg",
-                )  # fmt: skip
-                share_S = tl.exp2(most_S - tl.max(most_S, 0))
-                out_D = tl.sum(sums_SD * share_S[:, None], 0) / tl.sum(total_S * share_S, 0)
-                to_D = out_ptr + (head * GROUP + group) * DIM + column_D
-                tl.store(to_D, out_D.to(out_ptr.dtype.element_ty), mask=inside_D)
+            column_C = tl.arange(0, WIDE)  # of all heads of the group: none of the loads waits for another
+            group_C = column_C // PAD
+            inside_C = group_C < GROUP
+            most_C = tl.full((WIDE,), float("-inf"), dtype=tl.float32)
+            for each in tl.static_range(SPLITS):
+                part_C = (head * SPLITS + each) * GROUP + group_C
+                mine_C = group_C < tl.where(each < used, GROUP, 0)
+                most_C = tl.maximum(
+                    most_C, tl.load(most_ptr + part_C, mask=mine_C, other=float("-inf"), cache_modifier=".cg")
+                )
+            out_C = tl.zeros((WIDE,), dtype=tl.float32)
+            total_C = tl.where(inside_C, 0.0, 1.0)
+            for each in tl.static_range(SPLITS):
+                part_C = (head * SPLITS + each) * GROUP + group_C
+                mine_C = group_C < tl.where(each < used, GROUP, 0)
+                most_part_C = tl.load(most_ptr + part_C, mask=mine_C, other=float("-inf"), cache_modifier=".cg")
+                total_part_C = tl.load(most_ptr + totals + part_C, mask=mine_C, other=0.0, cache_modifier=".cg")
+                at_C = part_ptr + (head * SPLITS + each) * GROUP * PAD + column_C
+                sum_C = tl.load(at_C, mask=mine_C, other=0.0, cache_modifier=".cg")
+                share_C = tl.exp2(most_part_C - tl.where(inside_C, most_C, 0.0))
+                total_C += total_part_C * share_C
+                out_C += sum_C * share_C
+            to_C = out_ptr + (head * GROUP + group_C) * DIM + column_C % PAD
+            tl.store(to_C, (out_C / total_C).to(out_ptr.dtype.element_ty), mask=inside_C & (column_C % PAD < DIM))
             tl.store(count_ptr + head, 0)
+
+
+@triton.jit
+def likeliest(
+    logits_ptr,  # VOCAB
+    most_ptr,  # float32, PARTS: the greatest of each
+    at_ptr,  # int32, PARTS: and where it is
+    count_ptr,  # int32: zero, and zero again afterwards
+    token_ptr,  # int64, written
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED: tl.constexpr,  # PARTS, to a power of two
+    PDL: tl.constexpr,
+):
+    """token = argmax(logits), the first of equals; the last part to end looks at the others' greatest."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    part = tl.program_id(0)
+    column_V = part * TILE + tl.arange(0, TILE)
+    logits_V = tl.load(logits_ptr + column_V, mask=column_V < VOCAB, other=float("-inf")).to(tl.float32)
+    most = tl.max(logits_V, 0)
+    tl.store(most_ptr + part, most)
+    tl.store(at_ptr + part, tl.min(tl.where(logits_V == most, column_V, VOCAB - 1), 0))
+    tl.debug_barrier()
+    if tl.atomic_add(count_ptr, 1, sem="acq_rel") == PARTS - 1:
+        tl.debug_barrier()
+        part_P = tl.arange(0, PADDED)
+        most_P = tl.load(most_ptr + part_P, mask=part_P < PARTS, other=float("-inf"), cache_modifier=".cg")
+        at_P = tl.load(at_ptr + part_P, mask=part_P < PARTS, other=VOCAB - 1, cache_modifier=".cg")
+        tl.store(token_ptr, tl.min(tl.where(most_P == tl.max(most_P, 0), at_P, VOCAB - 1), 0).to(tl.int64))
+        tl.store(count_ptr, 0)
