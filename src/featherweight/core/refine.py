@@ -10,7 +10,9 @@ Shapes: R outputs, C inputs, G groups, N inputs of one group, E layers of one sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from featherweight.core.serial import each, one_thread
 from featherweight.core.solution import Solution
 
 SLAB, WIDE_SLAB = 128, 512  # columns; the latter where a slab is one kernel
+Gram = Callable[[Tensor], Tensor | None]
+"""K H K^T of every row, R x G x G, of codes less their zeros, R x G x N; None where it cannot after all."""
+
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 28}  # of the temporaries in `refit_scales`; a CPU's in its cache
 
 
@@ -76,29 +81,28 @@ def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, pull
     rows, width = weight_RC.shape[-2], weight_RC.shape[-1] // solution.scales_RG.shape[-1]
     each_row = 2 * solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
     chunk = max(1, CHUNK_ELEMENTS[weight_RC.device.type] // each_row)
-    halves = fused.halved(hessian_CC) if fused.grams(weight_RC, width) else None
-    if tiles.weighs(weight_RC, width):
-        halves = tiles.halved(hessian_CC)
+    gram: Gram | None = None
+    if fused.grams(weight_RC, width):
+        gram = partial(fused.gram, halves=fused.halved(hessian_CC))
+    elif tiles.weighs(weight_RC, width):
+        gram = partial(tiles.weigh, halves=tiles.halved(hessian_CC))
 
     def refit(at: int) -> tuple[Tensor, Tensor]:
         stop = min(at + chunk, rows)
-        return _refitted(pull_RC[..., at:stop, :], hessian_CC, solution.rows(at, stop), halves)
+        return _refitted(pull_RC[..., at:stop, :], hessian_CC, solution.rows(at, stop), gram)
 
     parts = each(refit, range(0, rows, chunk), weight_RC.device)
     scales_RG, loss_R = (torch.cat(part, axis) for part, axis in zip(zip(*parts, strict=True), (-2, -1), strict=True))
     return replace(solution, scales_RG=scales_RG, loss_R=loss_R)
 
 
-def _refitted(
-    pull_RC: Tensor, hessian_CC: Tensor, solution: Solution, halves: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _refitted(pull_RC: Tensor, hessian_CC: Tensor, solution: Solution, gram: Gram | None) -> tuple[Tensor, Tensor]:
     """Scales and losses of some rows."""
     groups, dtype = solution.scales_RG.shape[-1], pull_RC.dtype
     shift_RGN = solution.codes_RC.unflatten(-1, (groups, -1)).to(dtype)
     shift_RGN = shift_RGN - solution.zeros_RG.unsqueeze(-1).to(dtype)
     right_RG = (pull_RC.unflatten(-1, (groups, -1)) * shift_RGN).sum(-1)
-    weigh = fused.gram if shift_RGN.is_cuda else tiles.weigh
-    left_RGG = None if halves is None else weigh(shift_RGN, halves)
+    left_RGG = None if gram is None else gram(shift_RGN)
     if left_RGG is None:
         left_RGG = _gram(shift_RGN, hessian_CC)
     whole_RGG = left_RGG.tril() + left_RGG.tril(-1).mT
