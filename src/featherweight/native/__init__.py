@@ -75,16 +75,22 @@ def int4() -> Any:
 
 
 def _of_any_cpu(source: str, flags: tuple[str, ...], what: str, without: str) -> Any:
+    return _loaded(source, (*_vector_flags(), *flags), f"{what} were not compiled", f"they take {without}; install")
+
+
+def _of_tiles(source: str) -> Any:
+    if not has_tiles() or not _permitted():
+        return None
+    what = "this CPU multiplies tiles of bfloat16, and nothing was compiled for it"
+    return _loaded(source, FLAGS, what, "products take two to five times as long; install")
+
+
+def _loaded(source: str, flags: Sequence[str], what: str, without: str) -> Any:
     try:
-        path = library(Path(__file__).with_name(source), cache_folder(), (*_vector_flags(), *flags))
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(library(Path(__file__).with_name(source), cache_folder(), flags)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"{what} were not compiled ({said}): they take {without}; install a C compiler.",
-            FallbackWarning,
-            stacklevel=3,
-        )
+        warnings.warn(f"{what} ({said}): {without} a C compiler.", FallbackWarning, stacklevel=4)
         return None
 
 
@@ -94,22 +100,6 @@ def _vector_flags() -> tuple[str, ...]:
     if has >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}:
         return (*PLAIN_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
     return (*PLAIN_FLAGS, "-mavx2", "-mfma") if has >= {"avx2", "fma"} else PLAIN_FLAGS
-
-
-def _of_tiles(source: str) -> Any:
-    if not has_tiles() or not _permitted():
-        return None
-    try:
-        return ctypes.CDLL(str(library(Path(__file__).with_name(source), cache_folder())))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"this CPU multiplies tiles of bfloat16, and nothing was compiled for it ({said}): products take two to "
-            "five times as long; install a C compiler (gcc 11 or clang 12, or newer).",
-            FallbackWarning,
-            stacklevel=3,
-        )
-        return None
 
 
 @cache
@@ -138,6 +128,7 @@ def library(source: Path, folder: Path, flags: Sequence[str] | None = None) -> P
     other. Raises OSError (no compiler, or the folder cannot be written) or subprocess.SubprocessError.
     """
     text, flags = source.read_bytes(), FLAGS if flags is None else flags
+    text += b"".join(header.read_bytes() for header in sorted(source.parent.glob("*.h")))
     key = hashlib.sha256(b"\0".join((text, *(flag.encode() for flag in flags)))).hexdigest()
     path = folder / f"{source.stem}-{key[:32]}.so"
     if path.exists() and _sound(path.read_bytes()):
@@ -161,7 +152,7 @@ def _sound(stored: bytes) -> bool:
 
 
 class _Call(ctypes.Structure):
-    """`Call` of amx.c."""
+    """`Call` of call.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("work", "number", "threads")),

@@ -15,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "call.h"
+
 #define STEP 32                 /* columns of one instruction */
 #define TILE (16 * 32)          /* bfloat16 of one tile */
 
@@ -97,20 +99,6 @@ void lay_out(const int64_t *arguments, int64_t begin, int64_t end) {
             for (int64_t row = 0; row < 32; row++, to += STEP)
                 if (first + row < tokens) memcpy(to, x + (first + row) * columns + step * STEP, 2 * STEP);
                 else memset(to, 0, 2 * STEP);
-}
-
-/* What one of several threads does of a call: `number` and `threads` are OpenMP's, which this library does not link. */
-typedef struct {
-    void (*work)(const int64_t *arguments, int64_t begin, int64_t end);
-    int (*number)(void), (*threads)(void);
-    int64_t count;
-    const int64_t *arguments;
-} Call;
-
-void part(void *call) {
-    const Call *c = call;
-    const int64_t number = c->number(), threads = c->threads();
-    c->work(c->arguments, c->count * number / threads, c->count * (number + 1) / threads);
 }
 
 /* Panels begin .. end-1 of y (tokens x rows), `together` panels at a time. */

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "call.h"
+
 #define TILE (16 * 32)   /* bfloat16 of one tile */
 #define PANEL 32
 #ifndef NEAR
@@ -181,17 +183,4 @@ void weigh(const int64_t *arguments, int64_t begin, int64_t end) {
                 for (int row = 0; row < 16; row++) out[((16 * rows + row) * G + g) * G + h] = _mm512_reduce_add_ps(sums[row]);
             }
     _tile_release();
-}
-
-typedef struct {
-    void (*work)(const int64_t *arguments, int64_t begin, int64_t end);
-    int (*number)(void), (*threads)(void);
-    int64_t count;
-    const int64_t *arguments;
-} Call;
-
-void part(void *call) {
-    const Call *c = call;
-    const int64_t number = c->number(), threads = c->threads();
-    c->work(c->arguments, c->count * number / threads, c->count * (number + 1) / threads);
 }

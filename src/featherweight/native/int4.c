@@ -14,6 +14,8 @@
 #include <immintrin.h>
 #endif
 
+#include "call.h"
+
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16                /* rows of half a panel */
 #define AHEAD 2048              /* bytes before they are wanted, codes are called into the cache */
@@ -143,18 +145,4 @@ void floats(const int64_t *arguments, int64_t begin, int64_t end) {
             }
         }
     }
-}
-
-/* What one of several threads does of a call: `number` and `threads` are OpenMP's, which this library does not link. */
-typedef struct {
-    void (*work)(const int64_t *arguments, int64_t begin, int64_t end);
-    int (*number)(void), (*threads)(void);
-    int64_t count;
-    const int64_t *arguments;
-} Call;
-
-void part(void *call) {
-    const Call *c = call;
-    const int64_t number = c->number(), threads = c->threads();
-    c->work(c->arguments, c->count * number / threads, c->count * (number + 1) / threads);
 }

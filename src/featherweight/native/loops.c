@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "call.h"
+
 #define LANES 64
 #define EACH for (int r = 0; r < LANES; r++)
 #define BIG 12582912.0f /* 1.5 x 2^23: adding and taking it off again rounds to the nearest whole number, ties to even */
@@ -236,18 +238,4 @@ void least(const int64_t *a, int64_t begin, int64_t end) {
         if (which >= 0) cost[n] = best, place[n] = which;
     }
     free(w);
-}
-
-/* What one of several threads does of a call: `number` and `threads` are OpenMP's, which this library does not link. */
-typedef struct {
-    void (*work)(const int64_t *arguments, int64_t begin, int64_t end);
-    int (*number)(void), (*threads)(void);
-    int64_t count;
-    const int64_t *arguments;
-} Call;
-
-void part(void *call) {
-    const Call *c = call;
-    const int64_t number = c->number(), threads = c->threads();
-    c->work(c->arguments, c->count * number / threads, c->count * (number + 1) / threads);
 }

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "call.h"
+
 #define LANES 16
 
 static inline float wide(uint16_t half) {
@@ -109,18 +111,4 @@ void rotate(const int64_t *a, int64_t begin, int64_t end) {
             turned(x + at, c + half, s + half, out + at + half, half);
         }
     }
-}
-
-/* What one of several threads does of a call: `number` and `threads` are OpenMP's, which this library does not link. */
-typedef struct {
-    void (*work)(const int64_t *arguments, int64_t begin, int64_t end);
-    int (*number)(void), (*threads)(void);
-    int64_t count;
-    const int64_t *arguments;
-} Call;
-
-void part(void *call) {
-    const Call *c = call;
-    const int64_t number = c->number(), threads = c->threads();
-    c->work(c->arguments, c->count * number / threads, c->count * (number + 1) / threads);
 }
