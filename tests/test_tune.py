@@ -383,6 +383,7 @@ def test_bad_requests(source: Path, packed: Path, text: Path, long_text: str, tm
     refused("is not empty: choose a new folder", packed, [long_text], to=source)
     other = add_tokenizer(make("llama", tmp_path / "other", vocab_size=160))
     refused("knows 160 tokens and .* 128: give its own original", packed, [long_text], against=other)
+    refused("beside a dense model, and none is given", packed, [long_text], settings=Tuning(text_share=0.2))
     short = write_text(tmp_path / "short.txt", words=8)
     refused(r"of the text held out .* tokens and one window needs 32", packed, [str(short)])
     refused(r"--tokens 999 must lie between 2 and the model's 128", packed, [long_text], settings=Tuning(tokens=999))
@@ -393,6 +394,7 @@ def test_bad_requests(source: Path, packed: Path, text: Path, long_text: str, tm
         ({"held_out": 1.0}, r"held_out must lie between 0 and 1, not 1\.0"),
         ({"rate": 0.0}, r"rate must lie between 0 and 1, not 0\.0"),
         ({"weight_rate": 1.0}, r"weight_rate must lie between 0 and 1, not 1\.0"),
+        ({"text_share": 1.5}, r"text_share must lie between 0 and 1, not 1\.5"),
     ):
         with pytest.raises(RequestError, match=match):
             Tuning(**changes_)
@@ -404,6 +406,39 @@ def test_a_config_of_another_group_size_is_refused(packed: Path, long_text: str,
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 16
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     refused(r"_proj.weight_scale has shape \(\d+, 2\), and .* ask for \(\d+, 4\)", tmp_path / "other", [long_text])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_share_of_the_text_in_the_loss(share: float) -> None:
+    """Nothing but the text at 1, nothing but the dense model at 0, between them between the two."""
+    draw = torch.Generator().manual_seed(0)
+    ids_ST, dense_V = torch.randint(0, 3, (8, 16), generator=draw).clamp(max=1), torch.tensor([0.0, 0.0, 3.0])
+
+    def tuned(share: float, dense: Any) -> Tuner:
+        parameter = torch.nn.Parameter(torch.zeros(3))
+        schedule = Schedule(steps=40, batch=4, micro=4, patience=40, text_share=share)
+        tuner = Tuner(
+            lambda ids: parameter.expand(*ids.shape, 3), dense, [Trained(parameter, 0.2)], ids_ST, ids_ST, schedule
+        )
+        while not tuner.done:
+            tuner.advance(lambda step: None)
+        tuner.finish()
+        return tuner
+
+    def dense(ids: Tensor) -> Tensor:
+        return dense_V.expand(*ids.shape, 3)
+
+    tuner = tuned(share, dense)
+    _, kl, entropy = tuner.best_look
+    frequency_V = torch.bincount(ids_ST[:, 1:].flatten(), minlength=3) / ids_ST[:, 1:].numel()
+    # what lowers a mixture of cross-entropies most
+    best_V = (1 - share) * dense_V.softmax(0) + share * frequency_V
+    assert torch.allclose(tuner.parameters[0].softmax(0), best_V, atol=0.04)
+    assert kl is not None and (1 - share) * kl + share * entropy == min(
+        tuner._judged(look) for look in tuner.state.looks
+    )
+    if share == 1.0:
+        assert torch.equal(tuner.parameters[0], tuned(0.0, None).parameters[0])
 
 
 def test_a_loss_that_is_no_number_ends_tuning_with_the_best_state() -> None:

@@ -41,6 +41,7 @@ def tune(
     norms: Annotated[bool, typer.Option("--norms", help="Train norms too.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Train weights too, as floats; masks stay.")] = False,
     weight_rate: Annotated[float, typer.Option(help="Their first rate, in steps of the grid.")] = 0.03,
+    text_share: Annotated[float, typer.Option(help="Of the loss, beside --against: the text's own part.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the windows and their order.")] = 0,
     shard: Annotated[
         bool | None, typer.Option(help="Of several processes each holds a part of the models (if too large for one).")
@@ -52,7 +53,8 @@ def tune(
     from featherweight.stream.parallel import joined
     from featherweight.stream.tune import Tuning
 
-    settings = Tuning(samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed, weights, weight_rate)
+    training = samples, tokens, held_out, epochs, batch, rate, zeros, norms, seed, weights, weight_rate, text_share
+    settings = Tuning(*training)
     with joined() as world:
         if not world.leads:  # process 0 tells
             api.tune(out, text, to, against, settings, device, shard=shard)

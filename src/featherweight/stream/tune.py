@@ -52,6 +52,8 @@ class Tuning:
             scale: codes then move. It takes the memory of training a float model.
         zeros, norms: train these too; zeros only where the format stores them.
         seed: of the windows and of their order.
+        text_share: with a dense model, the cross-entropy's share of the loss, from 0 to 1: towards lower perplexity, at
+            the price of a larger divergence.
     """
 
     samples: int = 256
@@ -65,6 +67,7 @@ class Tuning:
     seed: int = 0
     weights: bool = False
     weight_rate: float = 0.03
+    text_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
@@ -77,6 +80,8 @@ class Tuning:
             )
         if not 0 < self.held_out < 1:
             raise RequestError(f"held_out must lie between 0 and 1, not {self.held_out}.")
+        if not 0 <= self.text_share <= 1:
+            raise RequestError(f"text_share must lie between 0 and 1, not {self.text_share}.")
         for name in ("rate", "weight_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise RequestError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
@@ -104,7 +109,8 @@ def tune(
 ) -> dict[str, Any]:
     """Trains the scales of the compressed folder `path` and writes the folder `to` (None: `path` itself, at once).
 
-    With `against`, the dense model, what is lowered is KL(dense || model), else the cross-entropy. Killed and called
+    With `against`, the dense model, what is lowered is KL(dense || model), or a mixture with the cross-entropy
+    (`Tuning.text_share`), else the cross-entropy. Killed and called
     again it goes on, from a folder beside the result whose name ends in ".tuning". Returns the fields of `tune`'s JSON
     line: held-out KL and cross-entropy before and after, the step that was best, seconds, and peak memory. Raises
     RequestError for a folder that has no scales or cannot hold what is asked for, and for too little text.
@@ -135,6 +141,11 @@ def _tune(
     found: dict[str, Any] | None = world.first(swapped(target, work) if world.leads else None)
     if found is not None:
         return found
+    if settings.text_share and against is None:
+        raise RequestError(
+            f"text_share {settings.text_share} weighs the text beside a dense model, and none is given: without "
+            "one the text is the whole loss; name the model (--against) or leave text_share at 0."
+        )
     folder, torch_device = resolve(path), world.device(device)
     if to is not None and target.exists() and any(target.iterdir()):
         raise RequestError(f"{target} is not empty: choose a new folder, or leave --to out to tune in place.")
@@ -226,7 +237,7 @@ class _Job:
         settings, tuned, leads = self.settings, self.tuned, self.world.leads
         trained = tuned.parameters(settings.rate, settings.weight_rate)
         micro = max(1, self.world.first(self._micro_tokens()) // training_ST.shape[1])
-        schedule = Schedule(settings.steps, settings.batch, micro, seed=settings.seed)
+        schedule = Schedule(settings.steps, settings.batch, micro, seed=settings.seed, text_share=settings.text_share)
         passes = settings.steps * settings.batch / micro / self.world.size
         pays = passes > WORTH_COMPILING and tuned.mesh is None  # compiling parameters that come and go is untried
         Keeping(tuned.blocks(), self.device, compile=pays)

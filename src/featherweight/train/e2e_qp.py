@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from featherweight.train.sharding import is_sharded, mine, whole
 from featherweight.train.step import ALONE, Processes
 
 Logits = Callable[[Tensor], Tensor]
+Number = TypeVar("Number", float, Tensor)
 SLICE_LOGITS = 1 << 24  # numbers of the vocabulary compared at once in float32
 
 
@@ -45,6 +47,7 @@ class Schedule:
         checks: how often in all the held-out text is looked at; training stops when `patience` looks in a row were no
             better.
         norm: gradients are shortened to this length.
+        text_share: beside a dense model, the cross-entropy's share of the loss; the rest is the divergence.
         seed: of the order of the sequences.
     """
 
@@ -55,6 +58,7 @@ class Schedule:
     patience: int = 3
     norm: float = 0.3
     seed: int = 0
+    text_share: float = 0.0
 
 
 WARM_UP = 0.03  # of the steps
@@ -169,7 +173,7 @@ class Tuner:
         return min(self.state.looks, key=self._judged)
 
     def _judged(self, look: tuple[int, float | None, float]) -> float:
-        loss = look[2] if look[1] is None else look[1]
+        loss = self._loss(look[1], look[2])
         return loss if math.isfinite(loss) or len(self.state.looks) == 1 else math.inf
 
     def advance(self, tick: Callable[[int], None]) -> None:
@@ -194,8 +198,7 @@ class Tuner:
         times = self.processes.size if self.sharded else 1  # sharded, a mean over processes is what comes back
         with torch.enable_grad():
             for part_ST, share in self._parts(ids_ST):
-                kl, entropy = self._losses(part_ST)
-                loss = (entropy if self.dense is None else kl) * (times * share)
+                loss = self._loss(*self._losses(part_ST)) * (times * share)
                 loss.backward()  # type: ignore[no-untyped-call]
         gradients = self._gradients()
         state, share = self.state, rate_at(self.state.step, self.schedule.steps)
@@ -239,6 +242,11 @@ class Tuner:
         self.processes.sum_(joined_N)
         for gradient, part_N in zip(gradients, joined_N.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part_N.view_as(gradient))
+
+    def _loss(self, kl: Number | None, entropy: Number) -> Number:
+        """What is lowered."""
+        text = self.schedule.text_share
+        return entropy if kl is None or self.dense is None else (1 - text) * kl + text * entropy
 
     def _losses(self, ids_ST: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
