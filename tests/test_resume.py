@@ -138,6 +138,8 @@ def test_killed_at_ten_random_moments(source: Path, chosen: Recipe, whole: Path,
         if took is None:
             shares.pop()
             found_half_done.add(len(stamps(out)))
+            if stamps(out) == before:  # the machine has other work than it had: later, next time
+                full_time *= 1.1
             continue
         assert_whole(out, whole)
         if not before:  # a whole run was faster than the one measured: the machine had other work then

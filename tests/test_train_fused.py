@@ -22,7 +22,7 @@ from featherweight.core.sweep import round_to_nearest
 from featherweight.errors import FallbackWarning
 from featherweight.train import adam, fused, triton_tried
 from featherweight.train.sequences import Sequences
-from featherweight.train.step import ALONE, Stepper, _plain_step
+from featherweight.train.step import ALONE, Replayed, Stepper, _plain_step
 from featherweight.train.trainable import NEAR, OnGrid, Trainable, TrainedGrid, TrainedRounding, beginning
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -236,3 +236,31 @@ def test_sequences_and_graphs_on_a_gpu() -> None:
         found.append(stepper.leaves[0].detach().clone())
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.gpu
+def test_a_whole_step_as_one_graph_on_a_gpu() -> None:
+    """The same bits as with kernels and run started one by one, for layers of both kinds and rates that change."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: graphs are what is tested")
+    found = []
+    for at_once in (True, False):
+        module = Line()
+        layers: dict[str, Trainable] = {
+            "first": layer_of("rounding", Grid(2, 32, symmetric=False, scale_dtype=torch.float32)),
+            "second": layer_of("steps", Grid(3, 3, symmetric=False, scale_dtype=torch.float32), rows=96, columns=6),
+        }
+        layers["second"].transposed = True
+        stepper = Stepper(module, layers, module, torch.nn.functional.mse_loss, ALONE)
+        assert stepper.at_once
+        if not at_once:
+            stepper.at_once, stepper.replayed = False, Replayed(stepper.there_and_back, stepper.leaves)
+        table = adam.paces(20, 0.01, 0.02, torch.device("cuda"))
+        with stepper.placed():
+            for step in range(20):
+                inputs_STD, targets_STD = drawn(4, 5, 96, seed=step), drawn(4, 5, 96, seed=100 + step)
+                stepper.step(inputs_STD, targets_STD, table[step], step / 20)
+            assert stepper.replayed.graph is not None
+            stepper.write(table[-1], soft=False)
+        found.append([leaf.detach().clone() for leaf in stepper.leaves])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

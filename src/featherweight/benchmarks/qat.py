@@ -82,7 +82,7 @@ def block_step(
         forward_ms = timed(lambda: run(inputs_STD), device)
     with stepper.placed(PAPERS_EPOCHS * PAPERS_SAMPLES * tokens):
         step_ms = timed(lambda: stepper.step(inputs_STD, targets_STD, table[0], 0.0), device)
-        run_ms = timed(lambda: stepper.replayed(inputs_STD, targets_STD), device)
+        run_ms = timed(lambda: stepper.there_and_back(inputs_STD, targets_STD), device)
         write_ms = timed(lambda: stepper.write(table[0], True), device)
         flow = fed(stepper, run, inputs_STD, table[0], scratch)
     weights = sum(layer.weights[0].numel() for layer in layers.values())

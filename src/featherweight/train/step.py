@@ -1,8 +1,8 @@
 """One step of training a block: round, run there and back, and go down the gradients.
 
 The block runs with its matrices as plain tensors. What they are made of, and what their gradients do to that, is each
-matrix's own: one kernel (`fused`), or autograd. Between the two the gradients of several processes are added up. The
-run itself, which is the same every time, becomes a CUDA graph.
+matrix's own: one kernel (`fused`), or autograd. Between the two the gradients of several processes are added up. What
+is the same every time becomes a CUDA graph: the whole step where kernels do all of it, else the run there and back.
 Shapes: S sequences, T tokens, D width, R outputs, C inputs.
 """
 
@@ -66,13 +66,12 @@ class Stepper:
             [(torch.zeros_like(p), torch.zeros_like(p)) for p in (*layer.weights, *layer.steps)]
             for layer in layers.values()
         ]
-        self.run = run
+        self.run, self.loss = run, loss
+        self.at_once = processes.size == 1 and self._by_kernels()
+        self.replayed = Replayed(self._whole_step if self.at_once else self.there_and_back, self.leaves)
 
-        def there_and_back(inputs_STD: Tensor, targets_STD: Tensor) -> None:
-            with torch.enable_grad():
-                (loss(run(inputs_STD), targets_STD) / processes.size).backward()  # type: ignore[no-untyped-call]
-
-        self.replayed = Replayed(there_and_back, self.leaves)
+    def _by_kernels(self) -> bool:
+        return all(fused.usable(layer) for layer in self.layers.values())
 
     @contextmanager
     def placed(self, tokens: int = 0) -> Iterator[None]:
@@ -111,11 +110,34 @@ class Stepper:
         """One step on one batch, the matrices written anew first."""
         for layer in self.layers.values():
             layer.harden(progress)
+        if self.at_once and not self._by_kernels():  # one has failed: from here on numbers come from Python too
+            self.at_once, self.replayed = False, Replayed(self.there_and_back, self.leaves)
+        if self.at_once:
+            self.replayed(inputs_STD, targets_STD, pace)
+            return
         self.write(pace, soft=True)
         self.replayed(inputs_STD, targets_STD)
         for leaf in self.leaves:
             assert leaf.grad is not None
             self.processes.sum_(leaf.grad)
+        self._descend(pace)
+
+    def _whole_step(self, inputs_STD: Tensor, targets_STD: Tensor, pace: Tensor) -> None:
+        """Where all that changes from step to step is in tensors, so that a graph can hold all of it."""
+        self.write(pace, soft=True)
+        self.there_and_back(inputs_STD, targets_STD)
+        self._descend(pace)
+
+    def there_and_back(self, inputs_STD: Tensor, targets_STD: Tensor) -> None:
+        """The block's run on one batch; each matrix has its gradient then."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        with torch.enable_grad():
+            (self.loss(self.run(inputs_STD), targets_STD) / self.processes.size).backward()  # type: ignore[no-untyped-call]
+        for leaf in self.leaves:  # an expert that was sent no token has no gradient
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+    def _descend(self, pace: Tensor) -> None:
         for layer, leaf, averages in zip(self.layers.values(), self.leaves, self.averages, strict=True):
             assert leaf.grad is not None
             gradient_RC = leaf.grad.T if layer.transposed else leaf.grad
@@ -135,12 +157,12 @@ def _plain_step(layer: Trainable, averages: fused.Averages, gradient_RC: Tensor,
 
 
 class Replayed:
-    """A function of two tensors that leaves gradients in `leaves`: as it is a few times, then as a CUDA graph.
+    """A function of tensors that leaves gradients in `leaves`: as it is a few times, then as a CUDA graph.
 
     Where it cannot be captured (a family that looks at numbers on the way), one FallbackWarning, and it runs as it is.
     """
 
-    def __init__(self, function: Callable[[Tensor, Tensor], None], leaves: list[Tensor]) -> None:
+    def __init__(self, function: Callable[..., None], leaves: list[Tensor]) -> None:
         self.function, self.leaves = function, leaves
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls, self.refused = 0, not leaves[0].is_cuda
@@ -150,7 +172,7 @@ class Replayed:
         if self.graph is None and self.calls > EAGER and not self.refused:
             self._capture(*arguments)
         if self.graph is None:
-            self._eagerly(arguments)
+            self.function(*arguments)
             return
         for held, argument in zip(self.held, arguments, strict=True):
             held.copy_(argument)
@@ -158,17 +180,8 @@ class Replayed:
             leaf.grad = gradient
         self.graph.replay()
 
-    def _eagerly(self, arguments: tuple[Tensor, ...]) -> None:
-        for leaf in self.leaves:
-            leaf.grad = None
-        self.function(*arguments)
-        for leaf in self.leaves:  # an expert that was sent no token has no gradient
-            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
     def _capture(self, *arguments: Tensor) -> None:
         self.held = [argument.clone() for argument in arguments]
-        for leaf in self.leaves:
-            leaf.grad = None
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads may use the GPU meanwhile: the one that writes shards, and NCCL's, which asks after its sums
