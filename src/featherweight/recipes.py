@@ -94,18 +94,18 @@ def papers_efficientqat_w4g128() -> Recipe:
 def best_2bit() -> Recipe:
     """2 bits, groups of 64: the default's codes, each moved by one at most where that brings its block nearer to the
     original's output, and its scales with them. `featherweight tune` afterwards takes it further."""
-    return Recipe(method="block-ap", tune="rounding", bits=2, group_size=64, symmetric=False)
+    return Recipe(method="block-ap", tune="rounding", bits=2, group_size=64, symmetric=False, epochs=2)
 
 
 def best_3bit() -> Recipe:
-    """`best_2bit` at 3 bits."""
-    return best_2bit().but(bits=3)
+    """`best_2bit` at 3 bits, trained for longer."""
+    return best_2bit().but(bits=3, epochs=4)
 
 
 def best_2of4_4bit() -> Recipe:
     """Two of four weights, at 4 bits, groups of 64: the default's masks and codes. `featherweight tune --weights`
     afterwards trains what the masks kept towards the original as a whole, which takes away more than training block by
-    block does (docs/log.md)."""
+    block does; with `--text-share 0.3` perplexity falls further, at some cost in KL (docs/log.md)."""
     return Recipe(sparsity="2:4", bits=4, group_size=64)
 
 
