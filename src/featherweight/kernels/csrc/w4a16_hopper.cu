@@ -157,7 +157,7 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
             for (int i = 0; i < TOKENS / 2; i++) total[i] += scale[i >> 1 & 1] * sum[i];
         };
         auto release = [&](int slot) {
-            __syncwarp();  // the whole warp has read its weights
+            __syncwarp();  // the whole warp has read its weights (racecheck sees it only where all lanes arrive)
             if (lane == 0) arrive(empty + 8 * slot);
         };
         u32 more = 0;     // whether sums have been begun
