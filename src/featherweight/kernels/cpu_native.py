@@ -1,8 +1,8 @@
 """Products with 4-bit codes in C: `native/amx.c` where the CPU multiplies tiles of bfloat16, `native/int4.c` elsewhere.
 
-Few tokens wait for the weights to come from memory: codes are multiplied as they are, exactly, and sums of a group
-scaled in float32. For more tokens weights are those of the reference kernel bit for bit, made floats some rows at a
-time in a core's cache.
+Few tokens wait for the weights to come from memory: codes are multiplied as they are and sums of a group scaled in
+float32, one or two tokens as whole numbers by vectors (`int4.c` again), more by tiles. For more tokens yet weights are
+those of the reference kernel bit for bit, made floats some rows at a time in a core's cache.
 
 The operator `featherweight::int4_cpu` is what torch.compile sees; it has no gradients.
 
@@ -24,9 +24,10 @@ from featherweight.native import amx, huge_pages, int4, run
 
 PANEL, HALF, WORD = 32, 16, 8  # outputs of a panel and of a tile; codes of a word
 FEW, FEW_WITHOUT_TILES = 64, 8  # tokens that multiply codes, at most
+BY_VECTORS = 2  # of them, that vectors multiply faster than tiles: tiles take as long for 16
 AT_ONCE = 32  # of them, in one pass over the weights
 TOGETHER = 4  # panels that are floats at a time: 1 MB of 4096 inputs, half a core's cache
-TOKENS = 256  # of one pass over the weights: x then stays near too
+TOKENS = 512  # of one pass over the weights, which makes all of them floats: 4 MB of x of 4096 inputs
 FLOATS = 1 << 22  # weights of one product of torch's, which every input is laid out for anew
 LEAST_WORK, LEAST_FEW = 1 << 20, 1 << 17  # weights for each thread, below which waking it takes longer
 
@@ -106,12 +107,14 @@ def _multiply(x_TC: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, rows: 
         return y_TR
     tiles, x_TC = amx(), x_TC.contiguous()
     if tokens <= (FEW_WITHOUT_TILES if tiles is None else FEW):
+        few = (int4() if tokens <= BY_VECTORS else tiles) or library()
         for start in range(0, tokens, AT_ONCE):
             some = min(AT_ONCE, tokens - start)
             at_x, at_y = x_TC.data_ptr() + 2 * start * columns, y_TR.data_ptr() + 2 * start * rows  # of bfloat16
             arguments = (at_x, some, columns, codes, scales, zeros, group, rows, at_y)
-            run("few", arguments, len(codes), rows * columns // LEAST_FEW, tiles or int4())
+            run("few", arguments, len(codes), rows * columns // LEAST_FEW, few)
         return y_TR
+    huge_pages(y_TR)
     through = _through_floats if tiles is None else _through_tiles
     through(x_TC.view(-1, columns), Packed(codes, scales, zeros, rows), y_TR.view(-1, rows))
     return y_TR

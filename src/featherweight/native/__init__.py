@@ -98,7 +98,8 @@ def _vector_flags() -> tuple[str, ...]:
     """What to compile plain C with: the widest vectors that this CPU has."""
     has = _instructions()
     if has >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}:
-        return (*PLAIN_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+        wide = (*PLAIN_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+        return (*wide, "-mavx512vnni") if "avx512_vnni" in has else wide
     return (*PLAIN_FLAGS, "-mavx2", "-mfma") if has >= {"avx2", "fma"} else PLAIN_FLAGS
 
 
