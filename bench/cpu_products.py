@@ -1,6 +1,6 @@
 """Products with 4-bit weights on a CPU beside torch's bfloat16 ones, in turn; the last line is JSON.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python bench/cpu_products.py --rows 1,2,4,8 --seconds 4
+    taskset -c 0 python bench/cpu_products.py --threads 1 --rows 1,2,4,8 --seconds 4
 
 4096 x 11008 by default, groups of 128, symmetric. Each call takes other weights: both kinds are rotated through
 320 MB. Milliseconds by the clock: the least, the lower quartile and the median of as many turns as the seconds for
@@ -20,17 +20,25 @@ from torch.nn import functional
 
 from featherweight.core.rules import Grid
 from featherweight.core.solution import Solution
-from featherweight.formats import FORMATS
-from featherweight.kernels import KERNELS
+from featherweight.kernels import cpu_native
+from featherweight.native import huge_pages
 
-FORMAT, GRID, BYTES = FORMATS["compressed-tensors"], Grid(4, 128), 320 << 20
+BYTES, GROUP = 320 << 20, 128
 KEPT = ("least", "quartile", "median")
 
 
-def weights(inputs: int, outputs: int) -> Solution:
+def weights(inputs: int, outputs: int) -> cpu_native.Packed:
     codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
-    scales = torch.rand(outputs, inputs // 128).bfloat16() + 0.5
-    return Solution(codes, scales, torch.full(scales.shape, 8, dtype=torch.uint8), GRID, torch.zeros(outputs))
+    scales = torch.rand(outputs, inputs // GROUP).bfloat16() + 0.5
+    zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+    return cpu_native.pack(Solution(codes, scales, zeros, Grid(4, GROUP), torch.zeros(outputs)))
+
+
+def again(packed: cpu_native.Packed) -> cpu_native.Packed:
+    """The same elsewhere in memory, in pages as `pack` asks for them."""
+    codes = torch.empty_like(packed.codes)
+    huge_pages(codes)
+    return cpu_native.Packed(codes.copy_(packed.codes), packed.scales.clone(), packed.zeros.clone(), packed.rows)
 
 
 def in_turn(functions: dict[str, Callable[[int], Tensor]], seconds: float) -> dict[str, list[float]]:
@@ -38,7 +46,7 @@ def in_turn(functions: dict[str, Callable[[int], Tensor]], seconds: float) -> di
     for function in functions.values():
         function(0)
     turn, end = 0, time.perf_counter() + seconds
-    while turn < 5 or time.perf_counter() < end:
+    while turn < 3 or time.perf_counter() < end:
         for name, function in functions.items():
             began = time.perf_counter()
             function(turn)
@@ -49,23 +57,22 @@ def in_turn(functions: dict[str, Callable[[int], Tensor]], seconds: float) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096")
     parser.add_argument("--shape", default="4096x11008")
     parser.add_argument("--seconds", type=float, default=4.0)
     given = parser.parse_args()
     inputs, outputs = map(int, given.shape.split("x"))
-    stored = FORMAT.pack(weights(inputs, outputs))
-    ours = [
-        KERNELS["cpu-int4"].prepare(FORMAT, GRID, stored, torch.bfloat16)
-        for _ in range(-(-BYTES // (inputs * outputs // 2)))
-    ]
-    dense = [torch.randn(outputs, inputs).bfloat16() for _ in range(-(-BYTES // (inputs * outputs * 2)))]
+    torch.set_num_threads(given.threads)
+    first, plain = weights(inputs, outputs), torch.randn(outputs, inputs).bfloat16()
+    ours = [again(first) for _ in range(-(-BYTES // first.codes.nbytes))]
+    dense = [plain.clone() for _ in range(-(-BYTES // plain.nbytes))]
     found = []
     for rows in map(int, given.rows.split(",")):
         x_TC = torch.randn(rows, inputs).bfloat16()
         functions: dict[str, Callable[[int], Tensor]] = {
             "bf16": lambda turn, x=x_TC: functional.linear(x, dense[turn % len(dense)]),  # type: ignore[misc]
-            "ours": lambda turn, x=x_TC: ours[turn % len(ours)](x, None),  # type: ignore[misc]
+            "ours": lambda turn, x=x_TC: cpu_native.call(x, ours[turn % len(ours)]),  # type: ignore[misc]
         }
         with torch.inference_mode():
             took = in_turn(functions, given.seconds)

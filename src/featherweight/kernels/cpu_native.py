@@ -26,9 +26,9 @@ PANEL, HALF, WORD = 32, 16, 8  # outputs of a panel and of a tile; codes of a wo
 FEW, FEW_WITHOUT_TILES = 64, 8  # tokens that multiply codes, at most
 BY_VECTORS = 2  # of them, that vectors multiply faster than tiles: tiles take as long for 16
 AT_ONCE = 32  # of them, in one pass over the weights
-TOGETHER = 4  # panels that are floats at a time: 1 MB of 4096 inputs, half a core's cache
+TOGETHER = 3  # panels that are floats at a time: 0.75 MB of 4096 inputs, in a cache of 2 MB that two threads may share
 TOKENS = 512  # of one pass over the weights, which makes all of them floats: 4 MB of x of 4096 inputs
-FLOATS = 1 << 22  # weights of one product of torch's, which every input is laid out for anew
+FLOATS = 1 << 22  # weights of one product of torch's, 8 MB of floats; x is laid out for each of them anew
 LEAST_WORK, LEAST_FEW = 1 << 20, 1 << 17  # weights for each thread, below which waking it takes longer
 
 
@@ -135,12 +135,13 @@ def _through_tiles(x_TC: Tensor, packed: Packed, y_TR: Tensor) -> None:
 
 def _through_floats(x_TC: Tensor, packed: Packed, y_TR: Tensor) -> None:
     """torch's products with some panels at a time."""
-    columns = x_TC.shape[1]
+    columns, rows = x_TC.shape[1], packed.rows
     step = max(1, FLOATS // (columns * PANEL))
+    value_RC = x_TC.new_empty(min(step, len(packed.codes)) * PANEL, columns)
+    huge_pages(value_RC)
     for start in range(0, len(packed.codes), step):
         panels = slice(start, start + step)
-        codes, some = packed.codes[panels], slice(start * PANEL, min((start + step) * PANEL, packed.rows))
-        value_RC = x_TC.new_empty(len(codes) * PANEL, columns)
+        codes, some = packed.codes[panels], slice(start * PANEL, min((start + step) * PANEL, rows))
         arguments = (codes, packed.scales[panels], packed.zeros[panels], columns, columns // packed.scales.shape[1])
-        run("floats", (*arguments, value_RC), len(codes), value_RC.numel() // LEAST_FEW, int4())
-        y_TR[:, some] = functional.linear(x_TC, value_RC[: some.stop - some.start])
+        run("floats", (*arguments, value_RC), len(codes), codes.numel() * WORD // LEAST_FEW, int4())
+        torch.mm(x_TC, value_RC[: some.stop - some.start].T, out=y_TR[:, some])

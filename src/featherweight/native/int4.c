@@ -21,6 +21,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS 32                 /* of a panel */
+#define HALF 16
 #define AHEAD 2048              /* bytes before they are wanted, codes are called into the cache */
 #ifdef __AVX512F__
 #define LANES 16
@@ -173,6 +174,51 @@ void few(const int64_t *arguments, int64_t begin, int64_t end) {
     free(x);
 }
 
+#ifdef __AVX512BW__
+/* Half a panel's group: a row has 16 values there, which its codes look up, 32 at a time. */
+static void group_of(const int32_t *codes, const float *scale, const uint8_t *zero, int64_t width, int64_t columns,
+                     uint16_t *to) {
+    const Floats fields = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i mask = _mm512_set1_epi32(0x000f000f);
+    Halves values[LANES];
+    for (int row = 0; row < LANES; row++) {
+        const Unsigned bits = (Unsigned)((fields - (float)zero[row]) * scale[row]);
+        values[row] = __builtin_convertvector(ROUNDED(bits), Halves);
+    }
+    for (int64_t column = 0; column < width; column += 32, codes += 4 * ROWS, to += 32) {
+        __m512i words[4], pairs[4];
+        uint8_t bytes[4][4][16] __attribute__((aligned(64)));          /* rows 0 4 8 12, then 1 5 9 13, ... */
+        for (int i = 0; i < 4; i++) words[i] = _mm512_loadu_si512(codes + i * ROWS);
+        for (int i = 0; i < 2; i++) {
+            pairs[i] = _mm512_unpacklo_epi32(words[2 * i], words[2 * i + 1]);
+            pairs[2 + i] = _mm512_unpackhi_epi32(words[2 * i], words[2 * i + 1]);
+        }
+        for (int i = 0; i < 2; i++) {
+            _mm512_store_si512(bytes[2 * i], _mm512_unpacklo_epi64(pairs[2 * i], pairs[2 * i + 1]));
+            _mm512_store_si512(bytes[2 * i + 1], _mm512_unpackhi_epi64(pairs[2 * i], pairs[2 * i + 1]));
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < LANES; row++) {
+            const __m512i byte = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)bytes[row % 4][row / 4]));
+            const __m512i code = _mm512_and_si512(_mm512_or_si512(byte, _mm512_slli_epi32(byte, 12)), mask);
+            const __m512i table = _mm512_castsi256_si512((__m256i)values[row]);
+            _mm512_storeu_si512(to + row * columns, _mm512_permutexvar_epi16(code, table));
+        }
+    }
+}
+#else
+static void group_of(const int32_t *codes, const float *scale, const uint8_t *zero, int64_t width, int64_t columns,
+                     uint16_t *to) {
+    for (int row = 0; row < HALF; row++, to += columns - width)
+        for (int64_t column = 0; column < width; column += 8, to += 8) {
+            const uint32_t word = codes[column / 8 * ROWS + row];
+            const Words8 fields = (word - (Words8){0}) >> (Words8){0, 4, 8, 12, 16, 20, 24, 28} & 15;
+            const Words8 bits = (Words8)((__builtin_convertvector((Ints8)fields, Floats8) - (float)zero[row]) * scale[row]);
+            *(Halves8 *)to = __builtin_convertvector(ROUNDED(bits), Halves8);
+        }
+}
+#endif
+
 /* Panels begin .. end-1 of V as rows of bfloat16. */
 void floats(const int64_t *arguments, int64_t begin, int64_t end) {
     const int32_t *codes = (const int32_t *)arguments[0];
@@ -180,18 +226,11 @@ void floats(const int64_t *arguments, int64_t begin, int64_t end) {
     const uint8_t *zero = (const uint8_t *)arguments[2];
     const int64_t columns = arguments[3], group = arguments[4], groups = columns / group;
     uint16_t *to = (uint16_t *)arguments[5];
-    for (int64_t row = begin * 32; row < end * 32; row++) {
-        const int64_t panel = row / 32, lane = row % 32;
-        for (int64_t g = 0; g < groups; g++) {
-            const float step = scale[(panel * groups + g) * 32 + lane];
-            const float away = zero[(panel * groups + g) * 32 + lane];
-            for (int64_t column = g * group; column < (g + 1) * group; column += 8) {
-                const uint32_t word = codes[(panel * columns / 8 + column / 8) * 32 + lane];
-                const Words8 fields = (word - (Words8){0}) >> (Words8){0, 4, 8, 12, 16, 20, 24, 28} & 15;
-                const Words8 bits = (Words8)((__builtin_convertvector((Ints8)fields, Floats8) - away) * step);
-                *(Halves8 *)to = __builtin_convertvector(ROUNDED(bits), Halves8);
-                to += 8;
+    for (int64_t panel = begin; panel < end; panel++)
+        for (int half = 0; half < ROWS; half += HALF)
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t field = (panel * groups + g) * ROWS + half;
+                group_of(codes + (panel * columns + g * group) / 8 * ROWS + half, scale + field, zero + field, group,
+                         columns, to + (panel * ROWS + half) * columns + g * group);
             }
-        }
-    }
 }
