@@ -58,8 +58,8 @@ def layer(grid: Grid, weights: Solution, bias: Tensor | None = None) -> Compress
 @pytest.mark.parametrize("rows", [16, 80, 128])  # half a panel, two and a half, four
 def test_few_tokens_are_as_near_as_floats_come(grid: Grid, rows: int, way: str) -> None:
     weights = solution(grid, rows, 192, torch.bfloat16)
-    built, most = layer(grid, weights), 8 if cpu_native.amx() is None else 64
-    for tokens in filter(most.__ge__, (1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 64)):
+    built = layer(grid, weights)
+    for tokens in filter(cpu_native._few(cpu_native.amx()).__ge__, (1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 64, 100)):
         x_TC = torch.randn(tokens, 192).bfloat16()
         require_close(built(x_TC), x_TC, weights, None)
 
@@ -95,10 +95,15 @@ def test_what_is_not_finite_stays_so_and_in_its_token(bad: float, way: str) -> N
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_weights_of_many_tokens_are_the_references_bit_for_bit(grid: Grid, way: str) -> None:
+def test_weights_of_many_tokens_are_the_references_bit_for_bit(
+    grid: Grid, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = solution(grid, 80, 192, torch.bfloat16)
-    got = layer(grid, weights)(torch.eye(192).bfloat16())
-    assert torch.equal(got.T, dequantize(weights, torch.bfloat16))
+    built = layer(grid, weights)
+    for most in (256, 8):  # of one token each is a code times a scale, rounded once: the same without floats
+        monkeypatch.setattr(cpu_native, "FEW_BY_VECTORS", most)
+        got = built(torch.eye(192).bfloat16())
+        assert torch.equal(got.T, dequantize(weights, torch.bfloat16))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 36, 300])
@@ -106,6 +111,7 @@ def test_products_on_threads(tokens: int, threads: int, way: str, monkeypatch: p
     for least in ("LEAST_WORK", "LEAST_FEW"):
         monkeypatch.setattr(cpu_native, least, 1)
     monkeypatch.setattr(cpu_native, "FLOATS", 1 << 13)  # a panel at a time
+    monkeypatch.setattr(cpu_native, "FEW_BY_VECTORS", 40)
     grid, bias = Grid(4, 64), torch.randn(80).bfloat16()
     weights = solution(grid, 80, 192, torch.float16)
     x_STC = torch.randn(2, tokens, 192).bfloat16()
@@ -127,6 +133,7 @@ def test_cpus_with_narrower_vectors(known: set[str], monkeypatch: pytest.MonkeyP
     made = native.int4.__wrapped__()
     monkeypatch.setattr(cpu_native, "amx", lambda: None)
     monkeypatch.setattr(cpu_native, "int4", lambda: made)
+    monkeypatch.setattr(cpu_native, "FEW_BY_VECTORS", 8)
     weights = solution(grid, 80, 192, torch.float16)
     for tokens in (1, 2, 7):
         x_TC = torch.randn(tokens, 192).bfloat16() * 100

@@ -1,8 +1,9 @@
 """Products with 4-bit codes in C: `native/amx.c` where the CPU multiplies tiles of bfloat16, `native/int4.c` elsewhere.
 
 Few tokens wait for the weights to come from memory: codes are multiplied as they are and sums of a group scaled in
-float32, one or two tokens as whole numbers by vectors (`int4.c` again), more by tiles. For more tokens yet weights are
-those of the reference kernel bit for bit, made floats some rows at a time in a core's cache.
+float32, one or two tokens as whole numbers by vectors (`int4.c` again), more by tiles; by vectors alone that is quicker
+than bfloat16 for hundreds of tokens. For more yet weights are those of the reference kernel bit for bit, made floats
+some rows at a time.
 
 The operator `featherweight::int4_cpu` is what torch.compile sees; it has no gradients.
 
@@ -20,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.formats.base import Grid, Solution
-from featherweight.native import amx, huge_pages, int4, run
+from featherweight.native import amx, has_byte_products, huge_pages, int4, run
 
 PANEL, HALF, WORD = 32, 16, 8  # outputs of a panel and of a tile; codes of a word
-FEW, FEW_WITHOUT_TILES = 64, 8  # tokens that multiply codes, at most
-BY_VECTORS = 2  # of them, that vectors multiply faster than tiles: tiles take as long for 16
+FEW, FEW_BY_VECTORS, FEW_BY_LOOPS = 64, 256, 8  # tokens that multiply codes, at most: by tiles, vectors, plain C
+BEFORE_TILES = 2  # tokens that vectors multiply faster than tiles, which take as long for 16
 AT_ONCE = 32  # of them, in one pass over the weights
 TOGETHER = 3  # panels that are floats at a time: 0.75 MB of 4096 inputs, in a cache of 2 MB that two threads may share
 TOKENS = 512  # of one pass over the weights, which makes all of them floats: 4 MB of x of 4096 inputs
@@ -106,8 +107,8 @@ def _multiply(x_TC: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, rows: 
     if tokens == 0:
         return y_TR
     tiles, x_TC = amx(), x_TC.contiguous()
-    if tokens <= (FEW_WITHOUT_TILES if tiles is None else FEW):
-        few = (int4() if tokens <= BY_VECTORS else tiles) or library()
+    if tokens <= _few(tiles):
+        few = (int4() if tokens <= BEFORE_TILES else tiles) or library()
         for start in range(0, tokens, AT_ONCE):
             some = min(AT_ONCE, tokens - start)
             at_x, at_y = x_TC.data_ptr() + 2 * start * columns, y_TR.data_ptr() + 2 * start * rows  # of bfloat16
@@ -118,6 +119,13 @@ def _multiply(x_TC: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, rows: 
     through = _through_floats if tiles is None else _through_tiles
     through(x_TC.view(-1, columns), Packed(codes, scales, zeros, rows), y_TR.view(-1, rows))
     return y_TR
+
+
+def _few(tiles: Any) -> int:
+    """Tokens that multiply codes as they are, at most."""
+    if tiles is not None:
+        return FEW
+    return FEW_BY_VECTORS if has_byte_products() else FEW_BY_LOOPS
 
 
 def _through_tiles(x_TC: Tensor, packed: Packed, y_TR: Tensor) -> None:

@@ -109,6 +109,12 @@ def has_tiles() -> bool:
     return _instructions() >= NEEDED
 
 
+@cache
+def has_byte_products() -> bool:
+    """Whether vectors of this CPU multiply and add bytes, as `int4.c` does where they can."""
+    return _instructions() >= {"avx2", "fma"}
+
+
 def _instructions() -> set[str]:
     """What Linux says that an x86 CPU has; nothing elsewhere."""
     try:

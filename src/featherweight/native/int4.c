@@ -159,18 +159,21 @@ void few(const int64_t *arguments, int64_t begin, int64_t end) {
     float *steps = (float *)(x + numbers), *sums = steps + groups;
     f.x = x, f.steps = steps, f.sums = sums;
     split((const uint16_t *)arguments[0], &f, x, steps, sums);
-    int64_t token = 0;
+    for (int64_t panel = begin; panel < end; panel += TOGETHER) {      /* in the cache, for all tokens */
+        const int64_t stop = panel + TOGETHER < end ? panel + TOGETHER : end;
+        int64_t token = 0;
 #define TAKE(PANELS, TOKENS)                                                                                       \
     for (; f.tokens - token >= TOKENS; token += TOKENS) {                                                          \
-        int64_t panel = begin;                                                                                     \
-        for (; panel + PANELS <= end; panel += PANELS) block(&f, panel, token, PANELS, TOKENS);                    \
-        for (; panel < end; panel++) block(&f, panel, token, 1, TOKENS);                                           \
+        int64_t at = panel;                                                                                        \
+        for (; at + PANELS <= stop; at += PANELS) block(&f, at, token, PANELS, TOKENS);                            \
+        for (; at < stop; at++) block(&f, at, token, 1, TOKENS);                                                   \
     }
 #if TOGETHER == 4
-    TAKE(1, 4)
-    TAKE(2, 2)
+        TAKE(1, 4)
+        TAKE(2, 2)
 #endif
-    TAKE(TOGETHER, 1)
+        TAKE(TOGETHER, 1)
+    }
     free(x);
 }
 
