@@ -25,8 +25,8 @@ from featherweight.native import amx, has_byte_products, huge_pages, int4, run
 
 PANEL, HALF, WORD = 32, 16, 8  # outputs of a panel and of a tile; codes of a word
 FEW, FEW_BY_VECTORS, FEW_BY_LOOPS = 64, 256, 8  # tokens that multiply codes, at most: by tiles, vectors, plain C
-BEFORE_TILES = 2  # tokens that vectors multiply faster than tiles, which take as long for 16
 AT_ONCE = 32  # of them, in one pass over the weights
+BEFORE_TILES = 2  # tokens that vectors multiply faster than tiles, which take as long for 16
 TOGETHER = 3  # panels that are floats at a time: 0.75 MB of 4096 inputs, in a cache of 2 MB that two threads may share
 TOKENS = 512  # of one pass over the weights, which makes all of them floats: 4 MB of x of 4096 inputs
 FLOATS = 1 << 22  # weights of one product of torch's, 8 MB of floats; x is laid out for each of them anew

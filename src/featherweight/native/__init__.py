@@ -70,8 +70,7 @@ def pieces() -> Any:
 @cache
 def int4() -> Any:
     """The functions of `int4.c`, likewise."""
-    # gcc 12's -O3 makes the AVX2 loop six times slower than its -O2.
-    return _of_any_cpu("int4.c", ("-O2", "-Wno-psabi"), "products with 4-bit codes", "two to five times as long")
+    return _of_any_cpu("int4.c", ("-Wno-psabi",), "products with 4-bit codes", "two to five times as long")
 
 
 def _of_any_cpu(source: str, flags: tuple[str, ...], what: str, without: str) -> Any:

@@ -4,7 +4,7 @@
    floats   rows of V as bfloat16, rounded as the reference rounds them, for torch to multiply many tokens by
 
    Whole numbers: x of a group is a power of two times numbers of 16 bits, in two bytes each, which four codes at a time
-   are multiplied by. What bfloat16 x is larger than 1/128 of its group's largest is exact, the rest off by 2^-16 of that.
+   are multiplied by. An x above 1/128 of its group's largest is exact, any other off by at most 2^-15 of that.
 
    Compiled at first use by the machine's own C compiler, for the widest vectors it has (native/__init__.py).
 
@@ -26,9 +26,12 @@
 #ifdef __AVX512F__
 #define LANES 16
 #define TOGETHER 4              /* panels times tokens whose sums stay in registers */
-#else
+#elif defined(__AVX2__)
 #define LANES 8
 #define TOGETHER 2
+#else
+#define LANES 4
+#define TOGETHER 1
 #endif
 #define PARTS (ROWS / LANES)
 
