@@ -58,17 +58,52 @@ def layer(grid: Grid, weights: Solution, bias: Tensor | None = None) -> Compress
 @pytest.mark.parametrize("rows", [16, 80, 128])  # half a panel, two and a half, four
 def test_few_tokens_are_as_near_as_floats_come(grid: Grid, rows: int, way: str) -> None:
     weights = solution(grid, rows, 192, torch.bfloat16)
-    built, most = layer(grid, weights), 8 if cpu_native.amx() is None else 64
-    for tokens in filter(most.__ge__, (1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 64)):
+    built = layer(grid, weights)
+    for tokens in filter(cpu_native._few(cpu_native.amx()).__ge__, (1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 64, 100)):
         x_TC = torch.randn(tokens, 192).bfloat16()
         require_close(built(x_TC), x_TC, weights, None)
 
 
+@pytest.mark.parametrize("size", [1e30, 1.0, 1e-30, 0.0])
+@pytest.mark.parametrize("way", ["as the machine is", "no tiles"], indirect=True)
+def test_x_of_any_size_with_some_far_larger(size: float, way: str) -> None:
+    weights = solution(Grid(4, 64, False), 48, 192, torch.bfloat16)
+    x_TC = torch.randn(2, 192).mul(size)
+    x_TC[:, 5::40] *= 1000
+    require_close(layer(Grid(4, 64, False), weights)(x_TC.bfloat16()), x_TC.bfloat16(), weights, None)
+
+
+@pytest.mark.parametrize("way", ["as the machine is", "no tiles"], indirect=True)
+def test_a_row_is_one_group_of_the_largest_numbers(way: str) -> None:
+    grid = Grid(4, None)
+    weights = solution(grid, 32, 14336, torch.bfloat16)
+    weights = replace(weights, codes_RC=torch.full_like(weights.codes_RC, 15))
+    x_TC = torch.full((1, 14336), 255 / 128).bfloat16()
+    for each_TC in (x_TC, -x_TC):
+        require_close(layer(grid, weights)(each_TC), each_TC, weights, None)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("way", ["as the machine is", "no tiles"], indirect=True)
+def test_what_is_not_finite_stays_so_and_in_its_token(bad: float, way: str) -> None:
+    weights, x_TC = solution(Grid(4, 64), 48, 192, torch.bfloat16), torch.randn(2, 192).bfloat16()
+    built = layer(Grid(4, 64), weights)
+    want = built(x_TC)[0]
+    x_TC[1, 70] = bad
+    got = built(x_TC)
+    assert torch.equal(got[0], want) and not got[1].isfinite().any()
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_weights_of_many_tokens_are_the_references_bit_for_bit(grid: Grid, way: str) -> None:
+def test_weights_of_many_tokens_are_the_references_bit_for_bit(
+    grid: Grid, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = solution(grid, 80, 192, torch.bfloat16)
-    got = layer(grid, weights)(torch.eye(192).bfloat16())
-    assert torch.equal(got.T, dequantize(weights, torch.bfloat16))
+    built = layer(grid, weights)
+    for most in (256, 8):  # of one token each is a code times a scale, rounded once: the same without floats
+        monkeypatch.setattr(cpu_native, "FEW_BY_VECTORS", most)
+        got = built(torch.eye(192).bfloat16())
+        assert torch.equal(got.T, dequantize(weights, torch.bfloat16))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 36, 300])
@@ -76,6 +111,7 @@ def test_products_on_threads(tokens: int, threads: int, way: str, monkeypatch: p
     for least in ("LEAST_WORK", "LEAST_FEW"):
         monkeypatch.setattr(cpu_native, least, 1)
     monkeypatch.setattr(cpu_native, "FLOATS", 1 << 13)  # a panel at a time
+    monkeypatch.setattr(cpu_native, "FEW_BY_VECTORS", 40)
     grid, bias = Grid(4, 64), torch.randn(80).bfloat16()
     weights = solution(grid, 80, 192, torch.float16)
     x_STC = torch.randn(2, tokens, 192).bfloat16()
@@ -86,7 +122,10 @@ def test_products_on_threads(tokens: int, threads: int, way: str, monkeypatch: p
     assert got.dtype == torch.bfloat16 and (got.double() - exact).norm() < 2**-7 * exact.norm()
 
 
-@pytest.mark.parametrize("known", [{"avx2", "fma"}, set()], ids=["avx2", "plain"])
+WITHOUT_WHOLE_NUMBERS = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+@pytest.mark.parametrize("known", [WITHOUT_WHOLE_NUMBERS, {"avx2", "fma"}, set()], ids=["avx512", "avx2", "plain"])
 def test_cpus_with_narrower_vectors(known: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     has, grid = native._instructions() & known, Grid(4, 64, False)
     monkeypatch.setattr(native, "_instructions", lambda: has)
@@ -94,9 +133,10 @@ def test_cpus_with_narrower_vectors(known: set[str], monkeypatch: pytest.MonkeyP
     made = native.int4.__wrapped__()
     monkeypatch.setattr(cpu_native, "amx", lambda: None)
     monkeypatch.setattr(cpu_native, "int4", lambda: made)
+    monkeypatch.setattr(cpu_native, "FEW_BY_VECTORS", 8)
     weights = solution(grid, 80, 192, torch.float16)
     for tokens in (1, 2, 7):
-        x_TC = torch.randn(tokens, 192).bfloat16()
+        x_TC = torch.randn(tokens, 192).bfloat16() * 100
         require_close(layer(grid, weights)(x_TC), x_TC, weights, None)
     got = layer(grid, weights)(torch.eye(192).bfloat16())
     assert torch.equal(got.T, dequantize(weights, torch.bfloat16))

@@ -1,8 +1,9 @@
 """Products with 4-bit codes in C: `native/amx.c` where the CPU multiplies tiles of bfloat16, `native/int4.c` elsewhere.
 
-Few tokens wait for the weights to come from memory: codes are multiplied as they are, exactly, and sums of a group
-scaled in float32. For more tokens weights are those of the reference kernel bit for bit, made floats some rows at a
-time in a core's cache.
+Few tokens wait for the weights to come from memory: codes are multiplied as they are and sums of a group scaled in
+float32, one or two tokens as whole numbers by vectors (`int4.c` again), more by tiles; by vectors alone that is quicker
+than bfloat16 for hundreds of tokens. For more yet weights are those of the reference kernel bit for bit, made floats
+some rows at a time.
 
 The operator `featherweight::int4_cpu` is what torch.compile sees; it has no gradients.
 
@@ -20,14 +21,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.formats.base import Grid, Solution
-from featherweight.native import amx, huge_pages, int4, run
+from featherweight.native import amx, has_byte_products, huge_pages, int4, run
 
 PANEL, HALF, WORD = 32, 16, 8  # outputs of a panel and of a tile; codes of a word
-FEW, FEW_WITHOUT_TILES = 64, 8  # tokens that multiply codes, at most
+FEW, FEW_BY_VECTORS, FEW_BY_LOOPS = 64, 256, 8  # tokens that multiply codes, at most: by tiles, vectors, plain C
 AT_ONCE = 32  # of them, in one pass over the weights
-TOGETHER = 4  # panels that are floats at a time: 1 MB of 4096 inputs, half a core's cache
-TOKENS = 256  # of one pass over the weights: x then stays near too
-FLOATS = 1 << 22  # weights of one product of torch's, which every input is laid out for anew
+BEFORE_TILES = 2  # tokens that vectors multiply faster than tiles, which take as long for 16
+TOGETHER = 3  # panels that are floats at a time: 0.75 MB of 4096 inputs, in a cache of 2 MB that two threads may share
+TOKENS = 512  # of one pass over the weights, which makes all of them floats: 4 MB of x of 4096 inputs
+FLOATS = 1 << 22  # weights of one product of torch's, 8 MB of floats; x is laid out for each of them anew
 LEAST_WORK, LEAST_FEW = 1 << 20, 1 << 17  # weights for each thread, below which waking it takes longer
 
 
@@ -105,16 +107,25 @@ def _multiply(x_TC: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, rows: 
     if tokens == 0:
         return y_TR
     tiles, x_TC = amx(), x_TC.contiguous()
-    if tokens <= (FEW_WITHOUT_TILES if tiles is None else FEW):
+    if tokens <= _few(tiles):
+        few = (int4() if tokens <= BEFORE_TILES else tiles) or library()
         for start in range(0, tokens, AT_ONCE):
             some = min(AT_ONCE, tokens - start)
             at_x, at_y = x_TC.data_ptr() + 2 * start * columns, y_TR.data_ptr() + 2 * start * rows  # of bfloat16
             arguments = (at_x, some, columns, codes, scales, zeros, group, rows, at_y)
-            run("few", arguments, len(codes), rows * columns // LEAST_FEW, tiles or int4())
+            run("few", arguments, len(codes), rows * columns // LEAST_FEW, few)
         return y_TR
+    huge_pages(y_TR)
     through = _through_floats if tiles is None else _through_tiles
     through(x_TC.view(-1, columns), Packed(codes, scales, zeros, rows), y_TR.view(-1, rows))
     return y_TR
+
+
+def _few(tiles: Any) -> int:
+    """Tokens that multiply codes as they are, at most."""
+    if tiles is not None:
+        return FEW
+    return FEW_BY_VECTORS if has_byte_products() else FEW_BY_LOOPS
 
 
 def _through_tiles(x_TC: Tensor, packed: Packed, y_TR: Tensor) -> None:
@@ -132,12 +143,13 @@ def _through_tiles(x_TC: Tensor, packed: Packed, y_TR: Tensor) -> None:
 
 def _through_floats(x_TC: Tensor, packed: Packed, y_TR: Tensor) -> None:
     """torch's products with some panels at a time."""
-    columns = x_TC.shape[1]
+    columns, rows = x_TC.shape[1], packed.rows
     step = max(1, FLOATS // (columns * PANEL))
+    value_RC = x_TC.new_empty(min(step, len(packed.codes)) * PANEL, columns)
+    huge_pages(value_RC)
     for start in range(0, len(packed.codes), step):
         panels = slice(start, start + step)
-        codes, some = packed.codes[panels], slice(start * PANEL, min((start + step) * PANEL, packed.rows))
-        value_RC = x_TC.new_empty(len(codes) * PANEL, columns)
+        codes, some = packed.codes[panels], slice(start * PANEL, min((start + step) * PANEL, rows))
         arguments = (codes, packed.scales[panels], packed.zeros[panels], columns, columns // packed.scales.shape[1])
-        run("floats", (*arguments, value_RC), len(codes), value_RC.numel() // LEAST_FEW, int4())
-        y_TR[:, some] = functional.linear(x_TC, value_RC[: some.stop - some.start])
+        run("floats", (*arguments, value_RC), len(codes), codes.numel() * WORD // LEAST_FEW, int4())
+        torch.mm(x_TC, value_RC[: some.stop - some.start].T, out=y_TR[:, some])

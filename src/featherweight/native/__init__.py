@@ -70,8 +70,7 @@ def pieces() -> Any:
 @cache
 def int4() -> Any:
     """The functions of `int4.c`, likewise."""
-    # gcc 12's -O3 makes the AVX2 loop six times slower than its -O2.
-    return _of_any_cpu("int4.c", ("-O2", "-Wno-psabi"), "products with 4-bit codes", "two to five times as long")
+    return _of_any_cpu("int4.c", ("-Wno-psabi",), "products with 4-bit codes", "two to five times as long")
 
 
 def _of_any_cpu(source: str, flags: tuple[str, ...], what: str, without: str) -> Any:
@@ -98,7 +97,8 @@ def _vector_flags() -> tuple[str, ...]:
     """What to compile plain C with: the widest vectors that this CPU has."""
     has = _instructions()
     if has >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}:
-        return (*PLAIN_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+        wide = (*PLAIN_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+        return (*wide, "-mavx512vnni") if "avx512_vnni" in has else wide
     return (*PLAIN_FLAGS, "-mavx2", "-mfma") if has >= {"avx2", "fma"} else PLAIN_FLAGS
 
 
@@ -106,6 +106,12 @@ def _vector_flags() -> tuple[str, ...]:
 def has_tiles() -> bool:
     """Whether this machine is a Linux whose CPU has every instruction of `amx.c`."""
     return _instructions() >= NEEDED
+
+
+@cache
+def has_byte_products() -> bool:
+    """Whether vectors of this CPU multiply and add bytes, as `int4.c` does where they can."""
+    return _instructions() >= {"avx2", "fma"}
 
 
 def _instructions() -> set[str]:
