@@ -1,4 +1,4 @@
-// Rows of entropy-coded matrices made floats, for a dense product with many tokens. For sub1.cu, whose structs these are.
+// Rows of entropy-coded matrices made floats, for a dense product with many tokens. Matrix is that of sub1.cu.
 
 struct Dense {
     const Matrix* matrices;

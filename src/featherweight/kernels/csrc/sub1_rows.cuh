@@ -1,5 +1,5 @@
-// One row of an entropy-coded ternary matrix times x in shared memory: columns added up and taken away. For sub1.cu, whose
-// macros these are.
+// One row of an entropy-coded ternary matrix times x in shared memory: columns added up and taken away. The macros are
+// those of sub1.cu.
 
 // x of up to M tokens as one element of a column: a float for one token, else 16 bits each.
 template <int M> struct Element {
@@ -38,7 +38,8 @@ template <int M> struct Element {
 #define HELD_8 HELD_4, "+r"(held[2]), "+r"(held[3])
 
 // A symbol, the bits of `v` from LOW on: a gap leads on from `at`, and the column there is added or, by the sign below
-// the gap, taken away. A gap of all ones is an escape: G columns that were zero, or 2 G. Seven instructions:
+// the gap, taken away. A gap of all ones is an escape: G columns that were zero, or 2 G. Seven instructions
+// (and half a shift):
 // * the gap is taken with its bits turned over, so that the same instruction says whether this is an escape, where none
 //   is left. `at` then moves back by it, and G + 1 columns a symbol ahead, which the offsets of the loads hold;
 // * an escape moves `at` by -1 or G - 1 columns, which is one product: y, an odd constant (1 / G modulo 2^32) or that
