@@ -46,7 +46,7 @@ class Params(ctypes.Structure):
 
 
 class DenseParams(ctypes.Structure):
-    """The struct Dense of csrc/sub1.cu."""
+    """The struct Dense of csrc/sub1_dense.cuh."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("matrices", "zeros", "y")),

@@ -50,133 +50,7 @@ __device__ __forceinline__ u16 load_now(const u16* from) {  // not when it is us
 }
 template <int N> __device__ __forceinline__ void wait_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// x of up to M tokens as one element of a column: a float for one token, else 16 bits each.
-template <int M> struct Element {
-    static constexpr int BYTES = M == 1 ? 4 : 2 * M;
-};
-
-// ---- adding columns: PTX, so that no lane goes its own way ------------------------------------------------------------
-
-// Predicate n: there is something to add here; s is 1 or -1.
-#define REGISTERS ".reg .pred n; .reg .u32 g, f, q; .reg .f32 s, x; .reg .b16 l, h; "
-#if BF16
-#define PAIR(W, A, B) \
-    "shl.b32 g, " W ", 16; mov.b32 x, g; @n fma.rn.f32 " A ", x, s, " A "; " \
-    "and.b32 g, " W ", 0xffff0000; mov.b32 x, g; @n fma.rn.f32 " B ", x, s, " B "; "
-#else
-#define PAIR(W, A, B) \
-    "mov.b32 {l, h}, " W "; cvt.f32.f16 x, l; @n fma.rn.f32 " A ", x, s, " A "; " \
-    "cvt.f32.f16 x, h; @n fma.rn.f32 " B ", x, s, " B "; "
-#endif
-// The column at AT into registers, and from there into the sums; LOAD under a predicate.
-#define LOAD_1(IF, AT) IF "ld.shared.u32 %2, [" AT "]; "
-#define LOAD_2(IF, AT) IF "ld.shared.u32 %3, [" AT "]; "
-#define LOAD_4(IF, AT) IF "ld.shared.v2.u32 {%5, %6}, [" AT "]; "
-#define LOAD_8(IF, AT) IF "ld.shared.v4.u32 {%9, %10, %11, %12}, [" AT "]; "
-#define ADD_1 "mov.b32 x, %2; @n fma.rn.f32 %1, x, s, %1; "
-#define ADD_2 PAIR("%3", "%1", "%2")
-#define ADD_4 PAIR("%5", "%1", "%2") PAIR("%6", "%3", "%4")
-#define ADD_8 PAIR("%9", "%1", "%2") PAIR("%10", "%3", "%4") PAIR("%11", "%5", "%6") PAIR("%12", "%7", "%8")
-#define SUMS_1 "+f"(acc[0])
-#define SUMS_2 SUMS_1, "+f"(acc[1])
-#define SUMS_4 SUMS_2, "+f"(acc[2]), "+f"(acc[3])
-#define SUMS_8 SUMS_4, "+f"(acc[4]), "+f"(acc[5]), "+f"(acc[6]), "+f"(acc[7])
-#define HELD_1 "+r"(held[0])
-#define HELD_2 HELD_1
-#define HELD_4 HELD_2, "+r"(held[1])
-#define HELD_8 HELD_4, "+r"(held[2]), "+r"(held[3])
-
-// A symbol, the lowest bits of `v`: a gap leads on from `at`, and the column there is added or, by the sign below the
-// gap, taken away. A gap of all ones is an escape: G columns that were zero, or 2 G. Eight instructions:
-// * the gap is taken with its bits turned over, so that the same instruction says whether this is an escape, where none
-//   is left. `at` then moves back by it, and G + 1 columns a symbol ahead, which the offsets of the loads hold;
-// * an escape moves `at` by -1 or G - 1 columns, which is one product: y, an odd constant (1 / G modulo 2^32) or that
-//   less 1 by the sign, times -G columns. It is written beside the other step, not after it, into a new register: one
-//   that a load has its address from cannot be overwritten before that has read it;
-// * a multiprocessor multiplies integers beside whatever else it does, and adds them at half the rate of floats.
-// What is loaded goes into registers of the caller's, since one that is written under a predicate alone is alive from
-// the beginning on. (Written with the opposite predicate, setp.eq, this does not come out of ptxas 13.0.)
-#define SYMBOL(LOAD, ADD, V, GAPS, BACK, FAR, ODD, HERE) \
-    "{ " REGISTERS "lop3.b32 g, " V ", " GAPS ", " GAPS ", 0x0c; setp.ne.u32 n, g, 0; " \
-    "lop3.b32 f, " V ", 1, " ODD ", 0x6a; mad.lo.u32 q, g, " BACK ", %0; @!n mad.lo.u32 q, f, " FAR ", %0; " \
-    LOAD("@n ", "q+" HERE) "mad.lo.u32 f, " V ", 0x80000000, 0x3f800000; mov.b32 s, f; mov.u32 %0, q; " ADD "}"
-
-__device__ constexpr u32 inverse(u32 odd) {  // modulo 2^32
-    u32 found = odd;
-    for (int i = 0; i < 5; i++) found *= 2 - odd * found;
-    return found;
-}
-
-template <int B, int M, int S> __device__ __forceinline__ void add_symbol(float (&acc)[M], u32 (&held)[(M + 1) / 2], u32& at, u32 v) {
-    constexpr int GAPS = (1 << B) - 2, G = GAPS / 2, BACK = -STRIDE / 2, FAR = -G * STRIDE, HERE = (S * (G + 1) + G) * STRIDE;
-#define GIVEN "r"(v), "n"(GAPS), "n"(BACK), "n"(FAR), "n"(inverse(G)), "n"(HERE)
-    if constexpr (M == 1) asm volatile(SYMBOL(LOAD_1, ADD_1, "%3", "%4", "%5", "%6", "%7", "%8") : "+r"(at), SUMS_1, HELD_1 : GIVEN);
-    if constexpr (M == 2) asm volatile(SYMBOL(LOAD_2, ADD_2, "%4", "%5", "%6", "%7", "%8", "%9") : "+r"(at), SUMS_2, HELD_2 : GIVEN);
-    if constexpr (M == 4) asm volatile(SYMBOL(LOAD_4, ADD_4, "%7", "%8", "%9", "%10", "%11", "%12") : "+r"(at), SUMS_4, HELD_4 : GIVEN);
-    if constexpr (M == 8) asm volatile(SYMBOL(LOAD_8, ADD_8, "%13", "%14", "%15", "%16", "%17", "%18") : "+r"(at), SUMS_8, HELD_8 : GIVEN);
-}
-
-// A flag, a bit of `flags`: if it is set, the column at `at` is added or, by the highest bit of `sign`, taken away, and
-// that bit of `sign` is used up.
-#define FLAG(LOAD, ADD, AT, FLAGS, BIT, ONE) \
-    "{ " REGISTERS "and.b32 g, " FLAGS ", " BIT "; setp.ne.u32 n, g, 0; lop3.b32 f, %0, 0x80000000, " ONE ", 0xea; " \
-    "mov.b32 s, f; " LOAD("", AT) ADD "@n mad.lo.u32 %0, %0, 2, 0; }"
-
-template <int M> __device__ __forceinline__ void add_flag(float (&acc)[M], u32& sign, u32 at, u32 flags, u32 bit) {
-    u32 held[(M + 1) / 2] = {};
-#define GIVEN_FLAG "r"(at), "r"(flags), "r"(bit), "r"(0x3f800000)
-    if constexpr (M == 1) asm volatile(FLAG(LOAD_1, ADD_1, "%3", "%4", "%5", "%6") : "+r"(sign), SUMS_1, HELD_1 : GIVEN_FLAG);
-    if constexpr (M == 2) asm volatile(FLAG(LOAD_2, ADD_2, "%4", "%5", "%6", "%7") : "+r"(sign), SUMS_2, HELD_2 : GIVEN_FLAG);
-    if constexpr (M == 4) asm volatile(FLAG(LOAD_4, ADD_4, "%7", "%8", "%9", "%10") : "+r"(sign), SUMS_4, HELD_4 : GIVEN_FLAG);
-    if constexpr (M == 8) asm volatile(FLAG(LOAD_8, ADD_8, "%13", "%14", "%15", "%16") : "+r"(sign), SUMS_8, HELD_8 : GIVEN_FLAG);
-}
-
-// ---- one row ------------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 word_at(u32 row, int i, int words, u32 behind) { return i < words ? load_shared(row + 4 * i) : behind; }
-
-__device__ __forceinline__ u32 word_or_ones(u32 at, int is_there) {
-    u32 v;
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, 0xffffffff; @p ld.shared.u32 %0, [%1]; }"
-                 : "=&r"(v) : "r"(at), "r"(is_there));
-    return v;
-}
-
-// Symbol S of B words.
-template <int B, int M, int S> __device__ __forceinline__ void add_place(float (&acc)[M], u32 (&held)[(M + 1) / 2], u32& at, const u32 (&w)[B]) {
-    constexpr int word = S * B / 32, bit = S * B % 32, next = word + 1 < B ? word + 1 : word;
-    add_symbol<B, M, S>(acc, held, at, bit + B > 32 ? __funnelshift_r(w[word], w[next], bit) : w[word] >> bit);
-}
-
-// Runs: 32 symbols are B words. Behind a row's last word there are ones, which are escapes.
-template <int B, int M> __device__ __forceinline__ void sum_runs(float (&acc)[M], u32 row, int words, int longest, u32 at) {
-    constexpr int AHEAD = M <= 2 ? 8 : 4;  // columns on their way
-    u32 held[AHEAD][(M + 1) / 2] = {};
-    for (int first = 0; first < longest; first += B) {
-        u32 w[B];
-#pragma unroll
-        for (int i = 0; i < B; i++) w[i] = word_or_ones(row + 4 * i, first + i < words);
-        row += 4 * B;
-#define PLACE(S) add_place<B, M, S>(acc, held[(S) % AHEAD], at, w);
-#define PLACES(S) PLACE(S) PLACE(S + 1) PLACE(S + 2) PLACE(S + 3) PLACE(S + 4) PLACE(S + 5) PLACE(S + 6) PLACE(S + 7)
-        PLACES(0) PLACES(8) PLACES(16) PLACES(24)
-        at += 32 * STRIDE << (B - 1);
-    }
-}
-
-// Bitmaps: a flag a column, then a bit for each flag that is set. All lanes look at the same column.
-template <int M> __device__ __forceinline__ void sum_bitmap(float (&acc)[M], u32 row, int words, int columns, u32 x) {
-    const int flags = (columns + 31) / 32;
-    int bits = flags * 32;
-    for (int i = 0; i < flags; i++) {
-        const u32 set = word_at(row, i, words, 0);
-        u32 sign = __brev(__funnelshift_r(word_at(row, bits / 32, words, 0), word_at(row, bits / 32 + 1, words, 0), bits & 31));
-        bits += __popc(set);
-#pragma unroll
-        for (int j = 0; j < 32; j++) add_flag<M>(acc, sign, x + j * Element<M>::BYTES, set, 1u << j);
-        x += 32 * Element<M>::BYTES;
-    }
-}
+#include "sub1_rows.cuh"
 
 // ---- the tiles of one matrix -----------------------------------------------------------------------------------------
 
@@ -212,9 +86,9 @@ template <int M> __device__ __forceinline__ void sum_row(
         if constexpr (CODES & 1) sum_bitmap<M>(acc, row, words, p.columns, x);
         return;
     }
-    const int longest = __reduce_max_sync(~0u, words);
+    const int shortest = __reduce_min_sync(~0u, words), longest = __reduce_max_sync(~0u, words);
     switch (matrix.bits) {
-#define RUNS_OF(B) case B: if constexpr (CODES >> B & 1) sum_runs<B, M>(acc, row, words, longest, at); break;
+#define RUNS_OF(B) case B: if constexpr (CODES >> B & 1) sum_runs<B, M>(acc, row, words, shortest, longest, at); break;
         RUNS_OF(3) RUNS_OF(4) RUNS_OF(5) RUNS_OF(6) RUNS_OF(7) RUNS_OF(8)
 #undef RUNS_OF
     }
@@ -356,7 +230,11 @@ extern "C" __global__ void __launch_bounds__(512, 1) sub1_products(const __grid_
     const bool many = (u64)tiles * p.parts * plan.work[p.experts] >= (u64)TURNS * weight_of(1) * warps * gridDim.x;
     const int turn = many ? warps : 1, turns = (tiles + turn - 1) / turn;
     const u64 each = (u64)turns * p.parts, all = each * plan.work[p.experts];
-    const u64 low = all * blockIdx.x / gridDim.x, high = all * (blockIdx.x + 1) / gridDim.x;
+    // Shares are whole turns of one pass where passes have as many tokens as they have on average: most begin and end with
+    // an expert then, and the longest is no longer for it.
+    const u64 unit = weight_of(min(MOST, (p.pairs + p.experts - 1) / p.experts));
+    const u64 share = (all + unit * gridDim.x - 1) / (unit * gridDim.x) * unit;
+    const u64 low = share * blockIdx.x, high = min(all, low + share);
     int expert = 0;
     for (int step = 1024; step; step /= 2)
         if (expert + step < p.experts && each * plan.work[expert + step] <= low) expert += step;
@@ -388,105 +266,4 @@ extern "C" __global__ void __launch_bounds__(512, 1) sub1_products(const __grid_
     }
 }
 
-// ---- many tokens: rows as floats, for a dense product --------------------------------------------------------------------
-
-struct Dense {
-    const Matrix* matrices;
-    const u8* zeros;         // of each row and group of each matrix, or none: symmetric grids
-    u16* y;                  // matrices x rows x columns
-    int count, rows, columns, groups;
-    int first_row, last_row;  // of every matrix, a multiple of 32 the first; y has these rows alone
-};
-
-constexpr int PITCH = ROWS + 1;  // words of two-bit codes, 16 columns of each of a tile's rows, and one more for other banks
-
-// What decoding knows of a matrix: bits of `kind`, see Matrix; bits 8 to 15 are the codes of the four levels.
-__device__ __forceinline__ u32 code_of(const Matrix& matrix, u32 level) { return matrix.kind >> (8 + 2 * level) & 3; }
-
-__device__ __forceinline__ void put_code(u32* codes, int column, u32 code, int lane) {
-    codes[(column >> 4) * PITCH + lane] |= code << 2 * (column & 15);
-}
-
-__device__ __forceinline__ void decode_runs(const Matrix& matrix, const u32* words, int count, int columns, u32* codes, int lane) {
-    const int b = matrix.bits, v = matrix.kind >> 16 & 3, gaps = ((1 << b) - 1) / v;
-    const u32 mask = (1u << b) - 1;
-    u32 low = count > 0 ? words[0] : ~0u, high = count > 1 ? words[1] : ~0u;
-    int next = 2, bit = 0, left = count * 32;
-    for (int column = 0; left >= b && column < columns; left -= b) {
-        const int s = __funnelshift_r(low, high, bit) & mask;
-        bit += b;
-        if (bit >= 32) bit -= 32, low = high, high = next < count ? words[next] : ~0u, next++;
-        const int gap = v == 1 ? s : v == 2 ? s >> 1 : s * 171 >> 9;
-        if (s >= v * gaps) {
-            column += (s - v * gaps + 1) * gaps;
-        } else {
-            column += gap;
-            if (column < columns) put_code(codes, column, code_of(matrix, s - gap * v + 1), lane);
-            column++;
-        }
-    }
-}
-
-__device__ __forceinline__ void decode_bitmap(const Matrix& matrix, const u32* words, int count, int columns, u32* codes, int lane) {
-    const int flags = (columns + 31) / 32;
-    int bits = flags * 32;
-    for (int i = 0; i < flags && i < count; i++)
-        for (u32 left = words[i]; left; left &= left - 1, bits++) {
-            const int column = i * 32 + __ffs(left) - 1;
-            const u32 sign = bits < count * 32 ? words[bits >> 5] >> (bits & 31) & 1 : 0;
-            if (column < columns) put_code(codes, column, code_of(matrix, 1 + sign), lane);
-        }
-}
-
-__device__ __forceinline__ void decode_plain(const Matrix& matrix, const u32* words, int count, int columns, u32* codes, int lane) {
-    const int b = matrix.bits;
-    for (int c = 0; c < columns && c * b < count * 32; c++)
-        put_code(codes, c, code_of(matrix, words[c * b >> 5] >> (c * b & 31) & ((1 << b) - 1)), lane);
-}
-
-// A warp's tile of codes from shared memory to floats: 16 columns a lane.
-__device__ __forceinline__ void store_dense(const Dense& p, const Matrix& matrix, int at, int first, const u32* codes, int lane) {
-    const int width = p.columns / p.groups;
-    for (int r = 0; r < min(ROWS, p.last_row - first); r++) {
-        const u64 row = (u64)at * p.rows + first + r;  // of all matrices, among scales' and zeros' rows
-        u16* to = p.y + ((u64)at * (p.last_row - p.first_row) + first + r - p.first_row) * p.columns;
-        for (int c = lane * 16; c < p.columns; c += 512) {
-            const u32 word = codes[(c >> 4) * PITCH + r];
-            const int group = c / width;
-            const u16 stored = matrix.scales[(u64)(first + r) * p.groups + group];
-            const float scale = matrix.kind >> 30 & 1 ? bfloat_to_float(stored) : half_to_float(stored);
-            const int zero = p.zeros ? p.zeros[row * p.groups + group] : 2;
-            u32 out[8];
-#pragma unroll
-            for (int i = 0; i < 16; i++) {
-                const int steps = (int)((word >> 2 * i) + zero & 3) - zero;
-                const u32 value = float_to_activation((float)steps * scale);
-                out[i / 2] = i % 2 ? out[i / 2] | value << 16 : value;
-            }
-            *(uint4*)(to + c) = make_uint4(out[0], out[1], out[2], out[3]);
-            *(uint4*)(to + c + 8) = make_uint4(out[4], out[5], out[6], out[7]);
-        }
-    }
-}
-
-// A tile a warp. Columns are a multiple of 16, and so is a group.
-extern "C" __global__ void __launch_bounds__(128) sub1_dense(const __grid_constant__ Dense p) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, words = p.columns / 16;
-    const int tiles = (p.last_row - p.first_row + ROWS - 1) / ROWS;
-    const u64 index = (u64)blockIdx.x * (blockDim.x >> 5) + warp;
-    if (index >= (u64)tiles * p.count) return;
-    const int at = (int)(index / tiles), first = p.first_row + (int)(index % tiles) * ROWS;
-    u32* codes = (u32*)memory + warp * words * PITCH;
-    for (int i = 0; i < words; i++) codes[i * PITCH + lane] = 0;
-    const Matrix matrix = p.matrices[at];
-    if (first + lane < p.last_row) {
-        const u32 begin = matrix.starts[first + lane], count = matrix.starts[first + lane + 1] - begin;
-        const u32* own = matrix.words + begin;
-        const int kind = matrix.kind & 0xff;
-        if (kind == PLAIN) decode_plain(matrix, own, count, p.columns, codes, lane);
-        else if (kind == BITMAP) decode_bitmap(matrix, own, count, p.columns, codes, lane);
-        else decode_runs(matrix, own, count, p.columns, codes, lane);
-    }
-    __syncwarp();
-    store_dense(p, matrix, at, first, codes, lane);
-}
+#include "sub1_dense.cuh"
