@@ -182,7 +182,7 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
 
 
 def _for_few_tokens(each: int, blocks: int, bytes: int, bits: int) -> Iterator[Choice]:
-    """For up to eight; `each`: tiles of a cluster of two. Deeper rings are slower: fetches that wait delay the first."""
+    """For up to eight; `each`: tiles of a cluster of two. Deeper rings are slower: waiting fetches delay the first."""
     few = each <= 2
     if bits == 4 and blocks <= MANY_BLOCKS:
         if each == 3:  # halves would be two and one
