@@ -17,8 +17,7 @@ from featherweight.kernels.wna16_layout import COLUMNS, Layout
 TOKENS = 32
 """The most that one launch takes."""
 FIXED_RING = 3  # stages on GPUs without bulk copies: RING of the source
-SPARSE_MEDIUM_BYTES = 28e6
-MEDIUM_BYTES, LARGE_BYTES = 38e6, 80e6
+SMALL_BYTES, MEDIUM_BYTES, LARGE_BYTES = 28e6, 38e6, 80e6
 MANY_BLOCKS, MANY_TILES = 32, 1000
 
 
@@ -54,7 +53,8 @@ class Choice:
         stages: chunks in each warp's ring.
         divided: into how many fetches a chunk of the layout is divided.
         times: clusters for each that fits at once with all of the shared memory.
-        shared: two CTAs have to fit on a multiprocessor.
+        shared: two CTAs have to fit on a multiprocessor, whose clusters need not all fit alone: `times` counts for as
+            many as there are multiprocessors for.
     """
 
     size: int
@@ -114,7 +114,8 @@ class Plan:
 def lay_out(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device, choice: Choice) -> Plan:
     """The plan that follows from a choice, whether or not it fits."""
     size, stages = choice.size, choice.stages
-    clusters = min(dict(device.clusters)[size] * choice.times, tiles)
+    at_once = device.processors // size if choice.shared else dict(device.clusters)[size]
+    clusters = min(at_once * choice.times, tiles)
     most = ceil(tiles / clusters)
     passes = ceil(most / choice.warps)
     row_warps = ceil(most / passes)
@@ -149,16 +150,21 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     if not device.has_clusters:
         yield Choice(1, 4, FIXED_RING)
         return
-    few, deep = tiles <= 2 * dict(device.clusters)[2], blocks > MANY_BLOCKS
+    each, deep = ceil(tiles / dict(device.clusters)[2]), blocks > MANY_BLOCKS
+    few = each <= 2  # tiles of a cluster of two
     nbytes = tiles * blocks * layout.block_bytes
     if layout.sparse:
         yield from _for_sparse(tokens, few, blocks, nbytes)
         return
     if tokens <= 8:
-        yield from _for_few_tokens(few, blocks, nbytes, layout.bits)
+        yield from _for_few_tokens(each, blocks, nbytes, layout.bits)
         yield Choice(4, 12, 3)
     elif few and not (deep and tokens <= 16):
+        if layout.bits == 4 and each == 2 and tokens <= 16:
+            yield Choice(8, 8, 3, 2, shared=True)
         yield Choice(2, 8, 2, 2)
+    elif layout.bits == 4 and each == 6 and not deep and tokens <= 16:
+        yield Choice(8, 13, 2, 2)  # two passes of 13 tiles
     if tokens <= 16:
         if few and deep:
             yield Choice(8, 9, 3, 2)
@@ -175,9 +181,17 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     yield Choice(8, 4, 2, 2)
 
 
-def _for_few_tokens(few: bool, blocks: int, bytes: int, bits: int) -> Iterator[Choice]:
-    """For up to eight. Deeper rings than these are slower: fetches that wait for memory delay the first."""
+def _for_few_tokens(each: int, blocks: int, bytes: int, bits: int) -> Iterator[Choice]:
+    """For up to eight; `each`: tiles of a cluster of two. Deeper rings are slower: waiting fetches delay the first."""
+    few = each <= 2
+    if bits == 4 and blocks <= MANY_BLOCKS:
+        if each == 3:  # halves would be two and one
+            yield Choice(2, 12, 2, 2, shared=True)
+        elif each > 12 and bytes <= LARGE_BYTES:
+            yield Choice(2, 14, 3)
     if few and blocks > MANY_BLOCKS:
+        if bits == 4 and bytes > SMALL_BYTES:
+            yield Choice(2, 12, 3)
         yield Choice(2, 12, 2)
     elif few:
         yield from (Choice(2, 8, stages, 2, shared=True) for stages in (6, 4, 3, 2))
@@ -201,7 +215,7 @@ def _for_sparse(tokens: int, few: bool, blocks: int, nbytes: int) -> Iterator[Ch
         elif nbytes > LARGE_BYTES:
             yield from (Choice(2, 16, 2, 2, times=2, shared=True), Choice(2, 16, 2, 2))
         else:
-            depths = (4, 3, 2) if nbytes > SPARSE_MEDIUM_BYTES else (2,)
+            depths = (4, 3, 2) if nbytes > SMALL_BYTES else (2,)
             yield from (Choice(2, 12, stages, 2, times=2, shared=True) for stages in depths)
         yield Choice(4, 12, 3)
     elif few:
