@@ -53,8 +53,10 @@ class Order:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around each step."""
+        """Around each step. One that fails is noted again."""
         self._at = 0
+        if not self._noted:
+            self._products.clear()
         before = _ORDER.set(self)
         try:
             yield

@@ -187,10 +187,7 @@ class Kernels:
         tiles, blocks = extent(y_TR.shape[1], x_TC.shape[1])
         ahead = behind(weights, plan.parts, plan.stages)
         params = Params(
-            weights.data_ptr(),
-            x_TC.data_ptr(),
-            y_TR.data_ptr(),
-            None if bias_R is None else bias_R.data_ptr(),
+            *(weights.data_ptr(), x_TC.data_ptr(), y_TR.data_ptr(), None if bias_R is None else bias_R.data_ptr()),
             *(plan.tokens, y_TR.shape[1], x_TC.shape[1], blocks, tiles, -(-blocks // plan.chunk)),
             *divmod(tiles, plan.clusters),
             *(plan.row_warps, plan.warp_splits, plan.stages, plan.chunk, plan.own),
@@ -201,11 +198,7 @@ class Kernels:
         )
         clusters = self.limits.has_clusters
         self.module.launch(
-            f"wna16_{plan.width}",
-            plan.clusters * plan.size,
-            plan.warps * 32,
-            plan.bytes,
-            params,
+            *(f"wna16_{plan.width}", plan.clusters * plan.size, plan.warps * 32, plan.bytes, params),
             cluster=plan.size if clusters else 0,
             early=self.early and clusters,
         )
