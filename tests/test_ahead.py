@@ -9,42 +9,53 @@ import pytest
 import torch
 
 from featherweight.kernels import ahead, nvrtc
-from featherweight.kernels.ahead import NEAR_BYTES, NOTHING, PIECE, Order, behind, first_bytes
+from featherweight.kernels.ahead import NEAR_BYTES, NOTHING, PIECE, Order, behind, first_bytes, gap
 
 
-def test_each_launch_is_told_of_the_next_and_the_last_of_none() -> None:
-    matrices = [torch.zeros(size, dtype=torch.uint8) for size in (1 << 16, 3 << 16, 1 << 20)]
-    places, order = (12, 2, 8), Order()
+def a_step(matrices: list[torch.Tensor], gaps: tuple[int, ...]) -> list[ahead.Ahead]:
+    """What each product is told, with memory idle behind some."""
+    told = []
+    for at, each in enumerate(matrices):
+        told.append(behind(each, at + 2, stages=3))
+        if at in gaps:
+            gap()
+    return told
+
+
+def some(count: int) -> list[torch.Tensor]:
+    return [torch.zeros(1 << 16, dtype=torch.uint8) for _ in range(count)]
+
+
+def test_a_launch_before_a_gap_is_told_of_the_next() -> None:
+    matrices, order = some(4), Order()
     with order.step():
-        assert [behind(each, n, 2) for each, n in zip(matrices, places, strict=True)] == [NOTHING] * 3
+        assert a_step(matrices, (1, 3)) == [NOTHING] * 4
     for _ in range(2):
         with order.step():
-            told = [behind(each, n, 2) for each, n in zip(matrices, places, strict=True)]
-        assert [each.address for each in told] == [matrices[1].data_ptr(), matrices[2].data_ptr(), None]
-        assert [each.places for each in told[:2]] == [2, 8] and told[0].left == 2
-    assert behind(matrices[0], 12, 2) == NOTHING, "outside of a step"
+            told = a_step(matrices, (1, 3))
+        assert [each.address for each in told] == [None, matrices[2].data_ptr(), None, None]
+        assert told[1].places == 4 and told[1].left == 3
+    assert a_step(matrices, (1, 3)) == [NOTHING] * 4, "outside of a step"
 
 
 def test_a_step_that_goes_another_way_has_nothing_brought_near() -> None:
-    first, second, other = (torch.zeros(1 << 16, dtype=torch.uint8) for _ in range(3))
+    first, second, other = some(3)
     order = Order()
     with order.step():
-        behind(first, 2, 2), behind(second, 2, 2)
+        a_step([first, second], (0,))
     with order.step():
-        assert behind(other, 2, 2) == NOTHING
-        assert behind(second, 2, 2) == NOTHING and behind(first, 2, 2) == NOTHING
+        assert a_step([other, second, first], (0,)) == [NOTHING] * 3
 
 
 def test_a_step_that_fails_is_noted_again() -> None:
-    first, second = (torch.zeros(1 << 16, dtype=torch.uint8) for _ in range(2))
-    order = Order()
+    matrices, order = some(2), Order()
     with pytest.raises(ZeroDivisionError), order.step():
-        behind(first, 2, 2)
+        a_step(matrices[1:], (0,))
         raise ZeroDivisionError
     for _ in range(2):
         with order.step():
-            told = behind(first, 2, 2), behind(second, 2, 2)
-    assert told[0].address == second.data_ptr() and told[1] == NOTHING
+            told = a_step(matrices, (0,))
+    assert told[0].address == matrices[1].data_ptr() and told[1] == NOTHING
 
 
 def test_what_is_brought_near_lies_within_the_matrix() -> None:

@@ -1,8 +1,8 @@
 """Which matrix comes next: so that a launch can have its first bytes brought into the L2 cache.
 
-Memory idles while a product ends, while the small launches behind it run and until the next product's rings are full.
-Where a step is the same each time (a CUDA graph's), its products are noted once, in order, and each launch is then told
-of the one behind it. A hint: what is computed does not depend on it.
+While one token's attention runs, memory idles. Where a step is the same each time (a CUDA graph's), its products are
+noted once, in order, and one with attention behind it is then told of the next. (Between products with little in
+between it does not help: bench/results.) A hint: what is computed does not depend on it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 PIECE = 2048  # bytes: as in csrc/wna16.cu
-NEAR_BYTES = 12 << 20
-"""Of the next matrix: what memory gives in the gap between two products, and a fourth of an H100's L2 cache."""
+NEAR_BYTES = 9 << 20
+"""Of the next matrix: what an H100's memory gives in three microseconds, about as long as attention takes."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ def first_bytes(weights: Tensor, places: int, left: int) -> Ahead:
 
 @dataclass
 class Order:
-    """The products of a step, one after another: noted in the first, told to those that follow."""
+    """The products of a step, one after another, and where memory idles: noted in the first, told in those after it."""
 
     _products: list[tuple[Tensor, int]] = field(default_factory=list)
+    _gaps: set[int] = field(default_factory=set)  # products behind which memory idles
     _noted: bool = False
     _at: int = 0
 
@@ -57,6 +58,7 @@ class Order:
         self._at = 0
         if not self._noted:
             self._products.clear()
+            self._gaps.clear()
         before = _ORDER.set(self)
         try:
             yield
@@ -72,9 +74,14 @@ class Order:
             self._products.append((weights, places))
             return NOTHING
         here = self._products[at : at + 2]
-        if len(here) < 2 or here[0][0].data_ptr() != weights.data_ptr():
+        if at not in self._gaps or len(here) < 2 or here[0][0].data_ptr() != weights.data_ptr():
             return NOTHING
         return first_bytes(*here[1], stages)
+
+    def gap(self) -> None:
+        """Behind the product of the step that was made last, memory idles."""
+        if not self._noted:
+            self._gaps.add(len(self._products) - 1)
 
 
 _ORDER: ContextVar[Order | None] = ContextVar("order of products", default=None)
@@ -84,3 +91,10 @@ def behind(weights: Tensor, places: int, stages: int) -> Ahead:
     """`Order.behind` of the step that is being made; nothing outside of one."""
     order = _ORDER.get()
     return NOTHING if order is None else order.behind(weights, places, stages)
+
+
+def gap() -> None:
+    """`Order.gap` of the step that is being made."""
+    order = _ORDER.get()
+    if order is not None:
+        order.gap()

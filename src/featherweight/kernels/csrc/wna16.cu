@@ -179,8 +179,8 @@ __device__ __forceinline__ void store_rows(const Params& p, u32 partials, u32 ri
     }
 }
 
-// The next launch's weights, a share of what all warps together ask for. Memory would idle while this launch ends and the
-// small ones behind it run; the next one's rings find its first bytes in the L2 cache.
+// The next launch's weights, a share of what all warps together ask for: where attention runs before it, and memory would
+// idle, its rings then find their bytes in the L2 cache.
 __device__ __forceinline__ void bring_near(const Params& p, int warp, int warps) {
 #if BULK
     constexpr u32 PIECE = 2048;  // bytes: about a fetch of the next launch's own
