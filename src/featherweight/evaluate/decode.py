@@ -18,6 +18,7 @@ from torch import Tensor
 
 from featherweight.errors import FallbackWarning
 from featherweight.evaluate import fused
+from featherweight.kernels.ahead import Order
 from featherweight.kernels.decode import likeliest
 
 if TYPE_CHECKING:
@@ -130,19 +131,20 @@ class Decoder:
 
     def _capture(self) -> None:
         """Run the step until nothing is made for the first time any more, then once more into a graph."""
-        positions = self._positions()
+        positions, order = self._positions(), Order()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self._advance()
+                with order.step():
+                    self._advance()
                 for position in positions:
                     position.sub_(1)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph), order.step():
                 self.logits_V = self._advance()
         except RuntimeError as error:
             warnings.warn(

@@ -41,7 +41,12 @@ struct Params {
     int owned;                   // half tiles of a pass that a CTA sums up and stores (the last may have fewer)
     int x_stride, part_bytes;    // of a token of x; of one split's sums
     int at_barriers, at_x, at_sums, at_partials;  // in shared memory
-    u32 by_row_warps, by_splits, by_owned;        // inverses, for `quotient`
+    u32 by_row_warps, by_splits, by_owned, by_places;  // inverses, for `quotient`
+    // Of the matrix of the next launch, what is to be in the L2 cache when that begins: so many pieces (`bring_near`)
+    // at each of several places, so far apart. A warp asks for its share when so many of its own chunks are still to come.
+    const u8* ahead;
+    int ahead_left, ahead_places, ahead_pieces;
+    u32 ahead_apart;
 };
 
 #include "streaming.cuh"
@@ -174,6 +179,19 @@ __device__ __forceinline__ void store_rows(const Params& p, u32 partials, u32 ri
     }
 }
 
+// The next launch's weights, a share of what all warps together ask for: where attention runs before it, and memory would
+// idle, its rings then find their bytes in the L2 cache.
+__device__ __forceinline__ void bring_near(const Params& p, int warp, int warps) {
+#if BULK
+    constexpr u32 PIECE = 2048;  // bytes: about a fetch of the next launch's own
+    if (!one_lane()) return;
+    for (int i = blockIdx.x * warps + warp; i < p.ahead_places * p.ahead_pieces; i += gridDim.x * warps) {
+        const int piece = quotient(i, p.by_places), place = i - piece * p.ahead_places;
+        prefetch(p.ahead + (u64)place * p.ahead_apart + piece * PIECE, PIECE);
+    }
+#endif
+}
+
 template <int NT> __device__ __forceinline__ void product(const Params& p) {
     extern __shared__ __align__(128) u8 memory[];
     const u32 base = shared_address(memory);
@@ -195,6 +213,7 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     ring.tile = warp_row * clusters + cluster;
     ring.tile_step = p.row_warps * clusters;
     ring.left = quotient(max(0, tiles - warp_row + p.row_warps - 1), p.by_row_warps) * ring.chunks;
+    int to_come = ring.left;
     ring.begin(lane);
     Exchange exchange = {base + p.at_partials, base + p.at_barriers + warps * p.stages * 8};
     exchange.begin();
@@ -203,6 +222,7 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     const int slice = chunk_of_part(rank * p.warp_splits) * p.chunk;  // blocks, first and last, that this CTA needs
     const int slice_end = min(chunk_of_part((rank + 1) * p.warp_splits) * p.chunk, p.blocks);
     let_the_next_kernel_start();
+    if (to_come <= p.ahead_left) bring_near(p, warp, warps);
     wait_for_the_kernel_before();
     load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barrier + 8);
 
@@ -232,6 +252,7 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
                     at++;
                 }
                 ring.release(lane);
+                if (--to_come == p.ahead_left) bring_near(p, warp, warps);
             }
         if (step % 2) {
             int halves = min(p.owned, max(0, min(p.row_warps, tiles - pass * p.row_warps) * 2 - rank * p.owned));
