@@ -135,12 +135,13 @@ template <int B, int M> __device__ __forceinline__ void sum_runs(
 #pragma unroll
         for (int i = 0; i < B; i++) w[i] = word_or_ones(row + 4 * i, first + i < words);
         row += 4 * B;
+        const int left = longest - first;
         EIGHT(0)
-        if (first + B / 4 >= longest) break;
+        if (left <= B / 4) break;
         EIGHT(8)
-        if (first + B / 2 >= longest) break;
+        if (left <= B / 2) break;
         EIGHT(16)
-        if (first + 3 * B / 4 >= longest) break;
+        if (left <= 3 * B / 4) break;
         EIGHT(24)
         at += 32 * STRIDE << (B - 1);
     }
