@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.errors import RequestError
-from featherweight.models.blocks import MEMORY, SHAPES_KEPT, AllSeen, BlockRunner, Call, clean_call, same
+from featherweight.models.blocks import SHAPES_KEPT, AllSeen, BlockRunner
+from featherweight.models.calls import MEMORY, Call, clean_call, same
 from featherweight.models.tree import ModelTree
 from featherweight.models.windows import model_inputs
 
