@@ -24,7 +24,8 @@ from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import Solution
 from featherweight.formats import FORMATS
 from featherweight.kernels import nvrtc, pick, reasons, sub1_bank
-from featherweight.kernels.sub1_bank import MOST_WARPS, Bank, Entry, entry_of, fused, lay_out, stride_of
+from featherweight.kernels.sub1_bank import Bank, Entry, entry_of, fused
+from featherweight.kernels.sub1_launch import MOST_WARPS, STRIDES, lay_out, stride_of
 from featherweight.linear import CompressedLinear
 
 FORMAT = FORMATS["sub1"]
@@ -48,7 +49,7 @@ def values(symbols: Tensor, scales: Tensor) -> Tensor:
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bits", [4, 5, 6, 7])
-@pytest.mark.parametrize("stride", sub1_bank.STRIDES)
+@pytest.mark.parametrize("stride", STRIDES)
 def test_symbols_lead_to_their_columns(bits: int, stride: int) -> None:
     """The steps of SYMBOL in csrc/sub1.cu, in 32-bit words, make the sums that the codes stand for."""
     symbols = draw(8, 300, {4: 0.8, 5: 0.885, 6: 0.96, 7: 0.99}[bits])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.formats import Sub1
-from featherweight.kernels.sub1_bank import MOST_EXPERTS, MOST_PAIRS, MOST_TOKENS, Bank, Entry, entry_of, fused
+from featherweight.kernels.sub1_bank import Bank, Entry, entry_of, fused
+from featherweight.kernels.sub1_launch import MOST_EXPERTS, MOST_PAIRS, MOST_TOKENS
 from featherweight.linear import CompressedLinear
 from featherweight.models.experts import Expert, Experts, Routed, find_experts
 
