@@ -6,7 +6,7 @@ Shapes: S sequences, T tokens, D width, R outputs, C inputs.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from featherweight import api
-from featherweight.errors import RequestError
+from featherweight.core.problem import LayerProblem
+from featherweight.core.rules import Grid
+from featherweight.core.solution import Solution
+from featherweight.core.sweep import sweep
+from featherweight.errors import FeatherweightError, RequestError
 from featherweight.linear import CompressedLinear
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.load import load_dense
 from featherweight.models.tree import build
 from featherweight.stream import compress as pipeline
+from featherweight.stream.solving import check_certificate
 from runs import (
     Seen,
     journal,
@@ -195,3 +200,28 @@ def test_blocks_see_what_the_stored_blocks_before_them_make(
         assert (block.dense_STD is None) == (target == "drifted")
         if block.dense_STD is not None:
             torch.testing.assert_close(block.dense_STD, dense_STD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_a_claim_may_be_off_by_rounding_and_by_no_more(experts: int) -> None:
+    """Relative to the loss, or to all that descent may have taken away; the last layer of a stack included."""
+    stack = (experts,) if experts else ()
+    torch.manual_seed(0)
+    x_TC = torch.randn(*stack, 64, 32)
+    x_TC[..., 0] *= 100  # one column has most of w H w^T
+    problem = LayerProblem(torch.randn(*stack, 8, 32), x_TC.mT @ x_TC / 64, 64, 0.01, "layer")
+    solution = sweep(problem, Grid(4, 16))
+    energy, loss = (problem.weight_RC @ problem.damped() * problem.weight_RC).sum((-2, -1)), solution.loss_R.sum(-1)
+    assert bool((energy > 1e3 * loss).all())
+
+    def claimed(more: float) -> Solution:
+        loss_R = solution.loss_R.clone()
+        loss_R.view(-1, 8)[-1, 0] += more
+        return replace(solution, loss_R=loss_R)
+
+    last_energy, last_loss = float(energy.reshape(-1)[-1]), float(loss.reshape(-1)[-1])
+    for within in (0.0, 5e-4 * last_loss, 0.5e-6 * last_energy):
+        check_certificate(problem, claimed(within))
+    for beyond in (4e-3 * last_loss + 2e-6 * last_energy, float("nan")):
+        with pytest.raises(FeatherweightError, match=r"layer: the solver claims a loss of .* please report this"):
+            check_certificate(problem, claimed(beyond))
