@@ -103,9 +103,9 @@ def best_3bit() -> Recipe:
 
 
 def best_2of4_4bit() -> Recipe:
-    """Two of four weights, at 4 bits, groups of 64: the default's masks and codes, and what the masks kept trained block
-    by block. `featherweight tune --weights` afterwards trains it towards the original as a whole, which takes away more;
-    with `--text-share 0.3` perplexity falls further (docs/log.md)."""
+    """Two of four weights, at 4 bits, groups of 64: the default's masks and codes, and what the masks kept trained
+    block by block. `featherweight tune --weights` afterwards trains it towards the original as a whole, which takes
+    away more; with `--text-share 0.3` perplexity falls further (docs/log.md)."""
     return Recipe(sparsity="2:4", bits=4, group_size=64, method="block-ap", tune="weights")
 
 
