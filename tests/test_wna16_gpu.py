@@ -14,7 +14,6 @@ from featherweight.core.rules import Grid
 from featherweight.errors import FallbackWarning
 from featherweight.formats import FORMATS
 from featherweight.kernels import nvrtc, wna16
-from featherweight.kernels.ahead import Order, gap
 from featherweight.kernels.wna16_layout import Layout
 from featherweight.linear import CompressedLinear
 from wna16_cases import BFLOAT, HALF, solution
@@ -96,7 +95,6 @@ def test_chained_launches_in_a_graph_wait_for_each_other() -> None:
     def direct(x: Tensor) -> Tensor:
         for layer in layers:
             x = layer(x)
-            gap()
         return x
 
     kernel = wna16.kernels(x.device, HALF, Layout(4, 128, HALF, False))
@@ -105,11 +103,9 @@ def test_chained_launches_in_a_graph_wait_for_each_other() -> None:
         want = call(x)
         kernel.early = True
         assert want.isfinite().all()
-        order = Order()  # with the next layer's weights brought near, too
-        with order.step():
-            assert torch.equal(call(x), want)
+        assert torch.equal(call(x), want)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), order.step():
+        with torch.cuda.graph(graph):
             got = call(x)
         for _ in range(100):
             got.zero_()

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from featherweight.errors import FallbackWarning
 from featherweight.evaluate import fused
-from featherweight.kernels.ahead import Order
 from featherweight.kernels.decode import likeliest
 
 if TYPE_CHECKING:
@@ -131,20 +130,19 @@ class Decoder:
 
     def _capture(self) -> None:
         """Run the step until nothing is made for the first time any more, then once more into a graph."""
-        positions, order = self._positions(), Order()
+        positions = self._positions()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                with order.step():
-                    self._advance()
+                self._advance()
                 for position in positions:
                     position.sub_(1)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph), order.step():
+            with torch.cuda.graph(graph):
                 self.logits_V = self._advance()
         except RuntimeError as error:
             warnings.warn(

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.kernels.ahead import gap
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -171,7 +169,6 @@ def attend_by_triton(qkv_J: Tensor, heads: Heads, memory: Memory) -> Tensor:
     """`attend` as one launch."""
     from featherweight.kernels import triton_decode
 
-    gap()
     group, capacity, pad = heads.queries // heads.keys, memory.keys.shape[2], max(16, _power_of_two(heads.width))
     splits = min(SPLITS, _power_of_two(-(-capacity // KEYS)))
     part, most, count = _scratch(qkv_J.device, heads.keys, group, pad, splits)

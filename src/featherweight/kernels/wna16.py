@@ -26,7 +26,6 @@ from featherweight.errors import FallbackWarning
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Grid, Rule, Solution
 from featherweight.kernels import nvrtc, wna16_layout
-from featherweight.kernels.ahead import behind
 from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
 from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
@@ -141,9 +140,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("tiles_each", "tiles_more", "row_warps", "warp_splits", "stages", "chunk")),
         *((name, ctypes.c_int) for name in ("own", "owned", "x_stride", "part_bytes")),
         *((name, ctypes.c_int) for name in ("at_barriers", "at_x", "at_sums", "at_partials")),
-        *((name, ctypes.c_uint32) for name in ("by_row_warps", "by_splits", "by_owned", "by_places")),
-        ("ahead", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("ahead_left", "ahead_places", "ahead_pieces", "ahead_apart")),
+        *((name, ctypes.c_uint32) for name in ("by_row_warps", "by_splits", "by_owned")),
     )
 
 
@@ -185,7 +182,6 @@ class Kernels:
     def launch(self, plan: Plan, x_TC: Tensor, weights: Tensor, bias_R: Tensor | None, y_TR: Tensor) -> None:
         """One launch: y_TR of at most `TOKENS` tokens."""
         tiles, blocks = extent(y_TR.shape[1], x_TC.shape[1])
-        ahead = behind(weights, plan.parts, plan.stages)
         params = Params(
             *(weights.data_ptr(), x_TC.data_ptr(), y_TR.data_ptr(), None if bias_R is None else bias_R.data_ptr()),
             *(plan.tokens, y_TR.shape[1], x_TC.shape[1], blocks, tiles, -(-blocks // plan.chunk)),
@@ -193,8 +189,7 @@ class Kernels:
             *(plan.row_warps, plan.warp_splits, plan.stages, plan.chunk, plan.own),
             *(plan.owned, plan.x_stride, plan.part_bytes),
             *(plan.at_barriers, plan.at_x, plan.at_sums, plan.at_partials),
-            *(2**31 // divisor + 1 for divisor in (plan.row_warps, plan.parts, plan.owned, ahead.places)),
-            *(ahead.address, ahead.left, ahead.places, ahead.pieces, ahead.apart),
+            *(2**31 // divisor + 1 for divisor in (plan.row_warps, plan.parts, plan.owned)),
         )
         clusters = self.limits.has_clusters
         self.module.launch(

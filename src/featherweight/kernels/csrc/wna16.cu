@@ -41,12 +41,7 @@ struct Params {
     int owned;                   // half tiles of a pass that a CTA sums up and stores (the last may have fewer)
     int x_stride, part_bytes;    // of a token of x; of one split's sums
     int at_barriers, at_x, at_sums, at_partials;  // in shared memory
-    u32 by_row_warps, by_splits, by_owned, by_places;  // inverses, for `quotient`
-    // Of the matrix of the next launch, what is to be in the L2 cache when that begins: so many pieces (`bring_near`)
-    // at each of several places, so far apart. A warp asks for its share when so many of its own chunks are still to come.
-    const u8* ahead;
-    int ahead_left, ahead_places, ahead_pieces;
-    u32 ahead_apart;
+    u32 by_row_warps, by_splits, by_owned;  // inverses, for `quotient`
 };
 
 #include "streaming.cuh"
@@ -55,6 +50,7 @@ struct Params {
 #include "numbers.cuh"
 #include "kept.cuh"
 #endif
+#include "sums.cuh"
 
 // ---- the product ----------------------------------------------------------------------------------------------------
 
@@ -125,73 +121,6 @@ __device__ __forceinline__ void multiply_block(
     }
 }
 
-// Sums travel as the tensor cores leave them: four floats a lane, of two rows and two tokens; `lanes` in four have any.
-__device__ __forceinline__ int lanes_with_tokens(int tokens, int n) { return min(4, (tokens + 1) / 2 - n * 4); }
-
-template <int NT>
-__device__ __forceinline__ void send_partials(const Params& p, const float (&total)[2][NT][4], const Exchange& exchange, u32 ring, int part, int rank, int tile, int lane) {
-    const int g = lane >> 2, t = lane & 3, half_bytes = (p.tokens + 1) / 2 * 128;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const int half = tile * 2 + h, owner = quotient(half, p.by_owned);
-        const int before = p.own && part >= (owner + 1) * p.warp_splits ? part - p.warp_splits : part;
-        u32 to = exchange.buffer + before * p.part_bytes + (half - owner * p.owned) * half_bytes, there = exchange.barrier;
-        if (p.own && owner == rank) to = ring + h * half_bytes;
-#if BULK
-        to = remote_address(to, owner);
-        there = remote_address(there, owner);
-#endif
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const int lanes = lanes_with_tokens(p.tokens, n);
-            if (t < lanes) send(to + n * 512 + (g * lanes + t) * 16, total[h][n], there);
-        }
-    }
-}
-
-// Sums of all splits for the half tiles this CTA owns, rounded once. Of the cluster's tiles, `step` apart, `here` halves
-// are in this pass, from `tile` on; ours begin with half `first`.
-template <int NT>
-__device__ __forceinline__ void store_rows(const Params& p, u32 partials, u32 rings, int splits, int tile, int step, int here, int first, int warp, int lane) {
-    const int g = lane >> 2, t = lane & 3, half_bytes = (p.tokens + 1) / 2 * 128;
-    for (int i = warp; i < p.owned * NT; i += blockDim.x / 32) {
-        const int n = i % NT, half = first + i / NT, lanes = lanes_with_tokens(p.tokens, n);
-        if (half >= here || t >= lanes) continue;
-        const u32 in_half = n * 512 + (g * lanes + t) * 16, ring_bytes = p.stages * p.chunk * BLOCK;
-        float sum[4] = {};
-        auto add = [&](u32 at, u32 apart, int count) {
-#pragma unroll 4
-            for (int s = 0; s < count; s++, at += apart) {
-                float4 v = load_shared_floats(at);
-                sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-            }
-        };
-        if (p.own) add(rings + half / 2 * ring_bytes + half % 2 * half_bytes + in_half, p.row_warps * ring_bytes, p.warp_splits);
-        add(partials + i / NT * half_bytes + in_half, p.part_bytes, p.own ? splits - p.warp_splits : splits);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int row = (tile + half / 2 * step) * ROWS + half % 2 * 16 + e / 2 * 8 + g, token = n * 8 + t * 2 + e % 2;
-            if (row >= p.rows || token >= p.tokens) continue;
-            float value = sum[e] * (e / 2 ? 1 / STEP / ODD : 1 / STEP);
-            if (p.bias) value += activation_to_float(p.bias[row]);
-            p.y[(u64)token * p.rows + row] = float_to_activation(value);
-        }
-    }
-}
-
-// The next launch's weights, a share of what all warps together ask for: where attention runs before it, and memory would
-// idle, its rings then find their bytes in the L2 cache.
-__device__ __forceinline__ void bring_near(const Params& p, int warp, int warps) {
-#if BULK
-    constexpr u32 PIECE = 2048;  // bytes: about a fetch of the next launch's own
-    if (!one_lane()) return;
-    for (int i = blockIdx.x * warps + warp; i < p.ahead_places * p.ahead_pieces; i += gridDim.x * warps) {
-        const int piece = quotient(i, p.by_places), place = i - piece * p.ahead_places;
-        prefetch(p.ahead + (u64)place * p.ahead_apart + piece * PIECE, PIECE);
-    }
-#endif
-}
-
 template <int NT> __device__ __forceinline__ void product(const Params& p) {
     extern __shared__ __align__(128) u8 memory[];
     const u32 base = shared_address(memory);
@@ -213,7 +142,6 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     ring.tile = warp_row * clusters + cluster;
     ring.tile_step = p.row_warps * clusters;
     ring.left = quotient(max(0, tiles - warp_row + p.row_warps - 1), p.by_row_warps) * ring.chunks;
-    int to_come = ring.left;
     ring.begin(lane);
     Exchange exchange = {base + p.at_partials, base + p.at_barriers + warps * p.stages * 8};
     exchange.begin();
@@ -222,7 +150,6 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     const int slice = chunk_of_part(rank * p.warp_splits) * p.chunk;  // blocks, first and last, that this CTA needs
     const int slice_end = min(chunk_of_part((rank + 1) * p.warp_splits) * p.chunk, p.blocks);
     let_the_next_kernel_start();
-    if (to_come <= p.ahead_left) bring_near(p, warp, warps);
     wait_for_the_kernel_before();
     load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barrier + 8);
 
@@ -252,7 +179,6 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
                     at++;
                 }
                 ring.release(lane);
-                if (--to_come == p.ahead_left) bring_near(p, warp, warps);
             }
         if (step % 2) {
             int halves = min(p.owned, max(0, min(p.row_warps, tiles - pass * p.row_warps) * 2 - rank * p.owned));
