@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from featherweight.benchmarks import generate, kernels, peers, shapes
+from featherweight.benchmarks import generate, kernels, peers, shapes, timing
 from featherweight.benchmarks.shapes import Shapes
 from featherweight.benchmarks.timing import MOST_COPIES, copies, excess_error, median_us
 from featherweight.core.rules import Grid
@@ -64,7 +65,7 @@ def test_bench_kernels() -> None:
     assert ran.code == 0, ran.err
     rows = ran.last["rows"]
     assert [(row["kernel"], row["tokens"]) for row in rows] == [
-        (name, tokens) for name in ("dense", "cpu-int4", "dequantize") for tokens in (1, 40)
+        (name, tokens) for tokens in (1, 40) for name in ("dense", "cpu-int4", "dequantize")
     ]
     for row in rows:
         assert row["of_read"] == pytest.approx(row["gbps"] / 10) and row["of_peak"] == pytest.approx(
@@ -103,8 +104,20 @@ def test_peers_are_timed_and_their_failures_told(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(peers, "importable", lambda *_: [("good", works), ("bad", fails)])
     rows = list(kernels._layer(128, 64, kernels.Plan(Grid(4, 128), (1,), torch.bfloat16, CPU, ("cpu-int4",))))
-    assert [row["kernel"] for row in rows] == ["dense", "cpu-int4", "good", "bad"]
-    assert rows[2]["us"] > 0 and rows[3] == {"kernel": "bad", "failed": "OSError: no such library"}
+    assert [row["kernel"] for row in rows] == ["bad", "dense", "cpu-int4", "good"]
+    assert rows[3]["us"] > 0 and rows[0] == {"kernel": "bad", "failed": "OSError: no such library"}
+
+
+def test_contenders_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def measured(calls: list[Any], device: torch.device) -> float:
+        order.append(calls[0])
+        return float(len(order))
+
+    monkeypatch.setattr(timing, "median_us", measured)
+    assert timing.in_turn({"a": ["a"], "b": ["b"]}, CPU) == {"a": 3.0, "b": 4.0}  # type: ignore[list-item]
+    assert order == ["a", "b"] * timing.TURNS
 
 
 def test_peers_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.benchmarks import peers
+from featherweight.benchmarks.peers import Product
 from featherweight.benchmarks.shapes import named
-from featherweight.benchmarks.timing import copies, excess_error, machine, median_us, peak_tflops, read_gbps
+from featherweight.benchmarks.timing import copies, excess_error, in_turn, machine, peak_tflops, read_gbps
 from featherweight.core.rules import Grid, Joint, Pattern, Rule
 from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 from featherweight.formats import by_name
 from featherweight.formats.base import Format
-from featherweight.kernels import KERNELS, reasons
+from featherweight.kernels import KERNELS, Run, reasons
 
 FORMAT, SPARSE_FORMAT = "compressed-tensors", "sparse"
 NOT_TIMED = ("reference", "dense")
@@ -92,36 +94,45 @@ def run(shapes: Sequence[str], plan: Plan, tell: Tell) -> dict[str, Any]:
 
 
 def _layer(columns: int, outputs: int, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Dense, ours and the peers', for each number of tokens."""
+    """Dense, ours and the peers', for each number of tokens in turn."""
     inputs = {tokens: torch.randn(tokens, columns, device=plan.device).to(plan.dtype) for tokens in plan.tokens}
-    dense = _dense(columns, outputs, plan, inputs)
-    for tokens, us in dense.items():
-        yield _row("dense", tokens, us, us, columns, outputs, 2 * columns * outputs)
+    contenders: dict[str, Sequence[Product]] = {"dense": _dense(columns, outputs, plan)}
     weights = draw(outputs, columns, plan.grid, plan.dtype, plan.device)
     if plan.pattern is not None:
         weights = pruned(weights, plan.pattern)
     nbytes = stored_bytes(columns, outputs, plan.grid, plan.dtype, plan.pattern)
-    for name, products in _ours(weights, nbytes, plan):
-        for tokens, x in inputs.items():
-            us = median_us([lambda c=c, x=x: c(x) for c in products], plan.device)  # type: ignore[misc]
-            found = _row(name, tokens, us, dense[tokens], columns, outputs, nbytes)
-            yield found | {"error": excess_error(products[0](x), exact(x, weights))}
-    yield from _peers(columns, outputs, nbytes, plan, inputs, dense)
+    ours = _ours(weights, nbytes, plan)
+    contenders |= ours
+    for name, peer in peers.importable(plan.device, plan.grid.bits, plan.dtype):
+        try:
+            group = plan.grid.group_size or columns
+            products = peer(outputs, columns, group, plan.dtype, copies(nbytes, plan.device))
+            in_turn({str(t): [partial(products[0], x)] for t, x in inputs.items()}, plan.device)
+            contenders[name] = products
+        except Exception as error:  # a stranger's code: its failure is a result, not ours
+            yield {"kernel": name, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
+    for tokens, x in inputs.items():
+        calls = {name: [partial(product, x) for product in products] for name, products in contenders.items()}
+        found = in_turn(calls, plan.device)
+        for name, us in found.items():
+            read_bytes = 2 * columns * outputs if name == "dense" else nbytes
+            row = _row(name, tokens, us, found["dense"], columns, outputs, read_bytes)
+            yield row | ({"error": excess_error(ours[name][0](x), exact(x, weights))} if name in ours else {})
 
 
-def _dense(columns: int, outputs: int, plan: Plan, inputs: dict[int, Tensor]) -> dict[int, float]:
-    """Microseconds of the library's product with weights of the activations' dtype."""
+def _dense(columns: int, outputs: int, plan: Plan) -> list[Product]:
+    """The library's product with weights of the activations' dtype."""
     count = copies(2 * columns * outputs, plan.device)
     dense = [torch.randn(outputs, columns, device=plan.device).to(plan.dtype) for _ in range(count)]
-    calls = {t: [lambda w=w, x=x: functional.linear(x, w) for w in dense] for t, x in inputs.items()}  # type: ignore[misc]
-    return {tokens: median_us(each, plan.device) for tokens, each in calls.items()}
+    return [partial(functional.linear, weight=weight) for weight in dense]
 
 
-def _ours(weights: Solution, nbytes: float, plan: Plan) -> Iterator[tuple[str, list[Callable[[Tensor], Tensor]]]]:
+def _ours(weights: Solution, nbytes: float, plan: Plan) -> dict[str, list[Callable[[Tensor], Tensor]]]:
     """Each kernel over rotated copies of the weights."""
     format, (outputs, columns) = plan.format, weights.codes_RC.shape
     refusals = reasons(format, plan.rule, outputs, columns, plan.dtype, plan.device)
     taken = [name for name, why in refusals.items() if why is None]
+    found: dict[str, list[Callable[[Tensor], Tensor]]] = {}
     for name in plan.kernels or [each for each in taken if each not in NOT_TIMED]:
         if name not in taken:
             raise RequestError(
@@ -131,21 +142,12 @@ def _ours(weights: Solution, nbytes: float, plan: Plan) -> Iterator[tuple[str, l
         runs = [
             KERNELS[name].prepare(format, plan.rule, tensors, plan.dtype) for _ in range(copies(nbytes, plan.device))
         ]
-        yield name, [lambda x, run=run: run(x, None) for run in runs]  # type: ignore[misc]
+        found[name] = [_without_bias(run) for run in runs]
+    return found
 
 
-def _peers(
-    columns: int, outputs: int, nbytes: float, plan: Plan, inputs: dict[int, Tensor], dense: dict[int, float]
-) -> Iterator[dict[str, Any]]:
-    for name, peer in peers.importable(plan.device, plan.grid.bits, plan.dtype):
-        try:
-            group = plan.grid.group_size or columns
-            products = peer(outputs, columns, group, plan.dtype, copies(nbytes, plan.device))
-            for tokens, x in inputs.items():
-                us = median_us([lambda c=c, x=x: c(x) for c in products], plan.device)  # type: ignore[misc]
-                yield _row(name, tokens, us, dense[tokens], columns, outputs, nbytes)
-        except Exception as error:  # a stranger's code: its failure is a result, not ours
-            yield {"kernel": name, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
+def _without_bias(run: Run) -> Callable[[Tensor], Tensor]:
+    return lambda x_TC: run(x_TC, None)
 
 
 def _row(

@@ -9,7 +9,7 @@ median of the rounds. Random data, since zeros draw less power. Peaks are measur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -19,6 +19,7 @@ from torch import Tensor
 Call = Callable[[], object]
 ROUNDS_S = 0.04  # of replays or rounds that are measured
 LEAST_ROUNDS = 5
+TURNS = 3
 LEAST_LAUNCHES = 16  # of a graph
 CPU_CACHE_BYTES = 32e6  # that calls rotate through where nothing says how large the cache is
 MOST_COPIES = 256
@@ -33,6 +34,16 @@ def median_us(calls: Sequence[Call], device: torch.device) -> float:
         calls = [*calls] * -(-LEAST_LAUNCHES // len(calls))
         return _replayed(calls, device) / len(calls)
     return _rounds_us(calls) / len(calls)
+
+
+def in_turn(contenders: Mapping[str, Sequence[Call]], device: torch.device) -> dict[str, float]:
+    """`median_us` of each, the median of `TURNS` measurements that are taken in turn: a GPU at work grows hot and slow,
+    and whoever is measured first would win."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(TURNS):
+        for name, calls in contenders.items():
+            found[name].append(median_us(calls, device))
+    return {name: median(each) for name, each in found.items()}
 
 
 def copies(nbytes: float, device: torch.device) -> int:
