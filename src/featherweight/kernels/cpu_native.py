@@ -24,7 +24,7 @@ from featherweight.formats.base import Grid, Solution
 from featherweight.native import amx, has_byte_products, huge_pages, int4, run
 
 PANEL, HALF, WORD = 32, 16, 8  # outputs of a panel and of a tile; codes of a word
-FEW, FEW_BY_VECTORS, FEW_BY_LOOPS = 64, 256, 8  # tokens that multiply codes, at most: by tiles, vectors, plain C
+FEW, FEW_BY_VECTORS, FEW_BY_LOOPS = 64, 192, 8  # tokens that multiply codes, at most: by tiles, vectors, plain C
 AT_ONCE = 32  # of them, in one pass over the weights
 BEFORE_TILES = 2  # tokens that vectors multiply faster than tiles, which take as long for 16
 TOGETHER = 3  # panels that are floats at a time: 0.75 MB of 4096 inputs, in a cache of 2 MB that two threads may share
