@@ -141,6 +141,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("own", "owned", "x_stride", "part_bytes")),
         *((name, ctypes.c_int) for name in ("at_barriers", "at_x", "at_sums", "at_partials")),
         *((name, ctypes.c_uint32) for name in ("by_row_warps", "by_splits", "by_owned")),
+        ("hold", ctypes.c_int),
     )
 
 
@@ -190,6 +191,7 @@ class Kernels:
             *(plan.owned, plan.x_stride, plan.part_bytes),
             *(plan.at_barriers, plan.at_x, plan.at_sums, plan.at_partials),
             *(2**31 // divisor + 1 for divisor in (plan.row_warps, plan.parts, plan.owned)),
+            -1 if plan.hold is None else plan.hold,
         )
         clusters = self.limits.has_clusters
         self.module.launch(

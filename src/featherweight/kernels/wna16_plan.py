@@ -56,6 +56,8 @@ class Choice:
         times: clusters for each that fits at once with all of the shared memory.
         shared: two CTAs have to fit on a multiprocessor, whose clusters need not all fit alone: `times` counts for as
             many as there are multiprocessors for.
+        hold: the next launch may begin when a warp of each CTA has no more than so many chunks left to multiply; None:
+            at once. Where the next one fits beside this, its fetches delay what this one has still to fetch.
     """
 
     size: int
@@ -64,6 +66,7 @@ class Choice:
     divided: int = 1
     times: int = 1
     shared: bool = False
+    hold: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Plan:
         row_warps, warp_splits: tiles that a cluster takes at once, and warps of a CTA that split the columns of one.
         stages: chunks in each warp's ring; chunk: blocks in one.
         own: whether a CTA's own sums stay in its rings, of which one pass has no more use.
+        hold: as `Choice` has it.
         owned: half tiles of a pass that a CTA sums up; x_stride, part_bytes, at_*, bytes: shared memory, as the
             source's Params has it.
     """
@@ -88,6 +92,7 @@ class Plan:
     stages: int
     chunk: int
     own: bool
+    hold: int | None
     owned: int
     x_stride: int
     part_bytes: int
@@ -137,7 +142,7 @@ def lay_out(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
     own = device.has_clusters and passes == 1 and 2 * half_bytes <= stages * chunk * layout.block_bytes
     part_bytes, received = owned * half_bytes, parts - own * warp_splits
     return Plan(
-        tokens, size, clusters, row_warps, warp_splits, stages, chunk, own, owned, stride, part_bytes,
+        tokens, size, clusters, row_warps, warp_splits, stages, chunk, own, choice.hold, owned, stride, part_bytes,
         at_barriers, at_x, at_sums, at_partials, at_partials + received * part_bytes,
     )  # fmt: skip
 
@@ -162,7 +167,7 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
         yield Choice(4, 12, 3)
     elif few and not (deep and tokens <= 16):
         if layout.bits == 4 and each == 2 and tokens <= 16:
-            yield Choice(8, 8, 3, 2, shared=True)
+            yield Choice(8, 9, 3, 2, hold=3)
         yield Choice(2, 8, 2, 2)
     elif layout.bits == 4 and each == 6 and not deep and tokens <= 16:
         yield Choice(8, 13, 2, 2)  # two passes of 13 tiles
@@ -197,7 +202,9 @@ def _for_few_tokens(each: int, blocks: int, bytes: int, bits: int) -> Iterator[C
     elif few:
         yield from (Choice(2, 8, stages, 2, shared=True) for stages in (6, 4, 3, 2))
     elif bytes > LARGE_BYTES:
-        yield Choice(2, 16, 2, 2, times=2, shared=True)
+        yield Choice(2, 16, 2, 2, times=2, shared=True, hold=2 if bits == 2 else None)
+    elif bits == 2 and blocks > MANY_BLOCKS:
+        yield Choice(4, 11, 2, hold=2)
     elif bits > 3 and bytes > MEDIUM_BYTES and blocks > MANY_BLOCKS:
         yield Choice(2, 16, 3)
     if bits > 2 and not few and bytes <= LARGE_BYTES:

@@ -42,6 +42,7 @@ struct Params {
     int x_stride, part_bytes;    // of a token of x; of one split's sums
     int at_barriers, at_x, at_sums, at_partials;  // in shared memory
     u32 by_row_warps, by_splits, by_owned;  // inverses, for `quotient`
+    int hold;                    // the next launch may begin when a warp has so many chunks left to multiply; -1: at once
 };
 
 #include "streaming.cuh"
@@ -142,6 +143,7 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     ring.tile = warp_row * clusters + cluster;
     ring.tile_step = p.row_warps * clusters;
     ring.left = quotient(max(0, tiles - warp_row + p.row_warps - 1), p.by_row_warps) * ring.chunks;
+    int to_come = ring.left;
     ring.begin(lane);
     Exchange exchange = {base + p.at_partials, base + p.at_barriers + warps * p.stages * 8};
     exchange.begin();
@@ -149,7 +151,8 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
 
     const int slice = chunk_of_part(rank * p.warp_splits) * p.chunk;  // blocks, first and last, that this CTA needs
     const int slice_end = min(chunk_of_part((rank + 1) * p.warp_splits) * p.chunk, p.blocks);
-    let_the_next_kernel_start();
+    // Where the next launch's CTAs fit beside ours, their fetches delay what is still to come of our own.
+    if (p.hold < 0 || to_come <= p.hold) let_the_next_kernel_start();
     wait_for_the_kernel_before();
     load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barrier + 8);
 
@@ -179,6 +182,7 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
                     at++;
                 }
                 ring.release(lane);
+                if (--to_come == p.hold) let_the_next_kernel_start();
             }
         if (step % 2) {
             int halves = min(p.owned, max(0, min(p.row_warps, tiles - pass * p.row_warps) * 2 - rank * p.owned));
