@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from featherweight import api, formats
+from featherweight.core.hessian import CrossSum, HessianSum
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.tree import build
@@ -36,8 +37,8 @@ from featherweight.recipes import papers_gptq
 from featherweight.stream import compress as pipeline
 from featherweight.stream import hidden as hidden_states
 from featherweight.stream.allocation import DATABASE
-from featherweight.stream.inputs import Group, GroupSums
-from featherweight.stream.parallel import ALONE, World, check_divisible
+from featherweight.stream.inputs import Group, GroupSums, add_up
+from featherweight.stream.parallel import ALONE, TEXT_BYTES, World, check_divisible
 from runs import MANIFEST, journal, processes, shards, stamps, tensors_of
 from tiny import add_tokenizer, make
 
@@ -124,6 +125,32 @@ def whole(said: list[tuple[list[Any], int | None]]) -> list[Any]:
     assert [type(words[-1]).__name__ for words, _ in said] == ["Result"] * len(said), said
     assert all(len(words) == 1 for words, _ in said[1:]) and len(said[0][0]) > BLOCKS
     return [words[-1] for words, _ in said]
+
+
+def talk(line: Connection, rank: int, place: Path) -> None:
+    """Sends what it hears of a short text and two long ones, and of tensors with them."""
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    world, heard = World(rank, 2), []
+    for long in ((), (0,), (0, 1)):
+        said = f"{rank}" * (3 * TEXT_BYTES if rank in long else 5)
+        found = world.merged({f"of {rank}": (said, {"n": torch.arange(rank + 2), "none": torch.empty(0)})})
+        sent = {name: (told, {key: t.tolist() for key, t in held.items()}) for name, (told, held) in found.items()}
+        heard.append((world.each(said), world.first(said), sent, world.add_up_each([1, rank])))
+    line.send(heard)
+    os._exit(0)
+
+
+def test_texts_of_any_length_arrive(tmp_path: Path) -> None:
+    """In one message or two, whoever has the long one."""
+    ends = [processes().Pipe() for _ in range(2)]
+    for rank, (_, theirs) in enumerate(ends):
+        processes().Process(target=talk, args=(theirs, rank, tmp_path / "meeting")).start()
+        theirs.close()
+    for turns in (heard(ours)[-1] for ours, _ in ends):
+        for long, (each, first, sent, sums) in zip(((), (0,), (0, 1)), turns, strict=True):
+            said = [f"{rank}" * (3 * TEXT_BYTES if rank in long else 5) for rank in range(2)]
+            assert each == said and first == said[0] and sums == [2, 1]
+            assert sent == {f"of {n}": (said[n], {"n": list(range(n + 2)), "none": []}) for n in range(2)}
 
 
 # --- what they write
@@ -366,25 +393,26 @@ def test_every_sum_is_added_up(source: Path) -> None:
         sums.add(inputs_STC[at], gap_STC[at])
         return sums
 
-    def parts(sums: GroupSums) -> list[Any]:
-        assert sums.gap is not None
-        own = [sums.hessian.sum_CC, sums.hessian.tokens, sums.gap.sum_RC, sums.gap.tokens]
-        return own + ([] if sums.sinks is None else parts(sums.sinks))
+    def tensor_of(part: HessianSum | CrossSum) -> Tensor:
+        return part.sum_CC if isinstance(part, HessianSum) else part.sum_RC
 
-    of_the_other = iter(parts(sums_of(slice(2, 6))))
+    others = sums_of(slice(2, 6)).parts()
+    coming = iter(others)
 
     class Two(World):
         def sum_(self, tensor: Tensor) -> None:
-            tensor += next(of_the_other)
+            tensor += tensor_of(next(coming))
 
-        def add_up(self, number: int) -> int:
-            return number + int(next(of_the_other))
+        def add_up_each(self, numbers: Sequence[int]) -> list[int]:
+            return [number + other.tokens for number, other in zip(numbers, others, strict=True)]
 
     mine = sums_of(slice(0, 2))
-    mine.add_up(Two(0, 2))
+    add_up(mine.parts(), Two(0, 2))
     whole = sums_of(slice(0, 6))
-    for one, another in zip(parts(mine), parts(whole), strict=True):
-        torch.testing.assert_close(one, another)
+    assert len(others) == 4
+    for one, another in zip(mine.parts(), whole.parts(), strict=True):
+        torch.testing.assert_close(tensor_of(one), tensor_of(another))
+        assert one.tokens == another.tokens
     for sums in (mine, whole):
         sums.weigh_sinks(0.2)
     torch.testing.assert_close(mine.hessian.mean(), whole.hessian.mean())

@@ -48,17 +48,10 @@ class GroupSums:
         if self.sinks is not None and inputs_STC.dim() == 3:
             self.sinks.add(inputs_STC[:, :1], None if gap is None else gap[:, :1])
 
-    def add_up(self, world: World) -> None:
-        """The sums over the sequences of all processes."""
-        if world.size == 1:
-            return
-        world.sum_(self.hessian.sum_CC)
-        self.hessian.tokens = world.add_up(self.hessian.tokens)
-        if self.gap is not None:
-            world.sum_(self.gap.sum_RC)
-            self.gap.tokens = world.add_up(self.gap.tokens)
-        if self.sinks is not None:
-            self.sinks.add_up(world)
+    def parts(self) -> list[HessianSum | CrossSum]:
+        """The sums that this is made of, in the same order in all processes."""
+        sinks = [] if self.sinks is None else self.sinks.parts()
+        return [self.hessian, *([] if self.gap is None else [self.gap]), *sinks]
 
     def gap_mean(self, weight_RC: Tensor, hessian_CC: Tensor, rows: slice = WHOLE) -> Tensor | None:
         """How far the original is, as a mean; the group's outputs are W X, so what they leave of it is known from H.
@@ -126,11 +119,18 @@ def collect(view: BlockView, stages: list[list[Group]], number: int, recipe: Rec
         if dense is not None and target_STD is not None and number == beside[-1]:
             dense.states_STD[at] = target_STD  # only now: what was heard may be a view of the states
         tick(at.stop / sequences)
+    add_up([part for each in sums.values() for part in each.parts()], view.world)
     for group in groups:
-        sums[group.path].add_up(view.world)
         sums[group.path].weigh_sinks(recipe.sink_share)
         sums[group.path].without = group is end
     return [sums[group.path] for group in groups]
+
+
+def add_up(parts: list[HessianSum | CrossSum], world: World) -> None:
+    """Puts in the place of sums over this process's sequences those over all; their tokens are one message."""
+    for part, tokens in zip(parts, world.add_up_each([part.tokens for part in parts]), strict=True):
+        world.sum_(part.sum_CC if isinstance(part, HessianSum) else part.sum_RC)
+        part.tokens = tokens
 
 
 def _roots(weights: Mapping[str, Tensor], group: Group, power: float, world: World) -> Tensor:

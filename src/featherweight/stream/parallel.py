@@ -25,8 +25,11 @@ from featherweight.recipe import Recipe
 from featherweight.stream.device import pick_device
 
 Parcel = tuple[Any, dict[str, Tensor]]  # a JSON value, and tensors by name
+Message = tuple[Any, list[Tensor]]  # the same without names
+Kinds = list[tuple[str, Sequence[int], str]]  # the dtypes, shapes and devices of tensors
 PATIENCE = timedelta(minutes=30)  # with a process that neither answers nor ends; one that ends is noticed at once
 SMALL_BYTES = 1 << 16  # of a tensor that is copied to be sent with others: a message takes longer than that
+LENGTH_BYTES, TEXT_BYTES = 8, 1 << 14  # of a text's first message: its length, and what of it goes along
 FIELDS = {Solution: ("codes_RC", "scales_RG", "zeros_RG", "loss_R", "keep_RC"),
           SparseSolution: ("values_RC", "keep_RC", "loss_R")}  # fmt: skip
 
@@ -90,12 +93,16 @@ class World:
 
     def add_up(self, number: int) -> int:
         """The sum of a number over all processes."""
+        return self.add_up_each([number])[0]
+
+    def add_up_each(self, numbers: Sequence[int]) -> list[int]:
+        """The sums over all processes of each of some numbers, of which all have as many: one message."""
         if self.size == 1:
-            return number
-        told = torch.tensor([number])
+            return list(numbers)
+        told = torch.tensor(numbers)
         with self._talking():
             dist.all_reduce(told)
-        return int(told)
+        return told.tolist()
 
     def sum_(self, tensor: Tensor) -> None:
         """Puts in a tensor's place its sum over all processes."""
@@ -115,7 +122,7 @@ class World:
 
     def each(self, said: Any) -> list[Any]:
         """What every process says, in their order: any JSON value."""
-        return [said] if self.size == 1 else [self._from(owner, (said, []))[0] for owner in range(self.size)]
+        return [said] if self.size == 1 else self._texts(said)
 
     def first_tensor(self, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What process 0 makes, which is made nowhere else."""
@@ -148,42 +155,63 @@ class World:
         found: dict[str, Parcel] = {}
         contents = [[name, said, list(held)] for name, (said, held) in mine.items()]
         tensors = [tensor for _, held in mine.values() for tensor in held.values()]
-        for owner in range(self.size):
-            listed, sent = self._from(owner, (contents, tensors))
+        for listed, sent in self._from_all((contents, tensors)):
             coming = iter(sent)
             for name, said, names in listed:
                 found[name] = said, {each: next(coming) for each in names}
         return found
 
     def from_each(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The tensors that the processes have here, in their order: one message a process."""
+        """The tensors that the processes have here, in their order."""
         if self.size == 1:
             return [list(tensors)]
-        return [self._from(owner, (None, list(tensors)))[1] for owner in range(self.size)]
+        return [sent for _, sent in self._from_all((None, list(tensors)))]
 
-    def _from(self, owner: int, message: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    def _from(self, owner: int, message: Message) -> Message:
         """A JSON value and tensors from the process that has them; the message of the others is not looked at."""
         said, tensors = message
-        header = [said, [(str(t.dtype).removeprefix("torch."), t.shape, t.device.type) for t in tensors]]
-        text = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
-        length = torch.tensor([len(text)])
         with self._talking():
-            dist.broadcast(length, owner)
-            text = text if owner == self.rank else torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(text, owner)
-            said, kinds = json.loads(text.numpy().tobytes())
-            if owner != self.rank:
-                tensors = [torch.empty(shape, dtype=getattr(torch, dtype), device=on) for dtype, shape, on in kinds]
-            tensors = [tensor.contiguous() for tensor in tensors]
-            for bundle in _bundles(tensors):
-                parts = [tensor.view(-1).view(torch.uint8) for tensor in bundle]  # not every backend has bools
-                sent = parts[0] if len(parts) == 1 else torch.cat(parts)
-                if sent.numel():
-                    dist.broadcast(sent, owner)
-                if len(parts) > 1 and owner != self.rank:
-                    for part, own in zip(parts, sent.split([len(part) for part in parts]), strict=True):
-                        part.copy_(own)
-        return said, tensors
+            first, more = _framed([said, _kinds(tensors)] if owner == self.rank else None)
+            dist.broadcast(first, owner)
+            if rest := _length(first) - TEXT_BYTES:
+                more = more if owner == self.rank else torch.empty(rest, dtype=torch.uint8)
+                dist.broadcast(more, owner)
+            said, kinds = _read(first, more)
+            return said, self._sent(owner, kinds, tensors)
+
+    def _from_all(self, message: Message) -> list[Message]:
+        """The JSON values and tensors of all processes, in their order."""
+        said, tensors = message
+        told = self._texts([said, _kinds(tensors)])
+        with self._talking():
+            return [(each, self._sent(owner, kinds, tensors)) for owner, (each, kinds) in enumerate(told)]
+
+    def _texts(self, said: Any) -> list[Any]:
+        """The JSON values of all processes: one message, or two where one of them is long."""
+        first, more = _framed(said)
+        firsts, mores = [torch.empty_like(first) for _ in range(self.size)], [more] * self.size
+        with self._talking():
+            dist.all_gather(firsts, first)
+            if rest := max(map(_length, firsts)) - TEXT_BYTES:
+                more = torch.cat([more, more.new_zeros(rest - len(more))])
+                mores = [torch.empty_like(more) for _ in firsts]
+                dist.all_gather(mores, more)
+        return [_read(*each) for each in zip(firsts, mores, strict=True)]
+
+    def _sent(self, owner: int, kinds: Kinds, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The owner's tensors, which are of these dtypes, shapes and devices."""
+        if owner != self.rank:
+            tensors = [torch.empty(shape, dtype=getattr(torch, dtype), device=on) for dtype, shape, on in kinds]
+        tensors = [tensor.contiguous() for tensor in tensors]
+        for bundle in _bundles(tensors):
+            parts = [tensor.view(-1).view(torch.uint8) for tensor in bundle]  # not every backend has bools
+            sent = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if sent.numel():
+                dist.broadcast(sent, owner)
+            if len(parts) > 1 and owner != self.rank:
+                for part, own in zip(parts, sent.split([len(part) for part in parts]), strict=True):
+                    part.copy_(own)
+        return tensors
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
@@ -225,6 +253,27 @@ def check_divisible(world: World, recipe: Recipe) -> None:
             f"{world.size} processes were to share {recipe.samples} calibration sequences, and each needs 1: raise "
             f"--samples to {world.size} or use --nproc-per-node {recipe.samples}."
         )
+
+
+def _kinds(tensors: Sequence[Tensor]) -> Kinds:
+    return [(str(t.dtype).removeprefix("torch."), t.shape, t.device.type) for t in tensors]
+
+
+def _framed(said: Any) -> tuple[Tensor, Tensor]:
+    """A JSON value as a message of one size for all, which begins with the text's length, and what does not fit in."""
+    text = json.dumps(said).encode().ljust(TEXT_BYTES)
+    framed = torch.frombuffer(bytearray(len(text).to_bytes(LENGTH_BYTES, "little") + text), dtype=torch.uint8)
+    return framed[: LENGTH_BYTES + TEXT_BYTES], framed[LENGTH_BYTES + TEXT_BYTES :]
+
+
+def _length(first: Tensor) -> int:
+    return int.from_bytes(first[:LENGTH_BYTES].numpy().tobytes(), "little")
+
+
+def _read(first: Tensor, more: Tensor) -> Any:
+    """What `_framed` was given; behind `more` there may be bytes that are nobody's."""
+    text = torch.cat([first[LENGTH_BYTES:], more]).numpy().tobytes()
+    return json.loads(text[: _length(first)])
 
 
 def _bundles(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
