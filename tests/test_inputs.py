@@ -209,6 +209,36 @@ def test_writers_are_found(family: str, dtype: torch.dtype, tmp_path: Path) -> N
     assert writes == (["", ""] if family in NORMED | SCALED else ["middle", "end"])
 
 
+def test_blocks_made_alike_are_looked_at_once(tmp_path: Path) -> None:
+    """What differs but in its weights and its number is looked at; what is found has each block's own names."""
+    tree = build(Checkpoint.open(make("llama", tmp_path / "source")))
+    runner, ids_ST = BlockRunner(tree, CPU, torch.float32), token_ids(2, 24)
+    width = runner.embed(ids_ST).shape[-1]
+    states = HiddenStates((2, 24, width), torch.float32, CPU, tmp_path / "scratch")
+    states.fill(2, lambda at: runner.embed(ids_ST[at]))
+    alike: dict[Any, list[Group]] = {}
+    runs: list[int] = []
+
+    def groups_of(index: int, scaled: bool = False) -> list[Group]:
+        module = runner.load(index)
+        if scaled:
+            module.mlp.down_proj.register_buffer("scale", torch.tensor(2.0))
+            module.mlp.down_proj.register_forward_hook(lambda own, _, output: output * own.scale)
+
+        def run(states_STD: Tensor) -> Tensor:
+            runs.append(index)
+            return runner.run(index, module, states_STD)
+
+        return input_groups(BlockView(module, tree.blocks[index].matrices, run, states, states, 2, alike=alike))
+
+    first, second = groups_of(0), groups_of(1)
+    assert set(runs) == {0}
+    assert [group.writes for group in first] == [group.writes for group in second] == ["", "middle", "", "end"]
+    assert [m for group in second for m in group.matrices] == list(tree.blocks[1].matrices)
+    assert [group.writes for group in groups_of(1, scaled=True)][-1] == "end"  # noise is put behind the factor
+    assert set(runs) == {0, 1}
+
+
 def test_what_is_put_can_be_undone_for_a_while(tmp_path: Path) -> None:
     tree = build(Checkpoint.open(make("gpt2", tmp_path / "source")))  # Conv1D: kept the other way round
     module = BlockRunner(tree, CPU, torch.float32).load(0)

@@ -6,7 +6,7 @@ Shapes: S sequences, T tokens, D width, R outputs, C inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,6 +69,7 @@ class BlockView:
             values again; None where experts are held.
         special_ST: which of the block's own tokens are special, bool; None where all tokens are alike.
         carries: half of the states' tokens are what an encoder returned, behind the block's own.
+        alike: the groups that were found in the blocks before, by how those are made.
     """
 
     module: nn.Module
@@ -85,6 +86,7 @@ class BlockView:
     keep: Callable[[Matrix, AnySolution], Kept] | None = None
     special_ST: Tensor | None = None
     carries: bool = False
+    alike: dict[Hashable, list[Group]] = field(default_factory=dict)
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""
@@ -147,8 +149,34 @@ class Group:
 def input_groups(view: BlockView) -> list[Group]:
     """The groups of a block's matrices in the order they run; where they write is found if there is a dense stream.
 
-    Matrices of experts are not among them: not all are run by every batch (`stream.experts`).
+    Matrices of experts are not among them: not all are run by every batch (`stream.experts`). Blocks that are made
+    alike are looked at once.
     """
+    make = _make(view)
+    if make not in view.alike:
+        view.alike[make] = _agreed(view, _found(view))
+    matrices = {matrix.path: matrix for matrix in view.matrices}
+    return [replace(g, matrices=tuple(matrices[m.path] for m in g.matrices)) for g in view.alike[make]]
+
+
+def _make(view: BlockView) -> Hashable:
+    """What a block has in common with those that are made alike: its modules, what they are set to, and its matrices.
+
+    Whole numbers are left out, which say where in the model a module is; the shapes that others stand for are not. A
+    scalar among the weights is looked at: a block may multiply by it what it writes.
+    """
+    modules = []
+    for path, module in view.module.named_modules():
+        settings = [(name, value) for name, value in vars(module).items() if type(value) in (bool, str, float)]
+        modules.append((path, type(module), *sorted(settings)))
+    weights = [*view.module.named_parameters(), *view.module.named_buffers()]
+    shapes = [(name, float(weight) if weight.numel() == 1 else weight.shape) for name, weight in weights]
+    matrices = [(matrix.path, matrix.rows, matrix.columns) for matrix in view.matrices]
+    return view.carries, view.dense is None, tuple(matrices), tuple(modules), tuple(shapes)
+
+
+def _found(view: BlockView) -> list[Group]:
+    """The groups as a sequence of this process shows them."""
     seen: list[tuple[Tensor, list[Matrix]]] = []
 
     def note(matrix: Matrix, inputs: Tensor) -> None:
@@ -169,8 +197,7 @@ def input_groups(view: BlockView) -> list[Group]:
             f"{min(missed)} was never run by its block: it cannot be calibrated; ignore it or use --method rtn."
         )
     groups = [Group(tuple(matrices), first=not number) for number, (_, matrices) in enumerate(seen)]
-    found = groups if view.dense is None or view.carries or not groups else _find_writers(view, groups, hidden_STD)
-    return _agreed(view, found)
+    return groups if view.dense is None or view.carries or not groups else _find_writers(view, groups, hidden_STD)
 
 
 def _agreed(view: BlockView, groups: list[Group]) -> list[Group]:

@@ -5,7 +5,7 @@ Shapes: S sequences, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from featherweight.models.encoder_decoder import EncoderDecoderRunner
 from featherweight.models.tree import Block, Matrix
 from featherweight.models.windows import model_inputs
 from featherweight.stream.ending import Ending
-from featherweight.stream.groups import Kept
+from featherweight.stream.groups import Group, Kept
 from featherweight.stream.guide import Weights
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView
@@ -57,6 +57,7 @@ class States:
         self.dense: HiddenStates | None = None
         self.ending: Ending | None = None
         self.ids_ST: Tensor | None = None
+        self.alike: dict[Hashable, list[Group]] = {}
         self.special = torch.tensor(special, dtype=torch.int64)
         if ids_ST is None:
             return
@@ -97,6 +98,7 @@ class States:
             keep=keep,
             special_ST=self._special(decoding),
             carries=decoding,
+            alike=self.alike,
         )
 
     def _special(self, decoding: bool) -> Tensor | None:
