@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from featherweight.core.rules import Rule, grid_of, pattern_of
-from featherweight.core.solution import AnySolution
+from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import FeatherweightError
 from featherweight.formats import Format
 from featherweight.models.offload import apart_in, with_weights
@@ -68,9 +68,18 @@ class Shards:
                 packed, stored[path] = self._packed(matrix, solution)
                 mine[path] = self._line(block.index, matrix, solution, packed, seconds), packed
         found = known | world.merged(mine)
-        stored |= {path: self._unpacked(found[path][1], m) for path, m in left.items() if path not in stored}
+        for path, matrix in left.items():
+            if path not in stored:
+                stored[path] = self._as_stored(solutions[path], matrix, found[path][1])
         lines = [found[matrix.path][0] for matrix in block.matrices]
         return Packed(block, {matrix.path: found[matrix.path][1] for matrix in block.matrices}, stored, lines)
+
+    def _as_stored(self, solution: Solved, matrix: Matrix, packed: dict[str, Tensor]) -> AnySolution:
+        """What tensors say that another process has packed: it has found there the solution that this one has too,
+        but for a plain format, which keeps its values alone."""
+        if isinstance(solution, Solution) and solution.keep_RC is None and not self.format.plain:
+            return solution
+        return self._unpacked(packed, matrix)
 
     def keep(self, block: Block, matrix: Matrix, solution: AnySolution) -> Kept:
         """One solution as tensors of the format, at once."""
