@@ -105,7 +105,7 @@ def test_the_next_is_made_before_it_is_asked_for() -> None:
             raise RequestError("block 4 is broken")
         return 10 * number
 
-    with Ahead(make_it, 5, beside=True) as ahead:
+    with Ahead(make_it, 5, beside=True, first=1) as ahead:
         assert ahead.take(1) == 10
         assert second.wait(5)
         assert [ahead.take(2), ahead.take(3)] == [20, 30]
@@ -117,7 +117,7 @@ def test_the_next_is_made_before_it_is_asked_for() -> None:
 
 def beside(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pipeline, "Writer", lambda _: Writer(beside=True))
-    patch.setattr(pipeline, "Ahead", lambda make_it, count, _: Ahead(make_it, count, beside=True))
+    patch.setattr(pipeline, "Ahead", lambda make_it, count, _, first: Ahead(make_it, count, beside=True, first=first))
 
 
 def test_beside_the_solver_the_same_bytes_are_written(

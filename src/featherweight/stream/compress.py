@@ -205,7 +205,9 @@ class _Job:
                 # only now: while a model is made, torch's default dtype is the model's, on all threads
                 self.compiled = beside.submit(compile_solver, rule, self.choices, self.device)
             turned = rotations(runner.model) if self.fuses else nullcontext()
-            with Ahead(runner.read, len(self.tree.blocks), self.beside) as ahead, turned:
+            total = len(self.tree.blocks)
+            first = 0 if ids_ST is not None else next((n for n in range(total) if not finished[n + 1]), total)
+            with Ahead(runner.read, total, self.beside, first) as ahead, turned:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
     def _run_blocks(

@@ -63,18 +63,23 @@ class Writer:
 class Ahead(Generic[Made]):
     """Makes what will be asked for next on a thread of its own, by number; not `beside`, when it is asked for."""
 
-    def __init__(self, make: Callable[[int], Made], count: int, beside: bool) -> None:
+    def __init__(self, make: Callable[[int], Made], count: int, beside: bool, first: int = 0) -> None:
+        """Of the numbers 0 .. count - 1, `first` is asked for first, and begun at once."""
         self._make, self._count = make, count
         self._thread = ThreadPoolExecutor(1, "reader") if beside else None
         self._next: tuple[int, Future[Made]] | None = None
+        self._begin(first)
 
     def take(self, number: int) -> Made:
         """What `make(number)` gives; the number after it is begun."""
         waiting, self._next = self._next, None
         found = waiting[1].result() if waiting is not None and waiting[0] == number else self._make(number)
-        if self._thread is not None and number + 1 < self._count:
-            self._next = (number + 1, self._thread.submit(self._make, number + 1))
+        self._begin(number + 1)
         return found
+
+    def _begin(self, number: int) -> None:
+        if self._thread is not None and number < self._count:
+            self._next = (number, self._thread.submit(self._make, number))
 
     def __enter__(self) -> Ahead[Made]:
         return self
