@@ -31,13 +31,17 @@ GPU = torch.device("cuda", 0)
 
 
 def plans(kernels: w4a16_hopper.Kernels, tokens: int, rows: int, columns: int) -> Iterator[Plan]:
-    """The plan of every tile, and with as many sharers as there are multiprocessors."""
+    """The plan of every tile, with as many sharers as there are multiprocessors, and with one CTA of two on each."""
     for tile in kernels.modules:
         plan = kernels.plan(tile, tokens, rows, columns)
         yield plan
         everybody = min(kernels.processors * tile.ctas, plan.shared * (columns // 256))
         if plan.shared and everybody not in (plan.sharers, plan.shared) and everybody > plan.shared:
             yield replace(plan, sharers=everybody, grid=kernels.processors * tile.ctas if plan.whole else everybody)
+        if tile.ctas == 2 and not plan.whole:  # one CTA a multiprocessor, so that all of the next launch's fit beside
+            most = min(kernels.processors, plan.shared * (columns // 256))
+            for sharers in range(plan.shared, most + 1, plan.shared):
+                yield replace(plan, sharers=sharers, grid=sharers)
 
 
 def measure(shape: str, tokens: list[int], args: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -65,7 +69,8 @@ def measure(shape: str, tokens: list[int], args: argparse.Namespace) -> Iterator
         )
         for plan in plans(kernels, t, rows, columns):
             us = median_us([lambda s=s, p=plan, x=x, y=y_TR: kernels.launch(p, x, s, None, y) for s in sets], GPU)
-            row[f"{plan.tile.tokens}x{plan.tile.rows} {plan.whole}+{plan.shared}/{plan.sharers} us"] = us
+            twice = " two CTAs" if plan.tile.ctas == 2 else ""
+            row[f"{plan.tile.tokens}x{plan.tile.rows}{twice} {plan.whole}+{plan.shared}/{plan.sharers} us"] = us
         if chosen is not None:
             got: Tensor = x.new_full((t, rows), torch.nan)
             kernels.launch(kernels.plan(chosen, t, rows, columns), x, blocks, None, got)

@@ -112,6 +112,25 @@ def test_only_many_tokens_are_multiplied_by_weights_made_floats() -> None:
     assert all(tile.sums for tile in (*tiles(BFLOAT, layout), *tiles(HALF, layout), *tiles(HALF, LARGEST)))
 
 
+FASTEST = [
+    (64, "4096x4096", Tile(64, 2, ctas=2)),
+    (64, "4096x12288", Tile(64, 2)),
+    (64, "8192x10240", Tile(64, 2, ctas=2)),
+    (64, "28672x8192", Tile(64, 4)),
+    (64, "8192x57344", Tile(64, 2, ctas=2)),
+    (256, "4096x12288", Tile(128, 3)),
+    (256, "8192x10240", Tile(128, 3)),
+    (256, "28672x8192", Tile(256, 2)),
+]
+
+
+@pytest.mark.parametrize(("tokens", "shape", "fastest"), FASTEST, ids=str)
+def test_the_costs_choose_what_was_fastest(tokens: int, shape: str, fastest: Tile) -> None:
+    """On an H100, of all tiles and ways to share them (bench/results/2026-11-23-h100-w4a16-hopper.md)."""
+    columns, rows = map(int, shape.split("x"))
+    assert choose(tokens, rows, columns, HALF, Layout(4, 128, HALF, False), PROCESSORS) == fastest
+
+
 def test_lines_of_sixteen_rows_and_tokens_are_turned_without_loss() -> None:
     """`store_sixteens`: where the lanes put eights of rows, they are found again."""
     held = {}

@@ -56,10 +56,10 @@ class Cost:
 
 
 COSTS = {
-    Tile(64, 2): Cost(3.3, 0.543, 2.8, 0.5),
-    Tile(64, 2, ctas=2): Cost(0.5, 1.060, 3.9, 1.2),
-    Tile(64, 3): Cost(2.0, 0.842, 4.4, 0),
-    Tile(64, 4): Cost(2.1, 1.033, 4.2, 0.6),
+    Tile(64, 2): Cost(2.6, 0.550, 3.2, 0),
+    Tile(64, 2, ctas=2): Cost(0.7, 1.015, 3.9, 1.3),
+    Tile(64, 3): Cost(3.0, 0.798, 4.4, 0.3),
+    Tile(64, 4): Cost(0.2, 1.000, 3.9, 2.4),
     Tile(128, 3): Cost(2.2, 1.167, 5.2, 0),
     Tile(128, 4): Cost(2.3, 1.590, 5.8, 1.3),
     Tile(256, 2): Cost(0, 1.530, 9.5, 0),
@@ -68,9 +68,9 @@ COSTS = {
     Tile(64, 4, True): Cost(2.1, 1.190, 4.2, 0.6),
     Tile(128, 2, True): Cost(3.0, 1.120, 4.0, 1.5),
 }
-"""Fitted to some 160 launches of at most 256 tokens on an H100, with an error of 3 to 6 per cent, the last of those
-without sums to 4096 tokens too (bench/results/2026-11-22-h100-w4a16-hopper.md); those with sums are guessed by their
-instructions, 15 per cent more."""
+"""Fitted on an H100 with errors of 3 to 10 per cent: tiles of 64 tokens without sums to some 60 launches of 64 and 256
+tokens (bench/results/2026-11-23-h100-w4a16-hopper.md), of 128 and 256 to some 160 (2026-11-22), the last of them to
+4096 tokens too; those with sums are guessed by their instructions, 15 per cent more."""
 SPARSE_COSTS = {
     Tile(64, 2): Cost(0, 0.499, 3.9, 1.1),
     Tile(64, 4): Cost(0.9, 0.735, 4.3, 1.8),
