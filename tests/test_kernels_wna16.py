@@ -120,6 +120,32 @@ def test_plans_fit_the_device(device: Device, layout: Layout, rows: int, columns
         assert regions == sorted(regions) and plan.at_x % 16 == 0 and plan.x_stride % 16 == 0
 
 
+@pytest.mark.parametrize("layout", [Layout(4, 128, HALF, False), Layout(2, 64, HALF, True)], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_the_next_launch_is_held_back_only_where_it_fits_beside(layout: Layout, rows: int, columns: int) -> None:
+    for tokens in range(1, TOKENS + 1):
+        plan = choose(tokens, *extent(rows, columns), layout, H100)
+        if plan is not None and plan.hold is not None:
+            assert 2 * (plan.bytes + 1024) <= H100.processor_bytes and 2 * plan.warps <= 32
+
+
+def test_plans_are_those_that_were_fastest() -> None:
+    """bench/results/2026-11-23-h100-wna16.md: clusters, warps, rings, and when the next launch may begin."""
+
+    def shape(bits: int, tokens: int, rows: int, columns: int) -> tuple[int | None, ...]:
+        layout = Layout(4, 128, HALF, False) if bits == 4 else Layout(2, 64, HALF, True)
+        p = choose(tokens, *extent(rows, columns), layout, H100)
+        assert p is not None
+        return (p.size, p.clusters, p.row_warps, p.warp_splits, p.stages, p.chunk, p.hold)
+
+    assert shape(4, 16, 4096, 4096) == (8, 15, 9, 1, 3, 1, 3)
+    assert shape(4, 16, 12288, 4096) == (8, 15, 13, 1, 2, 1, None)
+    assert shape(2, 1, 10240, 8192) == (4, 30, 11, 1, 2, 4, 2)
+    assert shape(2, 2, 10240, 8192) == (2, 66, 5, 3, 2, 2, None), "two CTAs of the other do not fit"
+    assert shape(2, 1, 57344, 8192) == (2, 132, 14, 1, 2, 2, 2)
+    assert shape(2, 1, 8192, 28672) == (2, 66, 4, 4, 2, 2, None), "several times the bytes: not measured otherwise"
+
+
 def test_tokens_beyond_a_launch_are_shared_evenly() -> None:
     assert (
         shares(33, 32) == [16, 17] and shares(64, 24) == [21, 21, 22] and shares(32, 32) == [32] and shares(0, 32) == []

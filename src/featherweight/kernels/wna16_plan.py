@@ -57,7 +57,8 @@ class Choice:
         shared: two CTAs have to fit on a multiprocessor, whose clusters need not all fit alone: `times` counts for as
             many as there are multiprocessors for.
         hold: the next launch may begin when a warp of each CTA has no more than so many chunks left to multiply; None:
-            at once. Where the next one fits beside this, its fetches delay what this one has still to fetch.
+            at once. Where the next one fits beside this, its fetches delay what this one has still to fetch; so two
+            CTAs have to fit on a multiprocessor.
     """
 
     size: int
@@ -67,6 +68,11 @@ class Choice:
     times: int = 1
     shared: bool = False
     hold: int | None = None
+
+    @property
+    def beside(self) -> bool:
+        """Whether it is of use only where two CTAs fit on a multiprocessor."""
+        return self.shared or self.hold is not None
 
 
 @dataclass(frozen=True)
@@ -203,8 +209,8 @@ def _for_few_tokens(each: int, blocks: int, bytes: int, bits: int) -> Iterator[C
         yield from (Choice(2, 8, stages, 2, shared=True) for stages in (6, 4, 3, 2))
     elif bytes > LARGE_BYTES:
         yield Choice(2, 16, 2, 2, times=2, shared=True, hold=2 if bits == 2 else None)
-    elif bits == 2 and blocks > MANY_BLOCKS:
-        yield Choice(4, 11, 2, hold=2)
+    elif bits == 2 and blocks > MANY_BLOCKS and 4 <= each <= 5 and bytes <= SMALL_BYTES:
+        yield Choice(4, 11, 2, hold=2)  # one pass of 7 to 11 tiles
     elif bits > 3 and bytes > MEDIUM_BYTES and blocks > MANY_BLOCKS:
         yield Choice(2, 16, 3)
     if bits > 2 and not few and bytes <= LARGE_BYTES:
@@ -250,7 +256,7 @@ def choose(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device)
     for choice in choices(tokens, tiles, blocks, layout, device):
         if dict(device.clusters).get(choice.size):
             plan = lay_out(tokens, tiles, blocks, layout, device, choice)
-            room = device.processor_bytes // 2 - 1024 if choice.shared else device.block_bytes
+            room = device.processor_bytes // 2 - 1024 if choice.beside else device.block_bytes
             if plan.bytes <= room:
                 return plan
     return None
