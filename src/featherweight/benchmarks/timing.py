@@ -19,7 +19,7 @@ from torch import Tensor
 Call = Callable[[], object]
 ROUNDS_S = 0.04  # of replays or rounds that are measured
 LEAST_ROUNDS = 5
-TURNS = 3
+TURNS = 3  # of contenders that are compared
 LEAST_LAUNCHES = 16  # of a graph
 CPU_CACHE_BYTES = 32e6  # that calls rotate through where nothing says how large the cache is
 MOST_COPIES = 256
