@@ -20,7 +20,7 @@ from featherweight.core.problem import LayerProblem
 from featherweight.core.rules import Grid, Pattern
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import sweep
-from featherweight.native.memory import kept
+from featherweight.native.memory import held_bytes, kept
 
 CPU = torch.device("cpu")
 
@@ -154,3 +154,15 @@ def test_memory_that_is_freed_is_used_again() -> None:
         again = min(faults() for _ in range(5))
     assert again < 100 or platform.libc_ver()[0] != "glibc"
     assert faults() > 1000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries go on as they do")
+def test_more_than_the_first_round_left_is_given_back() -> None:
+    with kept() as between:
+        between()
+        before = held_bytes()
+        for _ in range(2):
+            del (parts := [torch.ones(1 << 22) for _ in range(4)])[:]
+            assert held_bytes() - before > 3 << 24
+            between()
+            assert held_bytes() - before < 1 << 24

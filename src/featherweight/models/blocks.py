@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from featherweight.models.offload import Apart, Shelf
 from featherweight.models.skeleton import skeleton
 from featherweight.models.tree import ModelTree
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Shapes whose arguments are kept: the usual batch, the smaller one at the end, and a short probe. Masks are big.
 SHAPES_KEPT = 3
 
@@ -40,11 +43,17 @@ class _WrongAnswer(Exception):
     """A recorder was not handed what the one before it returned."""
 
 
+def _with_its_blocks(tree: ModelTree) -> PreTrainedModel:
+    """A copy of the tree's model around the same blocks: with many experts a second skeleton is as large as a block."""
+    blocks = (tree.model.get_submodule(block.module) for block in tree.blocks)
+    return copy.deepcopy(tree.model, {id(block): block for block in blocks})
+
+
 class BlockRunner:
     """Runs the blocks of a checkpoint one after the other, each loaded from disk when its turn comes.
 
     Args:
-        tree: the model; it is left as it is (the runner has a skeleton of its own).
+        tree: the model; it is left as it is (what the runner loads, it loads into copies).
         device: where blocks, hidden states and recorded arguments live.
         dtype: what parameters are turned into and computed in (the family's float32 modules excepted).
         expert_bytes: leave the experts of a block in the files and hold so many bytes of them at most; None holds all.
@@ -60,7 +69,7 @@ class BlockRunner:
         self.tree, self.expert_bytes = tree, expert_bytes
         self.device = torch.device(device)
         self.dtype = dtype
-        self.model = skeleton(tree.checkpoint, dtype)
+        self.model = _with_its_blocks(tree) if dtype == tree.dtype else skeleton(tree.checkpoint, dtype)
         self.blocks: list[nn.Module] = [self.model.get_submodule(block.module) for block in tree.blocks]
         inside = {id(module) for path in tree.lists for module in self.model.get_submodule(path).modules()}
         self._outside = {path: module for path, module in self.model.named_modules() if id(module) not in inside}

@@ -6,6 +6,7 @@ Shapes: S sequences, T tokens, R outputs, C inputs.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -122,7 +123,8 @@ def _compress(
         if world.leads:
             folder.begin(manifest(tree, recipe, ids_ST, torch_device, job.dtype, world))
         if not world.first(folder.done):
-            with torch.no_grad(), kept() if torch_device.type == "cpu" else nullcontext():
+            keep = kept() if torch_device.type == "cpu" else nullcontext(lambda: None)
+            with torch.no_grad(), keep as job.between_blocks:
                 job.plan()
                 job.run(folder, ids_ST)
             if world.leads:
@@ -165,6 +167,7 @@ class _Job:
         self.fuses = not recipe.trains  # training compiles blocks and needs gradients
         self.low = memory == "low"
         self.compiled: Future[None] | None = None
+        self.between_blocks: Callable[[], None] = lambda: None
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
         together = min(BATCH_TOKENS[device.type], LOW_TOKENS) if self.low else BATCH_TOKENS[device.type]
@@ -234,27 +237,43 @@ class _Job:
             for index, block in enumerate(self.tree.blocks):
                 if ids_ST is None and finished[index]:
                     continue
-                with self.phases("load"):
-                    module = runner.load(index, ahead.take(index))
-                if self.fuses:
-                    fuse(module)
-                if not finished[index]:
-                    keep = None if self.expert_bytes is None else partial(self.shards.keep, block)
-                    view = states.view(index, module, block, weights, keep)
-                    found = self._solve(folder, writer, index, block, view)
-                else:
-                    if states.dense is not None:
-                        states.advance(states.dense, index, module)
-                    found = self.shards.read(folder, block, module) if states.hidden is not None else {}
-                if states.hidden is not None and index + 1 < total:
-                    with self.phases("forward"):
-                        self.shards.put(module, block, found)
-                        states.finish(index, module)
-                        states.turn(index)
-                runner.unload(index)
+                self._run_block(folder, writer, block, states, runner, ahead, weights, finished[index])
+                self.between_blocks()
                 self.tell(index + 1, total, f"block {index + 1}")
         finally:
             states.close()
+
+    def _run_block(
+        self,
+        folder: OutputFolder,
+        writer: Writer,
+        block: Block,
+        states: States,
+        runner: BlockRunner,
+        ahead: Ahead[dict[str, Tensor]],
+        weights: Weights | None,
+        finished: bool,
+    ) -> None:
+        """Solves one block if it is not finished, and takes the hidden states through it."""
+        index = block.index
+        with self.phases("load"):
+            module = runner.load(index, ahead.take(index))
+        if self.fuses:
+            fuse(module)
+        if not finished:
+            keep = None if self.expert_bytes is None else partial(self.shards.keep, block)
+            view = states.view(index, module, block, weights, keep)
+            found = self._solve(folder, writer, index, block, view)
+        else:
+            if states.dense is not None:
+                states.advance(states.dense, index, module)
+            found = self.shards.read(folder, block, module) if states.hidden is not None else {}
+        if states.hidden is not None and index + 1 < len(self.tree.blocks):
+            with self.phases("forward"):
+                self.shards.put(module, block, found)
+                states.finish(index, module)
+                states.turn(index)
+        runner.unload(index)
 
     def _solve_rest(self, folder: OutputFolder, writer: Writer) -> None:
         """Writes what lies outside the blocks, embedding and head rounded if the recipe says so."""
