@@ -21,6 +21,7 @@ from featherweight.errors import FeatherweightError, RequestError
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
 from featherweight.stream import layerwise, solving
+from featherweight.stream.carried import Carried
 from featherweight.stream.ending import Ending
 from featherweight.stream.folder import JOURNAL, OutputFolder
 from featherweight.stream.phases import Phases, added
@@ -254,3 +255,24 @@ def test_bench_compress(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bench_knows_its_shapes() -> None:
     ran = featherweight("bench", "compress", "--shapes", "llama-9")
     assert ran.code == 2 and "there are no shapes llama-9: choose llama-2-7b" in ran.error
+
+
+@pytest.mark.gpu
+def test_what_is_carried_to_a_gpu_and_back_is_the_same() -> None:
+    carried = Carried(torch.device("cuda", 0))
+    given = {str(number): torch.randn(1 << 20).pin_memory() for number in range(4)}
+    here = carried.here(given)
+    assert all(tensor.is_cuda for tensor in here.values())
+    twice = {"matrix": {name: tensor * 2 for name, tensor in here.items()}}
+    back, there = carried.back(twice)
+    del here, twice
+    there()
+    assert all(torch.equal(back["matrix"][name], given[name] * 2) for name in given)
+
+
+def test_a_cpu_has_carried_tensors_already() -> None:
+    carried, given = Carried(torch.device("cpu")), {"weight": torch.randn(3)}
+    assert carried.here(given) is given
+    back, there = carried.back({"matrix": given})
+    there()
+    assert back["matrix"]["weight"] is given["weight"]

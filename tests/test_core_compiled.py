@@ -162,7 +162,8 @@ def test_more_than_the_first_round_left_is_given_back() -> None:
         between()
         before = held_bytes()
         for _ in range(2):
-            del (parts := [torch.ones(1 << 22) for _ in range(4)])[:]
+            parts = [torch.ones(1 << 22) for _ in range(4)]
+            parts.clear()
             assert held_bytes() - before > 3 << 24
             between()
             assert held_bytes() - before < 1 << 24

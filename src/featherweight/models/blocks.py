@@ -115,7 +115,10 @@ class BlockRunner:
         if self.expert_bytes is not None:
             self._set_apart(index, block, Shelf(self.expert_bytes))
         for name, source in self._wanted(index).items():
-            place(block, name, source.of(tensors[source.name]), self.device)
+            whole = tensors[source.name]
+            part = source.of(whole)
+            shared = part.is_cuda and part.numel() < whole.numel()  # a part is to be a tensor of its own
+            place(block, name, part.clone() if shared else part, self.device)
         return block.eval()
 
     def _wanted(self, index: int) -> dict[str, Source]:

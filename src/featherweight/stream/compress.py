@@ -33,6 +33,7 @@ from featherweight.native.memory import kept
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
+from featherweight.stream.carried import Carried
 from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.fused import fuse, rotations
@@ -166,6 +167,7 @@ class _Job:
         self.dtype = compute_dtype(tree.dtype, device)
         self.fuses = not recipe.trains  # training compiles blocks and needs gradients
         self.low = memory == "low"
+        self.carried = Carried(device, self.low)
         self.compiled: Future[None] | None = None
         self.between_blocks: Callable[[], None] = lambda: None
         # A plain format rounds what the pass has gone through, and training goes through the block again.
@@ -208,9 +210,9 @@ class _Job:
                 # only now: while a model is made, torch's default dtype is the model's, on all threads
                 self.compiled = beside.submit(compile_solver, rule, self.choices, self.device)
             turned = rotations(runner.model) if self.fuses else nullcontext()
-            total = len(self.tree.blocks)
+            carried, total = self.carried, len(self.tree.blocks)
             first = 0 if ids_ST is not None else next((n for n in range(total) if not finished[n + 1]), total)
-            with Ahead(runner.read, total, self.beside, first) as ahead, turned:
+            with Ahead(lambda index: carried.here(runner.read(index)), total, self.beside, first) as ahead, turned:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
     def _run_blocks(
@@ -288,13 +290,14 @@ class _Job:
 
     def _write(self, folder: OutputFolder, writer: Writer, packed: Packed) -> None:
         """Has the shard of a block written, or of what lies in none."""
-        # page-locked and not waited for: the writer does, when the stretch that ends here is done
-        tensors = {
-            path: {suffix: tensor.to("cpu", non_blocking=True) for suffix, tensor in each.items()}
-            for path, each in packed.tensors.items()
-        }
-        on_cpu = replace(packed, tensors=tensors, stored={})
-        writer.put(partial(self.shards.write, folder, on_cpu, self.phases.stretch()))
+        tensors, there = self.carried.back(packed.tensors)
+        on_cpu, stretch = replace(packed, tensors=tensors, stored={}), self.phases.stretch()
+
+        def write() -> None:
+            there()
+            self.shards.write(folder, on_cpu, stretch)
+
+        writer.put(write)
 
     def _stored_tokens(self, folder: OutputFolder, writer: Writer) -> dict[str, Tensor]:
         """What the first shard holds of embedding and head, by their names on the original's disk."""

@@ -28,7 +28,7 @@ Parcel = tuple[Any, dict[str, Tensor]]  # a JSON value, and tensors by name
 Message = tuple[Any, list[Tensor]]  # the same without names
 Kinds = list[tuple[str, Sequence[int], str]]  # the dtypes, shapes and devices of tensors
 PATIENCE = timedelta(minutes=30)  # with a process that neither answers nor ends; one that ends is noticed at once
-SMALL_BYTES = 1 << 16  # of a tensor that is copied to be sent with others: a message takes longer than that
+SMALL_BYTES = {"cpu": 1 << 16, "cuda": 1 << 26}  # what is copied to be sent with others: a message takes longer
 LENGTH_BYTES, TEXT_BYTES = 8, 1 << 14  # of a text's first message: its length, and what of it goes along
 FIELDS = {Solution: ("codes_RC", "scales_RG", "zeros_RG", "loss_R", "keep_RC"),
           SparseSolution: ("values_RC", "keep_RC", "loss_R")}  # fmt: skip
@@ -148,17 +148,18 @@ class World:
         found = self.merged({path: _taken_apart(solution) for path, solution in mine.items()})
         return {path: mine[path] if path in mine else _put_together(*found[path], rules[path]) for path in found}
 
-    def merged(self, mine: dict[str, Parcel]) -> dict[str, Parcel]:
-        """What all processes have, by name, each something else."""
+    def merged(self, mine: dict[str, Parcel], for_leader: bool = False) -> dict[str, Parcel]:
+        """What all processes have, by name, each something else; `for_leader`, tensors that only process 0 needs: what
+        the others have not made themselves they may be without."""
         if self.size == 1:
             return mine
         found: dict[str, Parcel] = {}
         contents = [[name, said, list(held)] for name, (said, held) in mine.items()]
         tensors = [tensor for _, held in mine.values() for tensor in held.values()]
-        for listed, sent in self._from_all((contents, tensors)):
+        for listed, sent in self._from_all((contents, tensors), for_leader):
             coming = iter(sent)
             for name, said, names in listed:
-                found[name] = said, {each: next(coming) for each in names}
+                found[name] = said, dict(zip(names, coming, strict=False))
         return found
 
     def from_each(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -179,12 +180,17 @@ class World:
             said, kinds = _read(first, more)
             return said, self._sent(owner, kinds, tensors)
 
-    def _from_all(self, message: Message) -> list[Message]:
-        """The JSON values and tensors of all processes, in their order."""
+    def _from_all(self, message: Message, for_leader: bool = False) -> list[Message]:
+        """The JSON values and tensors of all processes, in their order; `for_leader`, process 0 keeps its tensors."""
         said, tensors = message
+        found: list[Message] = []
         told = self._texts([said, _kinds(tensors)])
         with self._talking():
-            return [(each, self._sent(owner, kinds, tensors)) for owner, (each, kinds) in enumerate(told)]
+            for owner, (each, kinds) in enumerate(told):
+                kept = for_leader and owner == 0
+                own = list(tensors) if self.leads else []
+                found.append((each, own if kept else self._sent(owner, kinds, tensors)))
+        return found
 
     def _texts(self, said: Any) -> list[Any]:
         """The JSON values of all processes: one message, or two where one of them is long."""
@@ -280,9 +286,10 @@ def _bundles(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Tensors that are sent together: the small ones of a device, of which a block of experts has a thousand."""
     small: dict[str, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.nbytes <= SMALL_BYTES:
+        if tensor.nbytes <= SMALL_BYTES[tensor.device.type]:
             small.setdefault(tensor.device.type, []).append(tensor)
-    return [*small.values(), *([tensor] for tensor in tensors if tensor.nbytes > SMALL_BYTES)]
+    large = ([tensor] for tensor in tensors if tensor.nbytes > SMALL_BYTES[tensor.device.type])
+    return [*small.values(), *large]
 
 
 def _taken_apart(solution: AnySolution) -> Parcel:

@@ -17,7 +17,7 @@ from featherweight.models.encoder_decoder import EncoderDecoderRunner
 from featherweight.models.tree import Block, Matrix
 from featherweight.models.windows import model_inputs
 from featherweight.stream.ending import Ending
-from featherweight.stream.groups import Group, Kept
+from featherweight.stream.groups import PROBE_TOKENS, Group, Kept
 from featherweight.stream.guide import Weights
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.inputs import BlockView
@@ -69,7 +69,9 @@ class States:
         if original:
             self.dense = HiddenStates(shape, runner.dtype, runner.device, out / f"dense.{end}", world.size, low)
             self.dense.states_STD.copy_(self.hidden.states_STD)
-        self.ending = Ending(self.hidden) if endings and not isinstance(runner, EncoderDecoderRunner) else None
+        if not isinstance(runner, EncoderDecoderRunner):
+            self.ending = Ending(self.hidden) if endings else None
+            runner.embed(ids[:1, :PROBE_TOKENS])  # notes a probe's arguments, which would have the embedding read again
         runner.release()
         if stored:
             with runner.instead(stored):

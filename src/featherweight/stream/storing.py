@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -67,7 +67,8 @@ class Shards:
             if owner == world.rank and not isinstance(solution, Kept):
                 packed, stored[path] = self._packed(matrix, solution)
                 mine[path] = self._line(block.index, matrix, solution, packed, seconds), packed
-        found = known | world.merged(mine)
+        only_leader = all(self._says_all(solutions[path]) for path in left)  # nobody else reads what another packed
+        found = known | world.merged(mine, for_leader=only_leader)
         for path, matrix in left.items():
             if path not in stored:
                 stored[path] = self._as_stored(solutions[path], matrix, found[path][1])
@@ -77,9 +78,11 @@ class Shards:
     def _as_stored(self, solution: Solved, matrix: Matrix, packed: dict[str, Tensor]) -> AnySolution:
         """What tensors say that another process has packed: it has found there the solution that this one has too,
         but for a plain format, which keeps its values alone."""
-        if isinstance(solution, Solution) and solution.keep_RC is None and not self.format.plain:
-            return solution
-        return self._unpacked(packed, matrix)
+        return solution if self._says_all(solution) else self._unpacked(packed, matrix)
+
+    def _says_all(self, solution: Solved) -> TypeGuard[Solution]:
+        """Whether a solution is what its tensors will say."""
+        return isinstance(solution, Solution) and solution.keep_RC is None and not self.format.plain
 
     def keep(self, block: Block, matrix: Matrix, solution: AnySolution) -> Kept:
         """One solution as tensors of the format, at once."""
