@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,7 +27,7 @@ from featherweight.kernels.w4a16_hopper import macros
 from featherweight.kernels.w4a16_hopper_plan import Tile, choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack
 from featherweight.linear import CompressedLinear
-from w4a16_hopper_emulation import block_at, operands, pieces, place, sharers_of
+from w4a16_hopper_emulation import block_at, helpers_of, operands, pieces, place, sharers_of
 from w4a16_hopper_gpu import every_tile_shares_and_repeats
 from wna16_cases import solution
 
@@ -81,6 +82,49 @@ def test_every_column_of_every_tile_is_computed_once(tile: Tile, shape: tuple[in
     assert places == set(product(range(plan.row_tiles), range(plan.token_tiles)))
 
 
+OWNED = [(64, 12288, 4096), (256, 10240, 8192), (256, 57344, 8192), (768, 3584, 18944), (40, 12288, 4100)]
+
+
+@pytest.mark.parametrize("shape", OWNED, ids=str)
+def test_owners_compute_most_of_a_tile_and_add_one_or_two_parts(shape: tuple[int, int, int]) -> None:
+    tokens, rows, columns = shape
+    blocks = extent(rows, columns)[1]
+    for tile in (Tile(64, 2, ctas=2), Tile(128, 3)):
+        plan = lay_out(tile, tokens, rows, columns, Layout(4, 128, HALF, False), PROCESSORS, BLOCK_BYTES)
+        if not plan.helped:
+            continue
+        by, parts = {}, {}
+        for cta in range(plan.grid):
+            for index, first, end in pieces(plan, blocks, cta):
+                for k in range(first, end):
+                    assert by.setdefault((index, k), cta) == cta
+                if end == blocks and first > 0:
+                    assert (first, index) == (plan.helped, plan.whole * plan.grid + cta), "an owner's own tile"
+                elif end < blocks:  # `store_partial`'s slot
+                    t = index - plan.whole * plan.grid
+                    parts.setdefault(index, {})[cta] = t * 2 + (first > 0)
+                    assert (t * 2 + 2) * tile.rows * tile.tokens * 4 <= plan.partials_bytes
+        assert len(by) == plan.row_tiles * plan.token_tiles * blocks and len(parts) == plan.shared
+        for index, of in parts.items():
+            ctas, slots = helpers_of(plan, index)
+            assert dict(zip(ctas, slots, strict=True)) == of and 1 <= len(of) <= 2
+
+
+def test_where_tiles_gain_by_owners_they_have_them() -> None:
+    """By the costs, as timed on an H100 (bench/results/2026-11-23-h100-w4a16-hopper.md)."""
+    layout = Layout(4, 128, HALF, False)
+    for (tokens, rows, columns), helped in zip(
+        OWNED, (range(4, 7), range(6, 10), range(15, 31), range(13, 19)), strict=False
+    ):
+        tile = choose(tokens, rows, columns, HALF, layout, PROCESSORS)
+        assert tile is not None
+        assert lay_out(tile, tokens, rows, columns, layout, PROCESSORS, BLOCK_BYTES).helped in helped
+    for tokens, rows, columns in ((64, 4096, 4096), (256, 12288, 4096), (256, 8192, 28672), (64, 57344, 8192)):
+        tile = choose(tokens, rows, columns, HALF, layout, PROCESSORS)
+        assert tile is not None
+        assert not lay_out(tile, tokens, rows, columns, layout, PROCESSORS, BLOCK_BYTES).helped
+
+
 def test_blocks_lie_where_they_were_packed() -> None:
     layout, rows, columns = Layout(4, 128, HALF, False), 80, 5 * 128
     tiles, blocks = extent(rows, columns)
@@ -114,7 +158,7 @@ def test_only_many_tokens_are_multiplied_by_weights_made_floats() -> None:
 
 FASTEST = [
     (64, "4096x4096", Tile(64, 2, ctas=2)),
-    (64, "4096x12288", Tile(64, 2)),
+    (64, "4096x12288", Tile(64, 2, ctas=2)),
     (64, "8192x10240", Tile(64, 2, ctas=2)),
     (64, "28672x8192", Tile(64, 4)),
     (64, "8192x57344", Tile(64, 2, ctas=2)),
@@ -272,6 +316,29 @@ def test_every_tile_on_a_gpu_shares_and_repeats(dtype: torch.dtype) -> None:
     packed, layout = wna16.repack(layer.solution())
     kernels = w4a16_hopper.kernels(packed.device, dtype, layout)
     every_tile_shares_and_repeats(kernels, packed, values, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tile", "tokens"), [(Tile(64, 2), 40), (Tile(64, 2, ctas=2), 64), (Tile(128, 3), 250)], ids=str
+)
+def test_tiles_with_owners_on_a_gpu(tile: Tile, tokens: int) -> None:
+    layer, values = on_gpu(Grid(4, 128), 12288, 1024, HALF)
+    packed, layout = wna16.repack(layer.solution())
+    kernels = w4a16_hopper.kernels(packed.device, HALF, layout)
+    x = torch.randn(tokens, 1024, device="cuda").half()
+    want = functional.linear(x.double(), values).half()
+    plan = kernels.plan(tile, tokens, 12288, 1024)
+    whole, shared = divmod(plan.row_tiles * plan.token_tiles, kernels.processors)
+    for helped in (1, 3):
+        owned = replace(
+            plan, grid=kernels.processors, whole=whole, shared=shared, sharers=kernels.processors, helped=helped
+        )
+        for _ in range(20):
+            got = torch.full_like(want, torch.nan)
+            kernels.launch(owned, x, packed, None, got)
+            torch.testing.assert_close(got, want, rtol=0.03, atol=0.03 * float(want.abs().mean()))
+    assert int(kernels.counters.abs().sum()) == 0
 
 
 @pytest.mark.gpu

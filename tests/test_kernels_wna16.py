@@ -140,7 +140,7 @@ def test_plans_are_those_that_were_fastest() -> None:
 
     assert shape(4, 16, 4096, 4096) == (8, 15, 9, 1, 3, 1, 3)
     assert shape(4, 16, 12288, 4096) == (8, 15, 13, 1, 2, 1, None)
-    assert shape(2, 1, 10240, 8192) == (4, 30, 11, 1, 2, 4, 2)
+    assert shape(2, 1, 10240, 8192) == (2, 66, 5, 2, 2, 4, 2)
     assert shape(2, 2, 10240, 8192) == (2, 66, 5, 3, 2, 2, None), "two CTAs of the other do not fit"
     assert shape(2, 1, 57344, 8192) == (2, 132, 14, 1, 2, 2, 2)
     assert shape(2, 1, 8192, 28672) == (2, 66, 4, 4, 2, 2, None), "several times the bytes: not measured otherwise"

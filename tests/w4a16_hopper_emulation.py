@@ -69,11 +69,16 @@ def pieces(plan: Plan, blocks: int, cta: int) -> Iterator[tuple[int, int, int]]:
         yield cta + index * plan.grid, 0, blocks
     if cta >= plan.sharers:
         return
-    units = plan.shared * blocks
-    unit, end = units * cta // plan.sharers, units * (cta + 1) // plan.sharers
+    span, sharers = blocks, plan.sharers
+    unit, end = cta * blocks + plan.helped, (cta + 1) * blocks
+    if plan.helped and cta >= plan.shared:
+        span, cta, sharers = plan.helped, cta - plan.shared, sharers - plan.shared
+    if span == plan.helped or not plan.helped:
+        units = plan.shared * span
+        unit, end = units * cta // sharers, units * (cta + 1) // sharers
     while unit < end:
-        t = unit // blocks
-        first, last = unit - t * blocks, min(blocks, end - t * blocks)
+        t = unit // span
+        first, last = unit - t * span, min(span, end - t * span)
         yield plan.whole * plan.grid + t, first, last
         unit += last - first
 
@@ -85,6 +90,13 @@ def sharers_of(plan: Plan, blocks: int, tile: int) -> tuple[range, list[int]]:
     last = ((t + 1) * blocks * plan.sharers + units - 1) // units - 1
     first_slot = 0 if units * first // plan.sharers >= t * blocks else 1
     return range(first, last + 1), [first_slot] + [0] * (last - first)
+
+
+def helpers_of(plan: Plan, tile: int) -> tuple[range, list[int]]:
+    """The CTAs that leave parts of a tile that has an owner, and where: `add_help` of the source."""
+    t, units, helpers = tile - plan.whole * plan.grid, plan.shared * plan.helped, plan.sharers - plan.shared
+    first, last = ((t * plan.helped + 1) * helpers - 1) // units, ((t + 1) * plan.helped * helpers - 1) // units
+    return range(plan.shared + first, plan.shared + last + 1), [t * 2 + i for i in range(last - first + 1)]
 
 
 def place(plan: Plan, tile: int) -> tuple[int, int]:

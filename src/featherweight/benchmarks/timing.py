@@ -20,6 +20,7 @@ Call = Callable[[], object]
 ROUNDS_S = 0.04  # of replays or rounds that are measured
 LEAST_ROUNDS = 5
 TURNS = 3  # of contenders that are compared
+REST_S, START_S = 0.25, 0.05  # of a GPU before each of their measurements: idle, and at their own work
 LEAST_LAUNCHES = 16  # of a graph
 CPU_CACHE_BYTES = 32e6  # that calls rotate through where nothing says how large the cache is
 MOST_COPIES = 256
@@ -37,13 +38,26 @@ def median_us(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def in_turn(contenders: Mapping[str, Sequence[Call]], device: torch.device) -> dict[str, float]:
-    """`median_us` of each, the median of `TURNS` measurements that are taken in turn: a GPU at work grows hot and slow,
-    and whoever is measured first would win."""
+    """`median_us` of each, the median of `TURNS` measurements that are taken in turn, each after a rest and a start: a
+    GPU at work grows hot and slow, and whoever is measured first, or after one who draws little power, would win."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(TURNS):
         for name, calls in contenders.items():
-            found[name].append(median_us(calls, device))
+            found[name].append(_rested_us(calls, device))
     return {name: median(each) for name, each in found.items()}
+
+
+def _rested_us(calls: Sequence[Call], device: torch.device) -> float:
+    """`median_us` after a rest and a start."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        time.sleep(REST_S)
+        began = time.perf_counter()
+        while time.perf_counter() - began < START_S:  # the clock comes back from idling
+            for call in calls:
+                call()
+            torch.cuda.synchronize(device)
+    return median_us(calls, device)
 
 
 def copies(nbytes: float, device: torch.device) -> int:

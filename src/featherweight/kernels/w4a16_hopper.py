@@ -98,7 +98,7 @@ class Params(ctypes.Structure):
             (name, ctypes.c_int)
             for name in [
                 *("tokens", "rows", "blocks", "tiles", "row_tiles", "token_tiles", "band"),
-                *("whole", "shared", "sharers", "stages", "at_weights", "at_staging", "at_barriers"),
+                *("whole", "shared", "sharers", "helped", "stages", "at_weights", "at_staging", "at_barriers"),
             ]
         ),
     )
@@ -159,7 +159,8 @@ class Kernels:
             partials.data_ptr(),
             self.counters[self.stream_index()].data_ptr(),
             *(tokens, y_TR.shape[1], across, down, plan.row_tiles, plan.token_tiles, plan.band),
-            *(plan.whole, plan.shared, plan.sharers, plan.stages, plan.at_weights, plan.at_staging, plan.at_barriers),
+            *(plan.whole, plan.shared, plan.sharers, plan.helped),
+            *(plan.stages, plan.at_weights, plan.at_staging, plan.at_barriers),
         )
         self.modules[plan.tile].launch(
             "w4a16_hopper", plan.grid, plan.tile.threads, plan.bytes, params, cluster=0, early=self.early

@@ -5,8 +5,10 @@ Pure arithmetic on the limits of a device, so that every case can be checked wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +19,11 @@ RESERVED_BYTES = 1024  # of shared memory, that each CTA takes for itself
 MOST_STAGES = 8
 LEAST_BLOCKS = 2
 """Of a CTA's stretch of the shared tiles: fewer are not worth the sums that they add."""
+OWNED = 0.99
+"""Of what equal stretches should take: owners, whose costs are the less certain, only where they should take less."""
+BESIDE, ROOM = 1.5, 0.91
+"""Microseconds that the next launch gains where it can begin beside this one: of two CTAs a multiprocessor, if no more
+than so many of the places are taken; timed with one tile of tokens."""
 EVEN = 0.9
 """Of the multiprocessors: so many tiles are better computed whole, side by side through the same columns of x."""
 
@@ -71,6 +78,22 @@ COSTS = {
 """Fitted on an H100 with errors of 3 to 10 per cent: tiles of 64 tokens without sums to some 60 launches of 64 and 256
 tokens (bench/results/2026-11-23-h100-w4a16-hopper.md), of 128 and 256 to some 160 (2026-11-22), the last of them to
 4096 tokens too; those with sums are guessed by their instructions, 15 per cent more."""
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Microseconds of a part that a helper leaves, and of an owner's adding them; `blocks` of the rows that gain."""
+
+    part: float
+    added: float
+    blocks: int
+
+
+OWNERS = {
+    Tile(64, 2, ctas=2): Owned(2.6, 2.4, 16),
+    Tile(128, 3): Owned(4.7, 3.1, 40),
+}
+"""Tiles that gain by owners, of those that were timed with them (bench/results/2026-11-23-h100-w4a16-hopper.md)."""
 SPARSE_COSTS = {
     Tile(64, 2): Cost(0, 0.499, 3.9, 1.1),
     Tile(64, 4): Cost(0.9, 0.735, 4.3, 1.8),
@@ -99,6 +122,8 @@ class Plan:
         row_tiles, token_tiles: of y.
         band: token tiles between which weights are reused before the next rows.
         whole: tiles that each CTA computes alone; shared: tiles that come after those, cut up between `sharers` CTAs.
+        helped: blocks of columns of a shared tile that its owner, the CTA of its number, leaves to those that own none;
+            0: no tile has an owner, and all who share compute equal stretches of them.
         stages, at_*, bytes: shared memory, as the source's Params has it.
     """
 
@@ -110,6 +135,7 @@ class Plan:
     whole: int
     shared: int
     sharers: int
+    helped: int
     stages: int
     at_weights: int
     at_staging: int
@@ -118,8 +144,18 @@ class Plan:
 
     @property
     def partials_bytes(self) -> int:
-        """Device memory for the parts of shared tiles: two a CTA."""
-        return self.sharers * 2 * self.tile.rows * self.tile.tokens * 4
+        """Device memory for the parts of shared tiles: two a CTA, or two a tile that has an owner."""
+        return (self.shared if self.helped else self.sharers) * 2 * self.tile.rows * self.tile.tokens * 4
+
+
+class Shares(NamedTuple):
+    """Who computes how many tiles, as `Plan` has it."""
+
+    grid: int
+    whole: int
+    shared: int
+    sharers: int
+    helped: int
 
 
 def costs_of(layout: Layout) -> dict[Tile, Cost]:
@@ -151,10 +187,10 @@ def lay_out(
     tile: Tile, tokens: int, rows: int, columns: int, layout: Layout, processors: int, block_bytes: int
 ) -> Plan:
     """The launch with tiles of this shape, on so many multiprocessors with so much shared memory."""
-    blocks, ctas = extent(rows, columns)[1], processors * tile.ctas
+    blocks = extent(rows, columns)[1]
     room = (block_bytes + RESERVED_BYTES) // tile.ctas - RESERVED_BYTES
     row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-    whole, shared, sharers = _share(tile, row_tiles * token_tiles, blocks, layout, ctas)
+    shares = _share(tile, row_tiles, token_tiles, blocks, layout, processors)[0]
     weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
     stages = min(MOST_STAGES, (room - staging - 128) // (weights_bytes + x_bytes + 16))
@@ -162,8 +198,8 @@ def lay_out(
     at_staging = -(-(at_weights + stages * weights_bytes) // 128) * 128
     at_barriers = at_staging + staging
     return Plan(
-        tile, ctas if whole else sharers, row_tiles, token_tiles, _band(tile, token_tiles, ctas),
-        whole, shared, sharers, stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
+        tile, shares.grid, row_tiles, token_tiles, _band(tile, token_tiles, processors * tile.ctas), *shares[1:],
+        stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
     )  # fmt: skip
 
 
@@ -173,9 +209,7 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
     blocks = extent(rows, columns)[1]
 
     def estimate(tile: Tile) -> float:
-        count = -(-rows // tile.rows) * -(-tokens // tile.tokens)
-        shares = _share(tile, count, blocks, layout, processors * tile.ctas)
-        return _estimate_us(costs_of(layout)[tile], blocks, *shares)
+        return _share(tile, -(-rows // tile.rows), -(-tokens // tile.tokens), blocks, layout, processors)[1]
 
     exact = layout.sparse and dtype == torch.bfloat16 and tokens <= EXACT_TOKENS
     best = min((tile for tile in tiles(dtype, layout) if tile.sums or not exact), key=estimate)
@@ -183,16 +217,40 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
     return best if estimate(best) <= dense_us else None
 
 
-def _share(tile: Tile, count: int, blocks: int, layout: Layout, ctas: int) -> tuple[int, int, int]:
-    """Of so many tiles: how many each of `ctas` computes whole, how many are shared, and by how many of them."""
-    cost = costs_of(layout)[tile]
+def _share(
+    tile: Tile, row_tiles: int, token_tiles: int, blocks: int, layout: Layout, processors: int
+) -> tuple[Shares, float]:
+    """Who computes which of so many tiles, and the microseconds that it should take."""
+    cost, ctas, count = costs_of(layout)[tile], processors * tile.ctas, row_tiles * token_tiles
     whole, shared = divmod(count, ctas)
     if not shared:
-        return whole, 0, 0
+        return Shares(ctas, whole, 0, 0, 0), _estimate_us(cost, blocks, whole, 0, 0)
     even = list(range(shared, min(ctas, shared * max(1, blocks // LEAST_BLOCKS)) + 1, shared))
     all_of_them = [min(ctas, max(shared, shared * blocks // LEAST_BLOCKS))] if shared < EVEN * ctas else []
-    sharers = min(even + all_of_them, key=lambda n: _estimate_us(cost, blocks, whole, shared, n))
-    return whole, shared, sharers
+    room = ROOM * ctas if tile.ctas == 2 and token_tiles == 1 and not whole else 0
+    us, sharers = min(
+        (_estimate_us(cost, blocks, whole, shared, n) - (BESIDE if n <= room else 0), n) for n in even + all_of_them
+    )
+    best = Shares(ctas if whole else sharers, whole, shared, sharers, 0), us
+    in_step = tile.ctas == 1 and sharers > shared and sharers % shared == 0  # equal parts of tiles, side by side in x
+    if layout.sparse or tile not in OWNERS or in_step:
+        return best
+    return min([best, *_owned(tile, count, blocks, processors)], key=lambda found: found[1])
+
+
+def _owned(tile: Tile, count: int, blocks: int, processors: int) -> Iterator[tuple[Shares, float]]:
+    """What tiles with owners should take, one CTA on each multiprocessor; over OWNED."""
+    cost, owned = COSTS[replace(tile, ctas=1)], OWNERS[tile]
+    whole, shared = divmod(count, processors)
+    helpers = processors - shared
+    if shared < helpers or blocks < owned.blocks:  # a helper of less than a tile leaves three parts of one
+        return
+    parts = shared / helpers + 1
+    for helped in range(1, blocks // 2):
+        owner = (blocks - helped) * cost.block + owned.added + cost.tile
+        helper = helped * shared / helpers * cost.block + parts * owned.part
+        us = cost.launch + whole * (blocks * cost.block + cost.tile) + max(owner, helper)
+        yield Shares(processors, whole, shared, processors, helped), us / OWNED
 
 
 def _estimate_us(cost: Cost, blocks: int, whole: int, shared: int, sharers: int) -> float:

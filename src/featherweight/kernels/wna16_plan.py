@@ -210,7 +210,8 @@ def _for_few_tokens(each: int, blocks: int, bytes: int, bits: int) -> Iterator[C
     elif bytes > LARGE_BYTES:
         yield Choice(2, 16, 2, 2, times=2, shared=True, hold=2 if bits == 2 else None)
     elif bits == 2 and blocks > MANY_BLOCKS and 4 <= each <= 5 and bytes <= SMALL_BYTES:
-        yield Choice(4, 11, 2, hold=2)  # one pass of 7 to 11 tiles
+        # one pass: of 7 to 9 tiles, or of five
+        yield Choice(4, 11, 2, hold=2) if each == 4 else Choice(2, 10, 2, hold=2)
     elif bits > 3 and bytes > MEDIUM_BYTES and blocks > MANY_BLOCKS:
         yield Choice(2, 16, 3)
     if bits > 2 and not few and bytes <= LARGE_BYTES:

@@ -7,12 +7,22 @@ struct Piece {
     int tile, first, end;  // blocks of columns
 };
 
-// The pieces of a CTA: `whole` tiles, then its stretch of the shared tiles' blocks, which begins and may end inside one.
+// The pieces of a CTA: `whole` tiles, then its stretch of the shared tiles' blocks, which begins and may end inside one. Where
+// those have owners, CTA after CTA, a stretch is a tile's blocks but the first `helped`, or one of all tiles' first.
 struct Pieces {
     int index, unit, unit_end;
 
+    // Blocks of a shared tile that our stretch goes through.
+    static __device__ __forceinline__ int span(const Params& p) { return p.helped && blockIdx.x >= p.shared ? p.helped : p.blocks; }
+
     __device__ __forceinline__ explicit Pieces(const Params& p) : index(0) {
-        const u32 units = p.shared * p.blocks, cta = blockIdx.x, sharers = p.sharers;
+        u32 cta = blockIdx.x, sharers = p.sharers;
+        unit = cta * p.blocks + p.helped, unit_end = (cta + 1) * p.blocks;
+        if (p.helped) {
+            if (cta < p.shared) return;
+            cta -= p.shared, sharers -= p.shared;
+        }
+        const u32 units = p.shared * span(p);
         unit = cta < sharers ? units * cta / sharers : 0;
         unit_end = cta < sharers ? units * (cta + 1) / sharers : 0;
     }
@@ -23,10 +33,10 @@ struct Pieces {
             return true;
         }
         if (unit >= unit_end) return false;
-        int t = unit / p.blocks;
+        const int blocks = span(p), t = unit / blocks;
         piece.tile = p.whole * gridDim.x + t;
-        piece.first = unit - t * p.blocks;
-        piece.end = min(p.blocks, unit_end - t * p.blocks);
+        piece.first = unit - t * blocks;
+        piece.end = min(blocks, unit_end - t * blocks);
         unit += piece.end - piece.first;
         return true;
     }
@@ -107,11 +117,32 @@ __device__ __forceinline__ u32* counter_of(const Params& p, int tile, int warp) 
 }
 
 __device__ __forceinline__ void store_partial(const Params& p, const float (&sum)[TOKENS / 2], int tile, int slot, int warp, int lane) {
-    float4* to = p.partials + (u64)(blockIdx.x * 2 + slot) * QUADS * CONSUMERS + threadIdx.x;
+    float4* to = p.partials + (u64)slot * QUADS * CONSUMERS + threadIdx.x;
 #pragma unroll
     for (int q = 0; q < QUADS; q++) __stcg(to + q * CONSUMERS, make_float4(sum[4 * q], sum[4 * q + 1], sum[4 * q + 2], sum[4 * q + 3]));
     __syncwarp();
     if (lane == 0) add_one_after_stores(counter_of(p, tile, warp));
+}
+
+// To an owner's sums of a tile: what one or two helpers have made of its first blocks.
+__device__ __forceinline__ void add_help(const Params& p, float (&sum)[TOKENS / 2], int tile, int warp, int lane) {
+    const u32 t = tile - p.whole * gridDim.x, units = p.shared * p.helped, helpers = p.sharers - p.shared;
+    const u32 first = (t * p.helped + 1) * helpers - 1, last = (t + 1) * p.helped * helpers - 1;
+    const int parts = last / units - first / units + 1;
+    u32* counter = counter_of(p, tile, warp);
+    if (lane == 0)
+        while (read_counter(counter) < (u32)parts) {}
+    __syncwarp();
+    for (int i = 0; i < parts; i++) {
+        const float4* from = p.partials + (u64)(t * 2 + i) * QUADS * CONSUMERS + threadIdx.x;
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            const float4 part = __ldcg(from + q * CONSUMERS);
+            sum[4 * q] += part.x, sum[4 * q + 1] += part.y, sum[4 * q + 2] += part.z, sum[4 * q + 3] += part.w;
+        }
+    }
+    __syncwarp();
+    if (lane == 0) *counter = 0;
 }
 
 // WIDE sixteens of tokens from `i` on, summed up over all who shared in the tile, DEEP of them at a time.

@@ -7,8 +7,10 @@
 //
 // One warp copies stages into shared memory; WARPGROUPS of four warps make floats of codes in registers and multiply them.
 //
-// Tiles that fill the GPU evenly are computed whole, the rest by all CTAs together, each an equal stretch of their
-// columns; who shared in a tile then sums up its share of the parts, through device memory that the L2 holds.
+// Tiles that fill the GPU evenly are computed whole, the rest by all CTAs together in one of two ways. Either each takes an
+// equal stretch of their columns, and who shared in a tile then sums up its share of the parts, through device memory that the L2
+// holds. Or each tile has an owner, which computes most of its columns and adds to its sums what the CTAs that are left over, its
+// helpers, have made of the others.
 //
 // SUMS 0: weights are rounded to float16 with their scale. SUMS 1: code minus zero, exact in either dtype, is multiplied,
 // and each group's sum scaled: twice the registers.
@@ -29,6 +31,7 @@ constexpr int WARPS = 4 * WARPGROUPS, CONSUMERS = 32 * WARPS, STAGING = 1024;
 constexpr int TILES = 2 * WARPGROUPS, X_BYTES = TOKENS * COLUMNS * 2;        // 32-row tiles of weights; bytes of a stage
 constexpr int SIXTEENS = TOKENS / 16, QUADS = TOKENS / 8;                     // of a tile
 constexpr int BUFFERS = WARPGROUPS == 4 && (SUMS || TOKENS > 64) ? 1 : 2;     // sets of registers for weights
+constexpr bool OWNERS = !SPARSE && TOKENS * WARPGROUPS != 128 * 4;  // else too few registers to add to sums
 constexpr int STEP = SPARSE ? 32 : 16, STEPS = 64 / STEP;                     // columns of a product; products of a unit
 
 struct Params {
@@ -36,13 +39,14 @@ struct Params {
     const u8* weights;
     u16* y;
     const u16* bias;     // or null
-    float4* partials;    // two tiles a CTA
+    float4* partials;    // two tiles a CTA, or a tile that has an owner
     u32* counters;       // 16 a shared tile, of which each warp has one; zero between launches
     int tokens, rows;
     int blocks, tiles;   // of the weights: across and down
     int row_tiles, token_tiles, band;  // of y; tiles are numbered through bands of so many token tiles, rows by rows
     int whole;           // whole tiles of each CTA
     int shared, sharers; // tiles after those, and CTAs that share them
+    int helped;          // blocks of a shared tile that helpers compute, or 0: no tile has an owner
     int stages, at_weights, at_staging, at_barriers;  // of shared memory
 };
 
@@ -232,13 +236,18 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
         if (BUFFERS > 1) release(before);
         if (SUMS) fold();
         else settle(sum);
-        const float(&result)[TOKENS / 2] = *(const float(*)[TOKENS / 2])(SUMS ? total : sum);
-        if (piece.first > 0 || piece.end < p.blocks) {
-            const int slot = shared_tile0 < 0 ? 0 : 1;
-            (slot ? shared_tile1 : shared_tile0) = piece.tile;
+        float(&result)[TOKENS / 2] = *(float(*)[TOKENS / 2])(SUMS ? total : sum);
+        if (piece.end < p.blocks || piece.first > 0 && !p.helped) {
+            int slot = (piece.tile - p.whole * gridDim.x) * 2 + (piece.first > 0);
+            if (!p.helped) {
+                slot = blockIdx.x * 2 + (shared_tile0 >= 0);
+                (shared_tile0 < 0 ? shared_tile0 : shared_tile1) = piece.tile;
+            }
             store_partial(p, result, piece.tile, slot, warp, lane);
-        } else
+        } else {
+            if (OWNERS && piece.first > 0) add_help(p, result, piece.tile, warp, lane);
             store_tile(p, result, piece.tile, staging, warp, lane);
+        }
     }
     if (shared_tile0 >= 0) sum_partials(p, shared_tile0, staging, warp, lane);
     if (shared_tile1 >= 0) sum_partials(p, shared_tile1, staging, warp, lane);
