@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +44,6 @@ from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.phases import Phases
 from featherweight.stream.portions import room_for_experts
 from featherweight.stream.request import check_ids, manifest, refuse_parts
-from featherweight.stream.shard import require_all
 from featherweight.stream.solving import compile_solver
 from featherweight.stream.states import States
 from featherweight.stream.storing import OUTSIDE, Packed, Shards
@@ -129,7 +128,7 @@ def _compress(
                 job.plan()
                 job.run(folder, ids_ST)
             if world.leads:
-                job.finish(folder)
+                job.shards.finish(folder, {**job.rules, **job.token_rules}, tuple(job.tokens.values()))
         world.wait()
         folder.lines = folder.lines if world.leads else folder.finished_lines()
     bits = 8 * sum(row["bytes"] for row in folder.rows) / sum(row["shape"][0] * row["shape"][1] for row in folder.rows)
@@ -340,19 +339,3 @@ class _Job:
             if self.world.leads:
                 self._write(folder, writer, packed)
         return packed.stored
-
-    def finish(self, folder: OutputFolder) -> None:
-        """The small files that make the folder a checkpoint, once every matrix is accounted for."""
-        shards = [folder.shard(index) for index in range(len(self.tree.blocks) + 1)]
-        matrices = (*self.tokens.values(), *self.tree.matrices)
-        require_all(matrices, folder.rows, shards, self.format.plain)
-        rules = {**self.rules, **self.token_rules}
-        left = [path for path in trees.matrices_left(self.tree) if path not in self.tokens]
-        targets = ("Linear", "Embedding") if self.tokens else ("Linear",)
-        quantization = self.format.config(rules, left, targets=targets, meta=self.recipe.as_dict())
-        config = dict(self.tree.checkpoint.config)
-        extra: dict[str, dict[str, Any]] = {}
-        if quantization is not None:
-            config["quantization_config"] = quantization
-            extra = {"quantize_config.json": quantization} if self.format.name.startswith("gptq") else {}
-        folder.finish(config, extra, self.tree.checkpoint.path, self.tree.checkpoint.side_files())

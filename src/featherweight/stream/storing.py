@@ -16,6 +16,7 @@ from featherweight.core.rules import Rule, grid_of, pattern_of
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.errors import FeatherweightError
 from featherweight.formats import Format
+from featherweight.models import tree as trees
 from featherweight.models.offload import apart_in, with_weights
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.recipe import FLOAT_BITS, Recipe
@@ -23,7 +24,7 @@ from featherweight.stream.folder import OutputFolder
 from featherweight.stream.groups import Kept, Solved
 from featherweight.stream.parallel import ALONE, Parcel, World
 from featherweight.stream.phases import Stretch, added
-from featherweight.stream.shard import block_tensors, plain_weight, require_same
+from featherweight.stream.shard import block_tensors, plain_weight, require_all, require_same
 
 OUTSIDE = -1  # in the journal, the block of what lies in none
 
@@ -136,6 +137,22 @@ class Shards:
             apart[path].compressed = partial(with_weights, apart[path].original, values)
         with safe_open(folder.shard(block.index + 1), framework="pt") as file:
             return {matrix.path: self._read(file, matrix) for matrix in others}
+
+    def finish(self, folder: OutputFolder, rules: Mapping[str, Rule], tokens: tuple[Matrix, ...]) -> None:
+        """The small files that make the folder a checkpoint, once every matrix is accounted for: those of the blocks,
+        and those that stand for `tokens`, with the rule of each by its name."""
+        shards = [folder.shard(index) for index in range(len(self.tree.blocks) + 1)]
+        require_all((*tokens, *self.tree.matrices), folder.rows, shards, self.format.plain)
+        rounded = {matrix.name for matrix in tokens}
+        left = [path for path in trees.matrices_left(self.tree) if path not in rounded]
+        targets = ("Linear", "Embedding") if tokens else ("Linear",)
+        quantization = self.format.config(dict(rules), left, targets=targets, meta=self.recipe.as_dict())
+        config, source = dict(self.tree.checkpoint.config), self.tree.checkpoint
+        extra: dict[str, dict[str, Any]] = {}
+        if quantization is not None:
+            config["quantization_config"] = quantization
+            extra = {"quantize_config.json": quantization} if self.format.name.startswith("gptq") else {}
+        folder.finish(config, extra, source.path, source.side_files())
 
     def _values(self, folder: OutputFolder, block: Block, matrix: Matrix) -> Tensor:
         with safe_open(folder.shard(block.index + 1), framework="pt") as file:
