@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +161,13 @@ sys.stdout.write(json.dumps({"peak_bytes": 1024 * (seen[-1] - before), **said}))
 """
 
 
-def large_mixture(folder: Path, nbytes: int, blocks: int | None = None) -> Path:
-    """A Qwen3-MoE of random weights, of 16 experts a block and as many blocks as make so many bytes, or so many blocks
-    and as many experts; one block is written at a time."""
+def large_mixture(folder: Path, nbytes: int, blocks: int | None = None, width: int = 256, experts: int = 16) -> Path:
+    """A Qwen3-MoE of random weights, of so many experts a block and as many blocks as make so many bytes, or so many
+    blocks and as many experts; one block is written at a time."""
     from transformers import Qwen3MoeConfig
 
-    width, inner = 256, 512
-    experts = 16 if blocks is None else nbytes // (2 * blocks * 3 * width * inner)
+    inner = 2 * width
+    experts = experts if blocks is None else nbytes // (2 * blocks * 3 * width * inner)
     blocks = blocks or nbytes // (2 * experts * 3 * width * inner)
     config = Qwen3MoeConfig(
         hidden_size=width, intermediate_size=inner, moe_intermediate_size=inner, num_experts=experts, vocab_size=128,
@@ -220,3 +222,40 @@ def test_a_mixture_eight_times_the_memory_compresses_and_runs(tmp_path: Path) ->
     ) in said:  # beside Python and torch themselves; limits of the system count mapped files and reserved room too
         assert said[what]["peak_bytes"] <= limit, (what, said[what])
     assert said["run"]["finite"] and said["run"]["fetched"] > 0 and said["run"]["held_bytes"] <= limit // 8
+
+
+GROUP_MIB = 512
+GROUPS = {"memory": "memory.limit_in_bytes", "": "memory.max"}  # of versions 1 and 2, and how they are told a limit
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A memory cgroup with a limit of GROUP_MIB for all that its processes hold, files' pages included."""
+    for version, limit in GROUPS.items():
+        folder = Path("/sys/fs/cgroup") / version / f"featherweight-{os.getpid()}"
+        try:
+            folder.mkdir()
+            (folder / limit).write_text(str(GROUP_MIB << 20))
+        except OSError:
+            if folder.exists():
+                folder.rmdir()
+            continue
+        yield folder
+        folder.rmdir()
+        return
+    pytest.skip("this user may not make a memory cgroup")
+
+
+@pytest.mark.slow
+def test_a_mixture_eight_times_a_cgroup_compresses_and_runs(tmp_path: Path, group: Path) -> None:
+    """4.4 GB of disk; some minutes."""
+    source = large_mixture(tmp_path / "source", TIMES * GROUP_MIB << 20, width=512, experts=4)
+    assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > TIMES * GROUP_MIB << 20
+    for what in ("compress", "run"):
+        program = [sys.executable, "-c", PROGRAM, str(source), str(tmp_path / "out"), str(LIMIT_MIB << 20), what]
+        joins = "open(sys.argv[1], 'w').write('0'); os.execv(sys.argv[2], sys.argv[2:])"
+        join = ["-c", f"import os, sys; {joins}", str(group / "cgroup.procs")]
+        done = subprocess.run([sys.executable, *join, *program], capture_output=True, text=True, timeout=3000)
+        assert done.returncode == 0, (what, done.returncode, done.stderr[-2000:])  # -9: killed for its memory
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["finite"] and said["fetched"] > 0
