@@ -164,6 +164,6 @@ def test_more_than_the_first_round_left_is_given_back() -> None:
         for _ in range(2):
             parts = [torch.ones(1 << 22) for _ in range(4)]
             parts.clear()
-            assert held_bytes() - before > 2 << 24  # some of it may lie in what was free
+            assert held_bytes() - before > 1 << 24  # some of the 64 MiB may lie in what was free
             between()
             assert held_bytes() - before < 1 << 24
