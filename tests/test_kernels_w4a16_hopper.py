@@ -89,10 +89,13 @@ OWNED = [(64, 12288, 4096), (256, 10240, 8192), (256, 57344, 8192), (768, 3584, 
 def test_owners_compute_most_of_a_tile_and_add_one_or_two_parts(shape: tuple[int, int, int]) -> None:
     tokens, rows, columns = shape
     blocks = extent(rows, columns)[1]
-    for tile in (Tile(64, 2, ctas=2), Tile(128, 3)):
-        plan = lay_out(tile, tokens, rows, columns, Layout(4, 128, HALF, False), PROCESSORS, BLOCK_BYTES)
-        if not plan.helped:
-            continue
+    plans = {
+        tile: lay_out(tile, tokens, rows, columns, Layout(4, 128, HALF, False), PROCESSORS, BLOCK_BYTES)
+        for tile in (Tile(64, 2, ctas=2), Tile(128, 3))
+    }
+    owned = {tile: plan for tile, plan in plans.items() if plan.helped}
+    assert owned
+    for tile, plan in owned.items():
         by, parts = {}, {}
         for cta in range(plan.grid):
             for index, first, end in pieces(plan, blocks, cta):

@@ -69,13 +69,13 @@ def pieces(plan: Plan, blocks: int, cta: int) -> Iterator[tuple[int, int, int]]:
         yield cta + index * plan.grid, 0, blocks
     if cta >= plan.sharers:
         return
-    span, sharers = blocks, plan.sharers
-    unit, end = cta * blocks + plan.helped, (cta + 1) * blocks
-    if plan.helped and cta >= plan.shared:
+    span, sharers, owns = blocks, plan.sharers, plan.helped > 0 and cta < plan.shared
+    if plan.helped and not owns:
         span, cta, sharers = plan.helped, cta - plan.shared, sharers - plan.shared
-    if span == plan.helped or not plan.helped:
-        units = plan.shared * span
-        unit, end = units * cta // sharers, units * (cta + 1) // sharers
+    units = plan.shared * span
+    unit, end = units * cta // sharers, units * (cta + 1) // sharers
+    if owns:
+        unit, end = cta * blocks + plan.helped, (cta + 1) * blocks
     while unit < end:
         t = unit // span
         first, last = unit - t * span, min(span, end - t * span)

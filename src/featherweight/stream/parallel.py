@@ -183,14 +183,13 @@ class World:
     def _from_all(self, message: Message, for_leader: bool = False) -> list[Message]:
         """The JSON values and tensors of all processes, in their order; `for_leader`, process 0 keeps its tensors."""
         said, tensors = message
-        found: list[Message] = []
         told = self._texts([said, _kinds(tensors)])
+        first = list(tensors) if self.leads else []  # of the leader's, when nobody else needs them
         with self._talking():
-            for owner, (each, kinds) in enumerate(told):
-                kept = for_leader and owner == 0
-                own = list(tensors) if self.leads else []
-                found.append((each, own if kept else self._sent(owner, kinds, tensors)))
-        return found
+            return [
+                (each, first if for_leader and owner == 0 else self._sent(owner, kinds, tensors))
+                for owner, (each, kinds) in enumerate(told)
+            ]
 
     def _texts(self, said: Any) -> list[Any]:
         """The JSON values of all processes: one message, or two where one of them is long."""
