@@ -20,6 +20,7 @@ Order = Literal["activation", "pivot", "natural"]
 DAMPING_TRIES = 5
 PROBES, INEXACT = 4, 1e-2  # random vectors that a factor is tried on, and how far off their image may be
 PERMUTED_ROWS = 4096  # at a time
+PIVOTS = 64  # columns that a greedy order takes before the rest of H is brought up to date
 TRIANGLE_COLUMNS = 2048  # of a product with a triangular matrix, at a time
 
 
@@ -208,19 +209,26 @@ def permuted(matrix_CC: Tensor, order_C: Tensor) -> Tensor:
 
 
 def _pivot_order(damped_CC: Tensor) -> Tensor:
-    """Greedy: factor H from the last column to the first, each time taking the smallest pivot that is left."""
-    rest_CC = damped_CC.clone()
-    columns = rest_CC.shape[-1]
-    alive_C = torch.ones_like(rest_CC[..., 0], dtype=torch.bool)
-    picks = []
-    for _ in range(columns):
-        diagonal_C = rest_CC.diagonal(dim1=-2, dim2=-1).masked_fill(~alive_C, torch.inf)
-        pick = diagonal_C.argmin(-1, keepdim=True)
-        picks.append(pick)
-        alive_C.scatter_(-1, pick, False)
-        column_C = torch.take_along_dim(rest_CC, pick.unsqueeze(-1), -1).squeeze(-1)
-        pivot = torch.take_along_dim(column_C, pick, -1)
-        rest_CC -= column_C.unsqueeze(-1) * (column_C / pivot).unsqueeze(-2)
+    """Greedy: factor H from the last column to the first, each time taking the smallest pivot that is left.
+
+    What H is after so many columns is made by one product for every PIVOTS of them; in between, only what the next
+    column and all pivots have become.
+    """
+    rest_CC, picks = damped_CC.clone(), []
+    pivot_C = rest_CC.diagonal(dim1=-2, dim2=-1).clone()  # infinite where taken
+    for begin in range(0, rest_CC.shape[-1], PIVOTS):
+        taken_NC = rest_CC.new_empty((*pivot_C.shape[:-1], min(PIVOTS, rest_CC.shape[-1] - begin), pivot_C.shape[-1]))
+        share_NC = torch.empty_like(taken_NC)
+        for i in range(taken_NC.shape[-2]):
+            pick = pivot_C.argmin(-1, keepdim=True)
+            picks.append(pick)
+            column_1C = torch.take_along_dim(rest_CC, pick.unsqueeze(-1), -2)
+            owed_N1 = torch.take_along_dim(taken_NC[..., :i, :], pick.unsqueeze(-1), -1)
+            column_C = (column_1C - owed_N1.mT @ share_NC[..., :i, :]).squeeze(-2)
+            share_C = column_C / torch.take_along_dim(column_C, pick, -1)
+            taken_NC[..., i, :], share_NC[..., i, :] = column_C, share_C
+            pivot_C = (pivot_C - column_C * share_C).scatter_(-1, pick, torch.inf)
+        rest_CC -= taken_NC.mT @ share_NC
     return torch.cat(picks[::-1], -1)
 
 
