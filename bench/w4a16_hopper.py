@@ -35,6 +35,8 @@ def plans(kernels: w4a16_hopper.Kernels, tokens: int, rows: int, columns: int) -
     for tile in kernels.modules:
         plan = kernels.plan(tile, tokens, rows, columns)
         yield plan
+        if tile.meet > 1:
+            continue
         everybody = min(kernels.processors * tile.ctas, plan.shared * (columns // 256))
         if plan.shared and everybody not in (plan.sharers, plan.shared) and everybody > plan.shared:
             yield replace(plan, sharers=everybody, grid=kernels.processors * tile.ctas if plan.whole else everybody)
@@ -69,8 +71,8 @@ def measure(shape: str, tokens: list[int], args: argparse.Namespace) -> Iterator
         )
         for plan in plans(kernels, t, rows, columns):
             us = median_us([lambda s=s, p=plan, x=x, y=y_TR: kernels.launch(p, x, s, None, y) for s in sets], GPU)
-            twice = " two CTAs" if plan.tile.ctas == 2 else ""
-            row[f"{plan.tile.tokens}x{plan.tile.rows}{twice} {plan.whole}+{plan.shared}/{plan.sharers} us"] = us
+            more = " two CTAs" * (plan.tile.ctas == 2) + f" {plan.tile.meet} meet" * (plan.tile.meet > 1)
+            row[f"{plan.tile.tokens}x{plan.tile.rows}{more} {plan.whole}+{plan.shared}/{plan.sharers} us"] = us
         if chosen is not None:
             got: Tensor = x.new_full((t, rows), torch.nan)
             kernels.launch(kernels.plan(chosen, t, rows, columns), x, blocks, None, got)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from featherweight.kernels.w4a16_hopper_plan import Plan
+from featherweight.kernels.w4a16_hopper_plan import Plan, Tile
 from featherweight.kernels.wna16_layout import Layout
 
 Words = np.ndarray
@@ -65,6 +65,10 @@ def operands(block: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.T
 
 def pieces(plan: Plan, blocks: int, cta: int) -> Iterator[tuple[int, int, int]]:
     """Tile, first and end block of columns of a CTA: `Pieces` of the source."""
+    if plan.tile.meet > 1:
+        rank = cta % plan.tile.meet
+        yield cta // plan.tile.meet, blocks * rank // plan.tile.meet, blocks * (rank + 1) // plan.tile.meet
+        return
     for index in range(plan.whole):
         yield cta + index * plan.grid, 0, blocks
     if cta >= plan.sharers:
@@ -112,3 +116,14 @@ def block_at(blocks: int, tiles: int, k: int, t: int) -> int:
     """Where block k of tile t lies, in blocks."""
     pair = k & ~1
     return tiles * pair + t * min(2, blocks - pair) + (k - pair)
+
+
+def sent(tile: Tile, rank: int) -> Iterator[tuple[int, int, int]]:
+    """For each sixteen of tokens: the rank of the cluster that sums it up, the box there that we send ours to (-1 where
+    that is us), and which of that rank's sixteens it is: `meet` of the source."""
+    meet, sixteens = tile.meet, tile.tokens // 16
+    share = -(-sixteens // meet)
+    for i in range(sixteens):
+        to = i * meet // sixteens
+        own = i - (to * sixteens + meet - 1) // meet
+        yield to, -1 if to == rank else ((rank - to + meet) % meet - 1) * share + own, own

@@ -98,7 +98,8 @@ class Params(ctypes.Structure):
             (name, ctypes.c_int)
             for name in [
                 *("tokens", "rows", "blocks", "tiles", "row_tiles", "token_tiles", "band"),
-                *("whole", "shared", "sharers", "helped", "stages", "at_weights", "at_staging", "at_barriers"),
+                *("whole", "shared", "sharers", "helped", "stages"),
+                *("at_weights", "at_staging", "at_meeting", "at_barriers"),
             ]
         ),
     )
@@ -160,10 +161,12 @@ class Kernels:
             self.counters[self.stream_index()].data_ptr(),
             *(tokens, y_TR.shape[1], across, down, plan.row_tiles, plan.token_tiles, plan.band),
             *(plan.whole, plan.shared, plan.sharers, plan.helped),
-            *(plan.stages, plan.at_weights, plan.at_staging, plan.at_barriers),
+            *(plan.stages, plan.at_weights, plan.at_staging, plan.at_meeting, plan.at_barriers),
         )
         self.modules[plan.tile].launch(
-            "w4a16_hopper", plan.grid, plan.tile.threads, plan.bytes, params, cluster=0, early=self.early
+            *("w4a16_hopper", plan.grid, plan.tile.threads, plan.bytes, params),
+            cluster=plan.tile.meet if plan.tile.meet > 1 else 0,
+            early=self.early,
         )
 
     def stream_index(self) -> int:
@@ -199,6 +202,7 @@ def tensor_map(address: int, tokens: int, columns: int, box_tokens: int, bfloat:
 def macros(dtype: torch.dtype, layout: Layout, tile: Tile) -> tuple[str, ...]:
     """What csrc/w4a16_hopper.cu is compiled with."""
     more = {"SUMS": tile.sums, "TOKENS": tile.tokens, "WARPGROUPS": tile.warpgroups, "CTAS": tile.ctas}
+    more |= {"MEET": tile.meet}
     return (*wna16.macros(dtype, layout), *(f"{name}={int(value)}" for name, value in more.items()))
 
 

@@ -20,10 +20,13 @@ MOST_STAGES = 8
 LEAST_BLOCKS = 2
 """Of a CTA's stretch of the shared tiles: fewer are not worth the sums that they add."""
 OWNED = 0.99
-"""Of what equal stretches should take: owners, whose costs are the less certain, only where they should take less."""
+"""Of what equal stretches should take: owners and clusters, whose costs are the less certain, only where they should
+take less."""
 BESIDE, ROOM = 1.5, 0.91
 """Microseconds that the next launch gains where it can begin beside this one: of two CTAs a multiprocessor, if no more
 than so many of the places are taken; timed with one tile of tokens."""
+LEFT = 2.6
+"""Microseconds that the next launch gains where clusters leave half of the places to it."""
 EVEN = 0.9
 """Of the multiprocessors: so many tiles are better computed whole, side by side through the same columns of x."""
 
@@ -35,16 +38,24 @@ class Tile:
     Attributes:
         sums: whether scales multiply the sums of groups, and not weights, which rounds those to the dtype of x.
         ctas: of a multiprocessor; with two the next launch can begin while this one ends.
+        meet: CTAs that share each tile and are a cluster: their sums meet in each other's memory.
     """
 
     tokens: int
     warpgroups: int
     sums: bool = False
     ctas: int = 1
+    meet: int = 1
 
     @property
     def rows(self) -> int:
         return 64 * self.warpgroups
+
+    @property
+    def meeting_bytes(self) -> int:
+        """Of shared memory, where the sums of a tile that a cluster shares meet."""
+        sixteens = self.tokens // 16
+        return (self.meet - 1) * -(-sixteens // self.meet) * 32 * 128 * self.warpgroups
 
     @property
     def threads(self) -> int:
@@ -70,6 +81,9 @@ COSTS = {
     Tile(128, 3): Cost(2.2, 1.167, 5.2, 0),
     Tile(128, 4): Cost(2.3, 1.590, 5.8, 1.3),
     Tile(256, 2): Cost(0, 1.530, 9.5, 0),
+    Tile(64, 2, meet=2): Cost(1.2, 0.530, 2.0, 0),
+    Tile(64, 3, meet=2): Cost(2.5, 0.630, 2.5, 0),
+    Tile(128, 2, meet=2): Cost(1.8, 0.720, 2.0, 0),
     Tile(64, 2, True): Cost(3.3, 0.625, 2.8, 0.5),
     Tile(64, 3, True): Cost(2.0, 0.970, 4.4, 0),
     Tile(64, 4, True): Cost(2.1, 1.190, 4.2, 0.6),
@@ -77,7 +91,8 @@ COSTS = {
 }
 """Fitted on an H100 with errors of 3 to 10 per cent: tiles of 64 tokens without sums to some 60 launches of 64 and 256
 tokens (bench/results/2026-11-23-h100-w4a16-hopper.md), of 128 and 256 to some 160 (2026-11-22), the last of them to
-4096 tokens too; those with sums are guessed by their instructions, 15 per cent more."""
+4096 tokens too; those that meet to eight launches (2026-11-23), one of them of 128 tokens; those with sums are guessed
+by their instructions, 15 per cent more."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,7 @@ class Owned:
 
 OWNERS = {
     Tile(64, 2, ctas=2): Owned(2.6, 2.4, 16),
+    Tile(64, 4): Owned(4.9, 1.0, 64),
     Tile(128, 3): Owned(4.7, 3.1, 40),
 }
 """Tiles that gain by owners, of those that were timed with them (bench/results/2026-11-23-h100-w4a16-hopper.md)."""
@@ -118,7 +134,7 @@ class Plan:
 
     Attributes:
         tile: what the kernel is compiled for.
-        grid: CTAs, all of which run at once.
+        grid: CTAs, all of which run at once unless they meet: no cluster waits for another.
         row_tiles, token_tiles: of y.
         band: token tiles between which weights are reused before the next rows.
         whole: tiles that each CTA computes alone; shared: tiles that come after those, cut up between `sharers` CTAs.
@@ -139,13 +155,15 @@ class Plan:
     stages: int
     at_weights: int
     at_staging: int
+    at_meeting: int
     at_barriers: int
     bytes: int
 
     @property
     def partials_bytes(self) -> int:
         """Device memory for the parts of shared tiles: two a CTA, or two a tile that has an owner."""
-        return (self.shared if self.helped else self.sharers) * 2 * self.tile.rows * self.tile.tokens * 4
+        held = 0 if self.tile.meet > 1 else self.shared if self.helped else self.sharers
+        return held * 2 * self.tile.rows * self.tile.tokens * 4
 
 
 class Shares(NamedTuple):
@@ -167,13 +185,13 @@ def tiles(dtype: torch.dtype, layout: Layout) -> tuple[Tile, ...]:
 
     float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8, and
     is let do so for 2:4 sparse weights and many tokens alone. Scales of groups of 32 take registers too, which four
-    warpgroups do not have beside sums or those of 128 tokens (unless they are sparse).
+    warpgroups do not have beside sums or those of 128 tokens (unless they are sparse), nor two CTAs a multiprocessor.
     """
     if layout.sparse:
         sums = {torch.float16: (False,), torch.bfloat16: (True, False)}[dtype] if dtype == layout.scales else (True,)
         return tuple(tile for tile in SPARSE_COSTS if tile.sums in sums and _worth(tile, sums))
     fits = [tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16)]
-    full = (Tile(128, 4), Tile(64, 4, True)) if layout.group == 32 else ()
+    full = (Tile(128, 4), Tile(64, 4, True), Tile(64, 2, ctas=2)) if layout.group == 32 else ()
     return tuple(tile for tile in fits if tile not in full)
 
 
@@ -193,13 +211,16 @@ def lay_out(
     shares = _share(tile, row_tiles, token_tiles, blocks, layout, processors)[0]
     weights_bytes, x_bytes = tile.rows // ROWS * layout.block_bytes, tile.tokens * COLUMNS * 2
     staging = tile.warpgroups * 4 * STAGING_BYTES
-    stages = min(MOST_STAGES, (room - staging - 128) // (weights_bytes + x_bytes + 16))
+    fixed = staging + tile.meeting_bytes + (tile.meet > 1) * 32 * tile.warpgroups
+    stages = min(MOST_STAGES, (room - fixed - 128) // (weights_bytes + x_bytes + 16))
     at_weights = stages * x_bytes
     at_staging = -(-(at_weights + stages * weights_bytes) // 128) * 128
-    at_barriers = at_staging + staging
+    at_meeting = at_staging + staging
+    at_barriers = at_meeting + tile.meeting_bytes
     return Plan(
         tile, shares.grid, row_tiles, token_tiles, _band(tile, token_tiles, processors * tile.ctas), *shares[1:],
-        stages, at_weights, at_staging, at_barriers, at_barriers + stages * 16,
+        stages, at_weights, at_staging, at_meeting, at_barriers,
+        at_barriers + stages * 16 + (tile.meet > 1) * 32 * tile.warpgroups,
     )  # fmt: skip
 
 
@@ -222,6 +243,8 @@ def _share(
 ) -> tuple[Shares, float]:
     """Who computes which of so many tiles, and the microseconds that it should take."""
     cost, ctas, count = costs_of(layout)[tile], processors * tile.ctas, row_tiles * token_tiles
+    if tile.meet > 1:
+        return Shares(count * tile.meet, 0, count, count * tile.meet, 0), _meeting_us(tile, cost, count, blocks, ctas)
     whole, shared = divmod(count, ctas)
     if not shared:
         return Shares(ctas, whole, 0, 0, 0), _estimate_us(cost, blocks, whole, 0, 0)
@@ -251,6 +274,14 @@ def _owned(tile: Tile, count: int, blocks: int, processors: int) -> Iterator[tup
         helper = helped * shared / helpers * cost.block + parts * owned.part
         us = cost.launch + whole * (blocks * cost.block + cost.tile) + max(owner, helper)
         yield Shares(processors, whole, shared, processors, helped), us / OWNED
+
+
+def _meeting_us(tile: Tile, cost: Cost, count: int, blocks: int, ctas: int) -> float:
+    """What clusters should take that share a tile each, over OWNED; those that do not fit at once were not timed."""
+    if count * tile.meet > ctas or blocks < LEAST_BLOCKS * tile.meet:
+        return float("inf")
+    us = cost.launch + -(-blocks // tile.meet) * cost.block + cost.sum + cost.tile
+    return (us - (LEFT if count * tile.meet <= ctas // 2 else 0)) / OWNED
 
 
 def _estimate_us(cost: Cost, blocks: int, whole: int, shared: int, sharers: int) -> float:

@@ -87,6 +87,16 @@ __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Into the shared memory of another CTA of the cluster, whose barrier counts the bytes; both addresses as in ours.
+__device__ __forceinline__ void send(u32 to, float a, float b, float c, float d, u32 barrier, u32 rank) {
+    to = remote_address(to, rank), barrier = remote_address(barrier, rank);
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier) : "memory");
+}
+// After publish_barriers.
+__device__ __forceinline__ void arrive_at_the_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_the_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // ---- warps --------------------------------------------------------------------------------------------------------------
 
 // By all warps of a warpgroup.

@@ -8,7 +8,10 @@ struct Piece {
 };
 
 // The pieces of a CTA: `whole` tiles, then its stretch of the shared tiles' blocks, which begins and may end inside one. Where
-// those have owners, CTA after CTA, a stretch is a tile's blocks but the first `helped`, or one of all tiles' first.
+// those have owners, CTA after CTA, a stretch is a tile's blocks but the first `helped`, or one of all tiles' first. Where
+// MEET CTAs share each tile, one piece, by our rank.
+__device__ __forceinline__ int rank() { return blockIdx.x % MEET; }
+
 struct Pieces {
     int index, unit, unit_end;
 
@@ -16,6 +19,7 @@ struct Pieces {
     static __device__ __forceinline__ int span(const Params& p) { return p.helped && blockIdx.x >= p.shared ? p.helped : p.blocks; }
 
     __device__ __forceinline__ explicit Pieces(const Params& p) : index(0) {
+        if (MEET > 1) return;
         u32 cta = blockIdx.x, sharers = p.sharers;
         unit = cta * p.blocks + p.helped, unit_end = (cta + 1) * p.blocks;
         if (p.helped) {
@@ -27,6 +31,10 @@ struct Pieces {
         unit_end = cta < sharers ? units * (cta + 1) / sharers : 0;
     }
     __device__ __forceinline__ bool next(const Params& p, Piece& piece) {
+        if (MEET > 1) {
+            piece = {(int)blockIdx.x / MEET, p.blocks * rank() / MEET, p.blocks * (rank() + 1) / MEET};
+            return index++ == 0;
+        }
         if (index < p.whole) {
             piece = {(int)(blockIdx.x + index * gridDim.x), 0, p.blocks};
             index++;
@@ -195,4 +203,68 @@ __device__ __forceinline__ void sum_partials(const Params& p, int tile, u8* stag
     }
     __syncwarp();
     if (lane == 0 && add_one(counter) == (u32)(2 * sharers - 1)) *counter = 0;  // the last to leave
+}
+
+// ---- tiles that a cluster shares --------------------------------------------------------------------------------------------
+// Each CTA has sums of its part of the columns, and sends the others those of their tokens, a warp the same warp of each: into a box
+// for each sender and each of the sixteens that the receiver sums up.
+
+constexpr int SHARE = (SIXTEENS + MEET - 1) / MEET;  // sixteens of tokens that a CTA sums up, at most
+
+__device__ __forceinline__ constexpr int owner_of(int sixteen) { return sixteen * MEET / SIXTEENS; }
+__device__ __forceinline__ constexpr int first_of(int rank) { return (rank * SIXTEENS + MEET - 1) / MEET; }
+
+// A warp's, at which all that it is sent arrives.
+__device__ __forceinline__ u32 meeting_barrier(const Params& p, u32 base, int warp) {
+    return base + p.at_barriers + 16 * p.stages + 8 * warp;
+}
+
+__device__ __forceinline__ void begin_meeting(const Params& p, u32 base) {
+    for (int warp = 0; warp < WARPS; warp++) {
+        const u32 barrier = meeting_barrier(p, base, warp);
+        init_barrier(barrier, 1);
+        expect_bytes(barrier, (MEET - 1) * (first_of(rank() + 1) - first_of(rank())) * 32 * 32);
+    }
+}
+
+__device__ __forceinline__ void meet(
+    const Params& p, const float (&sum)[TOKENS / 2], int tile, u8* memory, u8* staging, int warp, int lane) {
+    const u32 base = shared_address(memory), boxes = base + p.at_meeting + threadIdx.x * 16, barrier = meeting_barrier(p, base, warp);
+    const int first = first_of(rank()), count = first_of(rank() + 1) - first;
+    float v[SHARE][8] = {};
+#pragma unroll
+    for (int i = 0; i < SIXTEENS; i++) {
+        const int to = owner_of(i), place = i - first_of(to), from = (rank() - to + MEET) % MEET - 1;
+        if (to == rank()) continue;
+        const u32 box = boxes + (from * SHARE + place) * 2 * CONSUMERS * 16;
+        send(box, sum[8 * i], sum[8 * i + 1], sum[8 * i + 2], sum[8 * i + 3], barrier, to);
+        send(box + CONSUMERS * 16, sum[8 * i + 4], sum[8 * i + 5], sum[8 * i + 6], sum[8 * i + 7], barrier, to);
+    }
+#pragma unroll
+    for (int i = 0; i < SIXTEENS; i++)
+        if (owner_of(i) == rank())
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[i - first_of(owner_of(i))][e] = sum[8 * i + e];
+    wait_barrier(barrier, 0);
+#pragma unroll
+    for (int c = 0; c < (MEET - 1) * SHARE; c++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            if (c % SHARE >= count) continue;
+            const float4 part = load_shared_floats(boxes + (c * 2 + h) * CONSUMERS * 16);
+            float* to = v[c % SHARE] + 4 * h;
+            to[0] += part.x, to[1] += part.y, to[2] += part.z, to[3] += part.w;
+        }
+    int token_tile, row = row_tile_of(p, tile, token_tile) * WARPGROUPS * 64 + warp * 16;
+    float bias[2];
+    load_bias(bias, p, row, lane);
+    constexpr int AT_ONCE = SHARE > 1 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < SHARE; i += AT_ONCE) {
+        float now[AT_ONCE][8];
+#pragma unroll
+        for (int e = 0; e < 8 * AT_ONCE; e++) now[e / 8][e % 8] = v[min(i + e / 8, SHARE - 1)][e % 8];
+        const int token = token_tile * TOKENS + (first + i) * 16;
+        if (token < p.tokens && i < count) store_sixteens<AT_ONCE>(p, staging, now, count - i, bias, row, token, lane);
+    }
 }

@@ -7,10 +7,11 @@
 //
 // One warp copies stages into shared memory; WARPGROUPS of four warps make floats of codes in registers and multiply them.
 //
-// Tiles that fill the GPU evenly are computed whole, the rest by all CTAs together in one of two ways. Either each takes an
+// Tiles that fill the GPU evenly are computed whole, the rest by several CTAs together in one of three ways. Either each takes an
 // equal stretch of their columns, and who shared in a tile then sums up its share of the parts, through device memory that the L2
 // holds. Or each tile has an owner, which computes most of its columns and adds to its sums what the CTAs that are left over, its
-// helpers, have made of the others.
+// helpers, have made of the others. Or MEET CTAs, a cluster, share each tile, and send each other their sums: no device memory, and
+// no cluster waits for another.
 //
 // SUMS 0: weights are rounded to float16 with their scale. SUMS 1: code minus zero, exact in either dtype, is multiplied,
 // and each group's sum scaled: twice the registers.
@@ -18,7 +19,8 @@
 // SPARSE 1: of four neighbouring columns two are stored, as in kept.cuh, and one product takes 32 columns.
 //
 // Macros: BF16, GROUP, SCALE, ZEROS, SPARSE as wna16.cu; SUMS; TOKENS of a tile (64, 128, 256), WARPGROUPS, CTAS of a multiprocessor
-// (1, or 2 for two warpgroups and 64 tokens: the second is the next launch's, which fetches weights while this one ends).
+// (1, or 2 for two warpgroups and 64 tokens: the second is the next launch's, which fetches weights while this one ends); MEET, how many
+// CTAs share each tile (1: as above).
 
 #include "gpu.cuh"
 #include "hopper.cuh"
@@ -31,7 +33,7 @@ constexpr int WARPS = 4 * WARPGROUPS, CONSUMERS = 32 * WARPS, STAGING = 1024;
 constexpr int TILES = 2 * WARPGROUPS, X_BYTES = TOKENS * COLUMNS * 2;        // 32-row tiles of weights; bytes of a stage
 constexpr int SIXTEENS = TOKENS / 16, QUADS = TOKENS / 8;                     // of a tile
 constexpr int BUFFERS = WARPGROUPS == 4 && (SUMS || TOKENS > 64) ? 1 : 2;     // sets of registers for weights
-constexpr bool OWNERS = !SPARSE && TOKENS * WARPGROUPS != 128 * 4;  // else too few registers to add to sums
+constexpr bool OWNERS = MEET == 1 && !SPARSE && !SUMS && TOKENS * WARPGROUPS != 128 * 4;  // else too few registers to add to sums
 constexpr int STEP = SPARSE ? 32 : 16, STEPS = 64 / STEP;                     // columns of a product; products of a unit
 
 struct Params {
@@ -47,7 +49,7 @@ struct Params {
     int whole;           // whole tiles of each CTA
     int shared, sharers; // tiles after those, and CTAs that share them
     int helped;          // blocks of a shared tile that helpers compute, or 0: no tile has an owner
-    int stages, at_weights, at_staging, at_barriers;  // of shared memory
+    int stages, at_weights, at_staging, at_meeting, at_barriers;  // of shared memory
 };
 
 #include "hopper_tiles.cuh"
@@ -84,6 +86,7 @@ __device__ __forceinline__ void fetch_late_x(const Params& p, u32 base, u32 full
     for (int slot = 0; slot < waiting && pieces.next(p, piece);) {
         int token_tile;
         row_tile_of(p, piece.tile, token_tile);
+#pragma unroll 1
         for (int k = piece.first; k < piece.end && slot < waiting; k++, slot++)
             if (one_lane()) fetch_x(p, base + slot * X_BYTES, full + 8 * slot, token_tile * TOKENS, k);
     }
@@ -99,6 +102,7 @@ __device__ __forceinline__ void produce(const Params& p, u8* memory) {
     while (pieces.next(p, piece)) {
         int token_tile, tile0 = row_tile_of(p, piece.tile, token_tile) * TILES;
         const int present = min(TILES, p.tiles - tile0);
+#pragma unroll 1
         for (int k = piece.first; k < piece.end; k++) {
             if (waiting == p.stages) {
                 fetch_late_x(p, base, full, waiting);
@@ -112,6 +116,7 @@ __device__ __forceinline__ void produce(const Params& p, u8* memory) {
                 const u32 to = base + p.at_weights + ring.slot * TILES * BLOCK;
                 const u8* from = block_at(p, k, tile0);
                 const u64 apart = block_at(p, k, tile0 + 1) - from;
+#pragma unroll 1
                 for (int i = 0; i < present; i++) copy_bytes(to + i * BLOCK, from + i * apart, BLOCK, barrier, policy);
             }
             if (waiting >= 0) waiting++;
@@ -150,10 +155,15 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
     Pieces pieces(p);
     Piece piece;
     wait_for_the_kernel_before();
+    if (MEET > 1) wait_for_the_cluster();  // whose barriers are there now
     while (pieces.next(p, piece)) {
         if (SUMS) {
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
+        }
+        if (MEET > 1) {  // where we may have no columns
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; i++) sum[i] = 0;
         }
         auto fold = [&]() {  // the group that has been summed up
             settle(sum);
@@ -233,11 +243,13 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
         }
         products_wait<0>();
         have_ended(p, places[BUFFERS - 1], base);
-        if (BUFFERS > 1) release(before);
+        if (BUFFERS > 1 && (MEET == 1 || before >= 0)) release(before);
         if (SUMS) fold();
         else settle(sum);
         float(&result)[TOKENS / 2] = *(float(*)[TOKENS / 2])(SUMS ? total : sum);
-        if (piece.end < p.blocks || piece.first > 0 && !p.helped) {
+        if (MEET > 1) {
+            meet(p, result, piece.tile, memory, staging, warp, lane);
+        } else if (piece.end < p.blocks || piece.first > 0 && !p.helped) {
             int slot = (piece.tile - p.whole * gridDim.x) * 2 + (piece.first > 0);
             if (!p.helped) {
                 slot = blockIdx.x * 2 + (shared_tile0 >= 0);
@@ -249,12 +261,12 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
             store_tile(p, result, piece.tile, staging, warp, lane);
         }
     }
-    if (shared_tile0 >= 0) sum_partials(p, shared_tile0, staging, warp, lane);
-    if (shared_tile1 >= 0) sum_partials(p, shared_tile1, staging, warp, lane);
+    if (MEET == 1 && shared_tile0 >= 0) sum_partials(p, shared_tile0, staging, warp, lane);
+    if (MEET == 1 && shared_tile1 >= 0) sum_partials(p, shared_tile1, staging, warp, lane);
 }
 
 // Registers of a thread that copies, and of one that multiplies.
-constexpr int FEWER = CTAS == 2 ? 24 : WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 ? 32 : 24;
+constexpr int FEWER = CTAS == 2 || WARPGROUPS != 2 ? 32 : 40;
 constexpr int MORE = CTAS == 2 ? 104 : WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, CTAS) w4a16_hopper(const __grid_constant__ Params p) {
@@ -265,9 +277,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, CTAS) w4a16_hopper
             init_barrier(full + 8 * i, 1);
             init_barrier(full + 8 * (p.stages + i), WARPS);
         }
+        if (MEET > 1) begin_meeting(p, shared_address(memory));
         publish_barriers();
     }
     __syncthreads();
+    if (MEET > 1) arrive_at_the_cluster();
     let_the_next_kernel_start();
     if (threadIdx.x < CONSUMERS) {
         more_registers<MORE>();
