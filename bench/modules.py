@@ -2,6 +2,7 @@ r"""compress_module on real networks: what each rule and each way of solving cos
 
     python bench/modules.py resnet --weights resnet20.safetensors --data cifar10-test-2000.npz
     python bench/modules.py minilm --weights all-minilm-l6-v2 --data calib/wiki.txt --held wikitext-2/wiki.valid.raw
+    python bench/modules.py encoder --weights embeddinggemma-300m --data calib/wiki.txt --held wikitext-2/wiki.valid.raw
     python bench/modules.py whisper --weights whisper-tiny.en --data jfk.flac
     python bench/modules.py efficientnet --weights efficientnet-lite0/model.safetensors --data cifar10-test-2000.npz \
         --fine-bits 8
@@ -226,7 +227,28 @@ def efficientnet(args: argparse.Namespace) -> Task:
     return Task(module, batches, measure, ["_conv_stem", "_fc"], r".*_depthwise_conv")
 
 
-# ---- MiniLM ----------------------------------------------------------------------------------------------------------
+# ---- sentence encoders -----------------------------------------------------------------------------------------------
+class Encoder(nn.Module):
+    """The mean over tokens, then the dense layers that lie beside some models in folders of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoConfig, AutoModel
+
+        super().__init__()
+        bert = {"add_pooling_layer": False} if AutoConfig.from_pretrained(folder).model_type == "bert" else {}
+        self.body = AutoModel.from_pretrained(folder, dtype=torch.float32, **bert)
+        self.heads = nn.Sequential()
+        for place in sorted(folder.glob("?_Dense")):
+            weights = load_file(place / "model.safetensors")
+            head = nn.Linear(*weights["linear.weight"].shape[::-1], bias="linear.bias" in weights)
+            head.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in weights.items()})
+            self.heads.append(head)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        mean: Tensor = self.heads(self.body(input_ids=input_ids).last_hidden_state.mean(1))
+        return mean
+
+
 def sentences(path: Path, count: int) -> list[str]:
     """Evenly spread sentences of 40 to 240 characters."""
     text = re.sub(r"\s+", " ", re.sub(r"^ *=.*$", "", path.read_text(encoding="utf-8"), flags=re.M))
@@ -244,18 +266,17 @@ def tokenized(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.tensor(rows)} for _, rows in sorted(lengths.items())]
 
 
-def minilm(args: argparse.Namespace) -> Task:
-    from transformers import AutoModel, AutoTokenizer
+def encoder(args: argparse.Namespace) -> Task:
+    from transformers import AutoTokenizer
 
-    module = AutoModel.from_pretrained(args.weights, add_pooling_layer=False, dtype=torch.float32).eval()
+    module = Encoder(args.weights).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.weights)
     batches = tokenized(tokenizer, sentences(args.data, args.samples))
     held = tokenized(tokenizer, sentences(args.held, 500))
 
     def embed(model: nn.Module) -> Tensor:
         with torch.no_grad():
-            means = [model(**batch).last_hidden_state.mean(1) for batch in held]
-        return F.normalize(torch.cat(means), dim=-1)
+            return F.normalize(torch.cat([model(**batch) for batch in held]), dim=-1)
 
     dense = embed(module)
     pairs = torch.triu_indices(len(dense), len(dense), 1)
@@ -280,7 +301,10 @@ def whisper(args: argparse.Namespace) -> Task:
     module = WhisperForConditionalGeneration.from_pretrained(args.weights, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.weights)
     extractor = WhisperFeatureExtractor.from_pretrained(args.weights)
-    begin = [tokenizer.convert_tokens_to_ids(token) for token in ("<|startoftranscript|>", "<|notimestamps|>")]
+    spoken = ["en", "transcribe"] if module.generation_config.is_multilingual else []
+    names = [f"<|{name}|>" for name in ("startoftranscript", *spoken, "notimestamps")]
+    begin = [tokenizer.convert_tokens_to_ids(name) for name in names]
+    asked = dict(zip(("language", "task"), spoken, strict=False))
     sound, rate = soundfile.read(args.data)
     sound = resample_poly(sound.mean(-1) if sound.ndim > 1 else sound, 16000, rate)
     half = len(sound) // 2
@@ -290,7 +314,7 @@ def whisper(args: argparse.Namespace) -> Task:
 
     def transcript(model: Any, wave: Any) -> Tensor:
         with torch.no_grad():
-            tokens = model.generate(input_features=features(wave), max_new_tokens=60)
+            tokens = model.generate(input_features=features(wave), max_new_tokens=60, **asked)
         start = torch.tensor([[start for start in begin if start not in tokens]], dtype=torch.long)
         return torch.cat([start, tokens], -1)  # generate leaves out the tokens it begins with
 
@@ -317,7 +341,7 @@ def whisper(args: argparse.Namespace) -> Task:
     return Task(module, batches, measure, ["proj_out"])
 
 
-TASKS = {"resnet": resnet, "efficientnet": efficientnet, "minilm": minilm, "whisper": whisper}
+TASKS = {"resnet": resnet, "efficientnet": efficientnet, "minilm": encoder, "encoder": encoder, "whisper": whisper}
 
 
 def row_of(task: Task, rule_text: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
