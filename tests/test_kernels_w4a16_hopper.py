@@ -51,6 +51,31 @@ def test_operands_are_code_minus_zero_in_the_order_of_x(dtype: torch.dtype, layo
     assert torch.equal(operands(block, layout, dtype), want)
 
 
+@pytest.mark.parametrize("group", [128, 32])
+def test_raised_weights_are_rounded_once(group: int) -> None:
+    """Code times scale less the middle's, by one `fma`, is the rounded weight; of groups with scales 2^-9 of the row's
+    largest and less the error is 2^-18 of the largest weight."""
+    draw, layout = torch.Generator().manual_seed(4), Layout(4, group, HALF, False)
+    codes = torch.randint(0, 16, (32, 128), dtype=torch.uint8, generator=draw)
+    scales = (torch.rand(32, 128 // group, generator=draw) * 2.0 ** torch.arange(-14, 2, 0.5)[:, None]).to(HALF)
+    scales[3] = 0
+    scales[:, 1:2] *= 2.0**-10
+    packed = pack(codes, scales, torch.full(scales.shape, 8, dtype=torch.uint8), layout)
+    block, powers = blocks_of(packed, 32, 128, layout)[0, 0], packed[-32:]
+    top = scales.double().amax(1)
+    assert bool((top * 2.0 ** powers.double() <= 65504).all()) and bool(
+        (top[top > 0] * 2.0 ** powers[top > 0] >= 2**15).all()
+    )
+    each = scales.double().repeat_interleave(group, 1)
+    weights = (codes.double() - 8) * each
+    got = operands(block, layout, HALF, powers)
+    lift = 2.0 ** (powers.double() - 24)[:, None]
+    near = each * 2.0 ** powers.double()[:, None] >= 2**7
+    assert torch.equal(got[near], (weights * lift).half().double()[near])
+    error = (got / lift - weights).abs()
+    assert bool((error <= (weights.abs() * 2.0**-11).maximum(8 * top[:, None] * 2.0**-18)).all())
+
+
 TILES = [Tile(64, 2, ctas=2), Tile(64, 4), Tile(128, 3), Tile(256, 2)]
 SHAPES = [(64, 4096, 4096), (64, 12288, 1024), (1000, 10240, 1024), (33, 50, 320), (1, 1, 32)]
 

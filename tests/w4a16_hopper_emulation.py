@@ -31,6 +31,18 @@ def registers(w: Words, dtype: torch.dtype, zeros: tuple[Words, Words]) -> list[
     return found
 
 
+def raised(w: Words, scales: tuple[Words, Words], powers: tuple[Words, Words]) -> list[torch.Tensor]:
+    """The four registers of `to_floats` where rows' scales are raised: pairs of weights times 2^(power - 24)."""
+    found = []
+    for i in range(2):
+        for odd, mask in enumerate((0x000F000F, 0x00F000F0)):
+            scale = torch.from_numpy(np.ldexp(scales[odd].astype(np.float32), powers[odd] - 4 * odd)).half()
+            middle = (scale.float() * -(2.0 ** (4 * odd - 21))).half()
+            product = pairs(w >> 8 * i & mask, torch.float16).double() * scale.double()[..., None]
+            found.append((product + middle.double()[..., None]).half())  # one rounding
+    return found
+
+
 def pairs(words: Words, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(words.astype(np.uint32).view(np.int32)[..., None].copy()).view(torch.int16).view(dtype)
 
@@ -39,14 +51,19 @@ def number(bits: Words, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.asarray(bits, dtype=np.uint16).view(np.int16)[..., None].copy()).view(dtype)
 
 
-def operands(block: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-    """32 rows x 128 columns of code minus zero, where the tensor cores take them: in the order of x's columns."""
+def operands(
+    block: torch.Tensor, layout: Layout, dtype: torch.dtype, powers: torch.Tensor | None = None
+) -> torch.Tensor:
+    """32 rows x 128 columns of code minus zero, where the tensor cores take them: in the order of x's columns; with the
+    rows' powers, as `raised` has them."""
     words = (
         block[: layout.code_bytes].numpy().view(np.uint32).astype(np.int64).reshape(2, 2, 8, 4, 2, 2)
     )  # half, u, g, t, i, j
     zeros = np.full((layout.parts, 8, 2, 2), 8)
     if layout.zeros:
         zeros = block[layout.code_bytes + layout.scale_bytes :].numpy().astype(np.int64).reshape(layout.parts, 8, 2, 2)
+    at, end = layout.code_bytes, layout.code_bytes + layout.scale_bytes
+    scales = block[at:end].clone().view(layout.scales).float().numpy().reshape(layout.parts, 8, 2, 2)
     out = torch.full((32, 128), torch.nan, dtype=torch.float64)
     for half in range(2):
         for step in range(8):  # products of 16 columns
@@ -54,7 +71,12 @@ def operands(block: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.T
             u, i = divmod(unit, 2)
             word = words[half, u, :, :, i, j]  # [g, t]
             z = zeros[unit * 32 // layout.group, :, half]
-            a = registers(word, dtype, (z[:, 0, None], z[:, 1, None]))
+            if powers is None:
+                a = registers(word, dtype, (z[:, 0, None], z[:, 1, None]))
+            else:
+                s = scales[unit * 32 // layout.group, :, half]
+                rows = powers.numpy().astype(np.int64).reshape(2, 2, 8)[half]
+                a = raised(word, (s[:, 0, None], s[:, 1, None]), (rows[0, :, None], rows[1, :, None]))
             for r in range(4):  # of wgmma: rows g, g + 8; columns 2t, 2t + 1 of the first and of the second eight
                 for g in range(8):
                     for t in range(4):

@@ -19,6 +19,9 @@ m16n8k32 sparse product, a unit: rows g and g + 8, the two kept of columns 4t ..
 lane's word of places is, for the half tile t / 2 and a unit, 16 columns from 16 (t % 2) on of row g, two bits for each
 that is kept, then those of row g + 8.
 
+Behind all blocks of symmetric four-bit weights with scales in float16 lies a byte for each row (of whole tiles): the
+highest power of two by which all of the row's scales can be raised and stay finite.
+
 Shapes: R rows, C columns, G groups of a row, T tiles, K blocks of a tile, B bytes of a block; weights are flat bytes.
 """
 
@@ -96,6 +99,11 @@ class Layout:
         return ROWS * self.stored_columns * self.bits // 8
 
     @property
+    def raised(self) -> bool:
+        """Whether each row's power of two is stored."""
+        return self.bits == 4 and self.scales == torch.float16 and not self.zeros
+
+    @property
     def stored_columns(self) -> int:
         """Codes of a block's row."""
         return COLUMNS // 2 if self.sparse else COLUMNS
@@ -154,7 +162,8 @@ def pack(
     if places is not None:
         parts.append(_pack_plane(_by_block(places, tiles, layout), *PLACES[1:]))
     blocks_TKB = torch.cat([part.view(tiles, blocks, -1) for part in parts], dim=-1)
-    return torch.cat([chunk.flatten() for chunk in blocks_TKB.split(layout.chunk, dim=1)])
+    powers = [_powers(scales_RG)] if layout.raised else []
+    return torch.cat([*(chunk.flatten() for chunk in blocks_TKB.split(layout.chunk, dim=1)), *powers])
 
 
 def extent(rows: int, columns: int) -> tuple[int, int]:
@@ -166,7 +175,9 @@ def blocks_of(weights: Tensor, rows: int, columns: int, layout: Layout) -> Tenso
     """The blocks [T, K, B] in the bytes that `pack` made."""
     tiles, blocks = extent(rows, columns)
     widths = [min(layout.chunk, blocks - k) for k in range(0, blocks, layout.chunk)]
-    chunks = weights.split([tiles * width * layout.block_bytes for width in widths])
+    chunks = weights[: tiles * blocks * layout.block_bytes].split(
+        [tiles * width * layout.block_bytes for width in widths]
+    )
     return torch.cat([chunk.view(tiles, width, -1) for chunk, width in zip(chunks, widths, strict=True)], dim=1)
 
 
@@ -231,6 +242,12 @@ def _unpack_plane(packed: Tensor, bits: int, order: tuple[int, ...], axes: tuple
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     fields = (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).reshape(-1, *(axes[axis - 1] for axis in order))
     return fields.permute(0, *(order.index(axis) + 1 for axis in range(1, len(axes) + 1)))
+
+
+def _powers(scales_RG: Tensor) -> Tensor:
+    """Of each row, the power of two that brings its largest scale just below 2^16, where float16 ends; uint8."""
+    exponent_R = torch.frexp(scales_RG.float().abs().amax(1)).exponent
+    return torch.where(scales_RG.ne(0).any(1), 16 - exponent_R, 0).to(torch.uint8)
 
 
 def _by_group(each_RG: Tensor, layout: Layout) -> Tensor:

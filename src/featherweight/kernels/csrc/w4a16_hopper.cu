@@ -34,6 +34,7 @@ constexpr int TILES = 2 * WARPGROUPS, X_BYTES = TOKENS * COLUMNS * 2;        // 
 constexpr int SIXTEENS = TOKENS / 16, QUADS = TOKENS / 8;                     // of a tile
 constexpr int BUFFERS = WARPGROUPS == 4 && (SUMS || TOKENS > 64) ? 1 : 2;     // sets of registers for weights
 constexpr bool OWNERS = MEET == 1 && !SPARSE && !SUMS && TOKENS * WARPGROUPS != 128 * 4;  // else too few registers to add to sums
+constexpr bool RAISED = !BF16 && !SUMS && !ZEROS && SCALE == 0;   // hopper_codes.cuh
 constexpr int STEP = SPARSE ? 32 : 16, STEPS = 64 / STEP;                     // columns of a product; products of a unit
 
 struct Params {
@@ -165,6 +166,12 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; i++) sum[i] = 0;
         }
+        float raises[2];
+        if (RAISED) {
+            int token_tile;
+            const int row = row_tile_of(p, piece.tile, token_tile) * WARPGROUPS * 64 + warp * 16 + g;
+            load_raises(raises, p.weights + (u64)(u32)(p.tiles * p.blocks) * BLOCK, row, p.tiles * ROWS);
+        }
         auto fold = [&]() {  // the group that has been summed up
             settle(sum);
 #pragma unroll
@@ -184,15 +191,15 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
             const u32 at = base + ring.slot * X_BYTES;
             const u64 x = operand_of(SPARSE && GROUP == 32 ? at : __shfl_sync(0xffffffffu, at, 0));
             u32 words[4];
+            Scales s[2];
 #pragma unroll
             for (int u = 0; u < 2; u++) {
                 u32(&buffer)[STEPS][4] = a[u % BUFFERS];
                 if (u == 0 || !SPARSE) load_words(words, block + half * (CODES / 2) + u * 512 + lane * 16);
-                Scales s[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    if (i == 0 || GROUP == 32)
-                        s[i] = load_scales(block, (2 * u + i) * 32 / GROUP, g, half);
+                    if (i == 0 ? u == 0 || GROUP < 128 : GROUP == 32)
+                        s[i] = load_scales(block, (2 * u + i) * 32 / GROUP, g, half, raises);
                     else
                         s[i] = s[0];
                     if (BUFFERS == 1 && i == 0) {
@@ -247,6 +254,11 @@ __device__ __forceinline__ void consume(const Params& p, u8* memory) {
         if (SUMS) fold();
         else settle(sum);
         float(&result)[TOKENS / 2] = *(float(*)[TOKENS / 2])(SUMS ? total : sum);
+        if (RAISED) {
+            const float by[2] = {lowered_by(raises, 0), lowered_by(raises, 1)};
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; i++) result[i] *= by[i >> 1 & 1];
+        }
         if (MEET > 1) {
             meet(p, result, piece.tile, memory, staging, warp, lane);
         } else if (piece.end < p.blocks || piece.first > 0 && !p.helped) {
