@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "featherweight"
 # Room (a folder or file right under the package) -> the rooms it may import; everybody may import errors and itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "native": set(),  # C for CPUs: products that kernels are made of
-    "core": {"native"},  # sums and column loops that torch takes several times as long for on a CPU
+    "native": set(),  # C for CPUs, and what compiles and launches CUDA C++: kernels are made of it
+    "core": {"native"},  # sums and column loops that torch, or on a GPU Triton, takes several times as long for
     "codec": set(),
     "data": set(),
     "laws": set(),

@@ -10,7 +10,8 @@ import torch
 from featherweight.core.rules import Grid
 from featherweight.errors import RequestError
 from featherweight.formats import FORMATS
-from featherweight.kernels import KERNELS, machine, nvrtc, pick, triton_linear
+from featherweight.kernels import KERNELS, machine, pick, triton_linear
+from featherweight.native import nvrtc
 from test_kernels_triton import solution
 
 FORMAT = FORMATS["compressed-tensors"]

@@ -16,7 +16,7 @@ from featherweight.benchmarks import kernels as kernels_bench
 from featherweight.core.rules import Grid, Joint, Pattern
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import FORMATS
-from featherweight.kernels import nvrtc, pick, sparse24, two_of_four, w4a16_hopper, wna16
+from featherweight.kernels import pick, sparse24, two_of_four, w4a16_hopper, wna16
 from featherweight.kernels.base import Case, Restorable
 from featherweight.kernels.w4a16_hopper_plan import choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack, unpack
@@ -25,6 +25,7 @@ from featherweight.kernels.wna16_plan import choose as choose_streamed
 from featherweight.kernels.wna16_plan import lay_out as lay_out_streamed
 from featherweight.linear import CompressedLinear
 from featherweight.merged import merge
+from featherweight.native import nvrtc
 from runs import featherweight
 from sparse24_emulation import operands
 from w4a16_hopper_gpu import every_tile_shares_and_repeats

@@ -23,10 +23,11 @@ from featherweight.codec.rows import side_by_side
 from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import Solution
 from featherweight.formats import FORMATS
-from featherweight.kernels import nvrtc, pick, reasons, sub1_bank
+from featherweight.kernels import pick, reasons, sub1_bank
 from featherweight.kernels.sub1_bank import Bank, Entry, entry_of, fused
 from featherweight.kernels.sub1_launch import MOST_WARPS, STRIDES, lay_out, stride_of
 from featherweight.linear import CompressedLinear
+from featherweight.native import nvrtc
 
 FORMAT = FORMATS["sub1"]
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -140,7 +141,7 @@ def test_shared_memory_is_laid_out_within_its_limit(columns: int, stage_bytes: i
 @cache
 def compiled(arch: str, bf16: int, stride: int) -> nvrtc.Cubin:
     """With symbols of five bits alone, and bitmaps."""
-    return nvrtc.compile_source(nvrtc.source("sub1"), (f"BF16={bf16}", f"STRIDE={stride}", "CODES=33"), arch)
+    return nvrtc.compile_source(nvrtc.source("kernels/sub1"), (f"BF16={bf16}", f"STRIDE={stride}", "CODES=33"), arch)
 
 
 @pytest.mark.parametrize(

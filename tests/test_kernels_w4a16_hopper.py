@@ -21,12 +21,13 @@ from torch.nn import functional
 from featherweight.core.rules import Grid
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import FORMATS
-from featherweight.kernels import nvrtc, pick, w4a16_hopper, wna16
+from featherweight.kernels import pick, w4a16_hopper, wna16
 from featherweight.kernels.base import Case
 from featherweight.kernels.w4a16_hopper import macros
 from featherweight.kernels.w4a16_hopper_plan import Tile, choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack
 from featherweight.linear import CompressedLinear
+from featherweight.native import nvrtc
 from w4a16_hopper_emulation import block_at, helpers_of, operands, pieces, place, sent, sharers_of
 from w4a16_hopper_gpu import every_tile_shares_and_repeats
 from wna16_cases import solution
@@ -250,7 +251,7 @@ def test_the_operator_is_sound_for_torch() -> None:
 # ---- compiling ------------------------------------------------------------------------------------------------------
 @cache
 def compiled(dtype: torch.dtype, layout: Layout, tile: Tile) -> nvrtc.Cubin:
-    return nvrtc.compile_source(nvrtc.source("w4a16_hopper"), macros(dtype, layout, tile), "sm_90a")
+    return nvrtc.compile_source(nvrtc.source("kernels/w4a16_hopper"), macros(dtype, layout, tile), "sm_90a")
 
 
 QUICK = [(HALF, Layout(4, 128, HALF, False), Tile(64, 4))]

@@ -12,10 +12,11 @@ from torch.nn import functional
 from featherweight.core.rules import Grid, Pattern
 from featherweight.errors import RequestError
 from featherweight.formats import FORMATS
-from featherweight.kernels import nvrtc, pick, reasons, wna16
+from featherweight.kernels import pick, reasons, wna16
 from featherweight.kernels.base import Case
 from featherweight.kernels.wna16_layout import Layout, extent, pack, unpack
 from featherweight.kernels.wna16_plan import TOKENS, Choice, Device, choose, lay_out, most_tokens, shares
+from featherweight.native import nvrtc
 from wna16_cases import A100, BFLOAT, FLOAT, H100, HALF, RTX_3090, drawn, solution
 from wna16_emulation import fragments, odd_step
 from wna16_emulation import product as emulated
@@ -95,7 +96,7 @@ def test_divisions_by_inverses_are_exact() -> None:
 
 
 def test_launches_are_described_as_the_source_reads_them() -> None:
-    struct = re.search(r"struct Params \{(.*?)\};", nvrtc.source("wna16"), re.S)
+    struct = re.search(r"struct Params \{(.*?)\};", nvrtc.source("kernels/wna16"), re.S)
     assert struct is not None
     lines = re.sub(r"//.*", "", struct[1])
     assert re.findall(r"(\w+)(?=[,;])", lines) == [name for name, _ in wna16.Params._fields_]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from featherweight.errors import FallbackWarning
-from featherweight.kernels import nvrtc
+from featherweight.native import nvrtc
 
 
 def test_a_source_that_does_not_compile_says_so() -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from cuda.pathfinder import find_nvidia_binary_utility
 
-from featherweight.kernels import nvrtc, w4a16_hopper, wna16
+from featherweight.kernels import w4a16_hopper, wna16
 from featherweight.kernels.sparse24 import COMPILERS, layout_of
 from featherweight.kernels.w4a16_hopper_plan import Tile, tiles
 from featherweight.kernels.wna16_layout import Layout
+from featherweight.native import nvrtc
 from wna16_cases import BFLOAT, FLOAT, HALF
 
 LAYOUTS = [layout_of(*each) for each in [(128, HALF, False), (64, BFLOAT, True), (32, FLOAT, True)]]
@@ -28,8 +29,8 @@ SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill"
 def compiled(arch: str, dtype: torch.dtype, layout: Layout, tile: Tile | None = None) -> nvrtc.Cubin:
     """The kernel for few tokens, or with a tile that for many."""
     if tile is None:
-        return nvrtc.compile_source(nvrtc.source("wna16"), wna16.macros(dtype, layout), arch)
-    return nvrtc.compile_source(nvrtc.source("w4a16_hopper"), w4a16_hopper.macros(dtype, layout, tile), arch)
+        return nvrtc.compile_source(nvrtc.source("kernels/wna16"), wna16.macros(dtype, layout), arch)
+    return nvrtc.compile_source(nvrtc.source("kernels/w4a16_hopper"), w4a16_hopper.macros(dtype, layout, tile), arch)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 import torch
 from cuda.pathfinder import find_nvidia_binary_utility
 
-from featherweight.kernels import nvrtc, wna16
+from featherweight.kernels import wna16
 from featherweight.kernels.wna16_layout import COLUMNS, ROWS, Layout
+from featherweight.native import nvrtc
 from wna16_cases import BFLOAT, FLOAT, HALF
 
 NAMES = {"wna16_8", "wna16_16", "wna16_24", "wna16_32", "wna16_dequantize"}
@@ -27,7 +28,7 @@ HOPPER = {
 @cache
 def compiled(arch: str, dtype: torch.dtype, layout: Layout) -> tuple[bytes, dict[str, int], str]:
     """The code, registers of each kernel, and the log."""
-    made = nvrtc.compile_source(nvrtc.source("wna16"), wna16.macros(dtype, layout), arch)
+    made = nvrtc.compile_source(nvrtc.source("kernels/wna16"), wna16.macros(dtype, layout), arch)
     found = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", made.log, re.S)
     return made.code, {name: int(count) for name, count in found}, made.log
 

@@ -13,9 +13,10 @@ from featherweight.benchmarks.kernels import Plan, run
 from featherweight.core.rules import Grid
 from featherweight.errors import FallbackWarning
 from featherweight.formats import FORMATS
-from featherweight.kernels import nvrtc, wna16
+from featherweight.kernels import wna16
 from featherweight.kernels.wna16_layout import Layout
 from featherweight.linear import CompressedLinear
+from featherweight.native import nvrtc
 from wna16_cases import BFLOAT, HALF, solution
 
 FORMAT = FORMATS["compressed-tensors"]

@@ -23,10 +23,11 @@ from torch import Tensor
 from featherweight.errors import FallbackWarning
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels import nvrtc, w4a16_hopper, wna16, wna16_layout
+from featherweight.kernels import w4a16_hopper, wna16, wna16_layout
 from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.wna16_layout import GROUPS, Layout
+from featherweight.native import nvrtc
 
 BITS = 4
 KEEP, OF = 2, 4

@@ -20,11 +20,11 @@ from featherweight.codec.encoded import TILE_ROWS
 from featherweight.errors import FallbackWarning, RequestError
 from featherweight.formats import Sub1, parts
 from featherweight.formats.base import Format, Rule
-from featherweight.kernels import nvrtc
 from featherweight.kernels.base import Case, Kernel, Run
 from featherweight.kernels.sub1 import Sub1Tiles
 from featherweight.kernels.sub1_bank import Bank, entry_of, fused
 from featherweight.kernels.sub1_launch import MOST_TOKENS, PIECE, STRIDES, module_of, register
+from featherweight.native import nvrtc
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)

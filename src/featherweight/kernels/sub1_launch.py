@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from featherweight.codec.encoded import TILE_ROWS
-from featherweight.kernels import nvrtc
-from featherweight.kernels.launch import Module
+from featherweight.native import nvrtc
+from featherweight.native.launch import Module
 
 MOST_TOKENS = 8  # of one expert, in one pass over its codes
 USUAL_PAIRS, MOST_PAIRS, MOST_EXPERTS = 512, 1024, 1024  # that the kernel sorts by itself
@@ -97,7 +97,7 @@ def module_of(device: torch.device, dtype: torch.dtype, stride: int, codes: int)
     """csrc/sub1.cu compiled (or from the cache) and loaded. Raises CompileError."""
     properties = torch.cuda.get_device_properties(device)
     macros = (f"BF16={int(dtype == torch.bfloat16)}", f"STRIDE={stride}", f"CODES={codes}")
-    module = Module(device, nvrtc.cubin("sub1", macros, nvrtc.arch(properties.major, properties.minor)))
+    module = Module(device, nvrtc.cubin("kernels/sub1", macros, nvrtc.arch(properties.major, properties.minor)))
     module.function("sub1_products", block_bytes(device))
     module.function("sub1_dense", block_bytes(device))
     return module

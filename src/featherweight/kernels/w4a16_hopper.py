@@ -22,12 +22,13 @@ from torch import Tensor
 
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Rule, Solution
-from featherweight.kernels import nvrtc, wna16
+from featherweight.kernels import wna16
 from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
-from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.w4a16_hopper_plan import Plan, Tile, choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, extent
+from featherweight.native import nvrtc
+from featherweight.native.launch import Module
 
 HOPPER = (9, 0)
 BITS = 4
@@ -213,7 +214,7 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     arch = nvrtc.arch(properties.major, properties.minor)
     shapes = tiles(dtype, layout)
     with ThreadPoolExecutor() as pool:  # NVRTC takes seconds for each, and lets other threads run
-        cubins = pool.map(lambda tile: nvrtc.cubin("w4a16_hopper", macros(dtype, layout, tile), arch), shapes)
+        cubins = pool.map(lambda tile: nvrtc.cubin("kernels/w4a16_hopper", macros(dtype, layout, tile), arch), shapes)
     modules = {tile: Module(device, code) for tile, code in zip(shapes, cubins, strict=True)}
     block_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     processors = properties.multi_processor_count

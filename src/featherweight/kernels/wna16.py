@@ -25,12 +25,13 @@ from torch.nn import functional
 from featherweight.errors import FallbackWarning
 from featherweight.formats import parts
 from featherweight.formats.base import Format, Grid, Rule, Solution
-from featherweight.kernels import nvrtc, wna16_layout
+from featherweight.kernels import wna16_layout
 from featherweight.kernels.base import Case, Kernel, Restorable, Run, require_input, require_no_backward
-from featherweight.kernels.launch import Module
 from featherweight.kernels.reference import Reference
 from featherweight.kernels.wna16_layout import GROUPS, SCALE_DTYPES, WIDTHS, Layout, extent
 from featherweight.kernels.wna16_plan import TOKENS, Device, Plan, choose, most_tokens, shares
+from featherweight.native import nvrtc
+from featherweight.native.launch import Module
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -237,7 +238,7 @@ def kernels(device: torch.device, dtype: torch.dtype, layout: Layout) -> Kernels
     """Compiled (or from the cache) and loaded. Raises CompileError."""
     properties = torch.cuda.get_device_properties(device)
     arch = nvrtc.arch(properties.major, properties.minor)
-    module = Module(device, nvrtc.cubin("wna16", macros(dtype, layout), arch))
+    module = Module(device, nvrtc.cubin("kernels/wna16", macros(dtype, layout), arch))
     processors = properties.multi_processor_count
     block_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     sizes: tuple[tuple[int, int], ...] = ((1, processors),)

@@ -4,6 +4,8 @@ On CPUs with a matrix unit (AMX) torch multiplies bfloat16 at full speed only in
 `amx.c` and `gram.c` have what is missing. Linux on x86-64 alone: elsewhere a process cannot ask for the unit in this
 way. `loops.c` is plain C for any CPU: loops whose steps are too small for calls of a library; `int4.c` likewise: for
 products with 4-bit codes. Where there is no compiler, callers go torch's way, with one FallbackWarning.
+
+CUDA C++ is compiled and launched by `nvrtc.py` and `launch.py`, for every room that has some.
 """
 
 from __future__ import annotations

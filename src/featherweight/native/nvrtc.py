@@ -1,7 +1,7 @@
 """CUDA C++ to machine code: compiled by NVRTC at first use, kept on disk, loaded once per device.
 
-The sources are in `csrc/`. They include no header, so NVRTC alone is enough: no nvcc, no toolkit, no GPU. NVRTC and its
-binding `cuda.bindings` come with torch's CUDA wheels.
+The sources are in the `csrc/` of the rooms that launch them. They include no header of a toolkit, so NVRTC alone is
+enough: no nvcc, no toolkit, no GPU. NVRTC and its binding `cuda.bindings` come with torch's CUDA wheels.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Cubin:
 
 
 def source(name: str) -> str:
-    """The text of csrc/<name>.cu, with what it includes from there in its place."""
-    folder = Path(__file__).parent / "csrc"
-    text = (folder / f"{name}.cu").read_text(encoding="utf-8")
+    """The text of a room's source ("kernels/sub1" is kernels/csrc/sub1.cu), with what it includes in its place."""
+    room, stem = name.split("/")
+    folder = Path(__file__).parent.parent / room / "csrc"
+    text = (folder / f"{stem}.cu").read_text(encoding="utf-8")
     return re.sub(r'#include "(\w+\.cuh)"', lambda found: (folder / found[1]).read_text(encoding="utf-8"), text)
 
 
@@ -83,14 +84,14 @@ def compile_source(text: str, macros: Sequence[str], arch: str) -> Cubin:
 
 
 def cubin(name: str, macros: Sequence[str], arch: str, folder: Path | None = None) -> bytes:
-    """The machine code of csrc/<name>.cu, from `folder` (default: `cache_folder()`) or compiled and put there.
+    """The machine code of a room's source, from `folder` (default: `cache_folder()`) or compiled and put there.
 
     A file that is missing, cut short or altered is made again: each starts with the digest of the rest. Files appear by
     renaming, so processes that compile at once cannot disturb each other. Raises CompileError.
     """
     text = source(name)
     key = hashlib.sha256("\0".join((text, *FLAGS, *macros, arch, *map(str, nvrtc_version()))).encode()).hexdigest()
-    path = (folder or cache_folder()) / f"{name}-{arch}-{key[:32]}.cubin"
+    path = (folder or cache_folder()) / f"{Path(name).name}-{arch}-{key[:32]}.cubin"
     kept = _read(path)
     if kept is not None:
         return kept

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from featherweight.kernels.nvrtc import driver_value
+from featherweight.native.nvrtc import driver_value
 
 
 @dataclass
