@@ -1,5 +1,5 @@
 """Whether, and how, a slab of columns, a search for scales or a pass over memory is one kernel; where not, the callers'
-own loops, or torch, do it.
+own loops, or torch, do it. Slabs are solved by CUDA C++, or where that cannot be compiled by Triton.
 
 Shapes: E layers of one shape, C columns, N columns of a slab, R rows; of searches G groups of a row and N inputs of a
 group.
@@ -23,6 +23,7 @@ TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and o
 APART, TURNED = (32, 64), 64  # rows and columns of a program that takes numbers apart, and that turns them
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
 _failed: list[str] = []  # why, once it has
+_cuda_failed: list[str] = []  # likewise of CUDA C++: Triton goes on
 
 
 def sweep_slab(
@@ -47,8 +48,12 @@ def sweep_slab(
     if not usable(weight_ECR):
         return False
     _, columns, rows = weight_ECR.shape
-    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, error_ENR, code_ECR, loss_ER)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
+    read = {"matrix": upper_ECC, "scale": scale_EGR, "zero": zero_EGR, "group": group_EC, "keep": keep_ECR}
+    written = {"found": error_ENR, "codes": code_ECR, "total": loss_ER}
+    if _cuda("sweep_slab", {"given": weight_ECR, **read, **written}, sizes):
+        return True
+    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, error_ENR, code_ECR, loss_ER)
     return _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
 
 
@@ -74,8 +79,13 @@ def descend_slab(
     if not usable(value_ECR):
         return False
     _, columns, rows = value_ECR.shape
-    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, price_E, delta_ECR, code_ECR, gain_ER)
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
+    read = {"matrix": hessian_ECC, "scale": scale_EGR, "zero": zero_EGR, "keep": free_ECR, "value": value_ECR}
+    written = {"delta": delta_ECR, "found": pull_ENR, "codes": code_ECR, "total": gain_ER}
+    name = "descend_slab" if price_E is None else "descend_slab_priced"
+    if _cuda(name, {"given": pull_ENR, "price": price_E, **read, **written}, sizes):
+        return True
+    tensors = (pull_ENR, hessian_ECC, value_ECR, scale_EGR, zero_EGR, free_ECR, price_E, delta_ECR, code_ECR, gain_ER)
     has = {"HAS_FREE": free_ECR is not None, "HAS_PRICE": price_E is not None}
     return _launch(lambda kernels: kernels.descend_slab, tensors, sizes, **has)
 
@@ -88,6 +98,7 @@ def usable(tensor: Tensor) -> bool:
 def try_again() -> None:
     """Forgets that a kernel has failed."""
     _failed.clear()
+    _cuda_failed.clear()
 
 
 def bounds(dtype: torch.dtype) -> tuple[float, float]:
@@ -249,6 +260,27 @@ def gram(shift_RGN: Tensor, halves: tuple[Tensor, Tensor]) -> Tensor | None:
 def grams(weights: Tensor, width: int) -> bool:
     """Whether `gram` is a kernel for groups of this width."""
     return usable(weights) and width in GRAM_WIDTHS
+
+
+def _cuda(name: str, tensors: dict[str, Tensor | None], sizes: tuple[int, ...]) -> bool:
+    """Runs a kernel of `csrc/slabs.cu`; False where Triton has to do it: with one warning where CUDA C++ cannot be
+    compiled or launched, with none where a slab is wider than a multiprocessor's memory is large."""
+    given = tensors["given"]
+    assert given is not None
+    chosen = None
+
+    def launch() -> None:
+        nonlocal chosen
+        from featherweight.core import cuda_slabs
+
+        chosen = cuda_slabs.plan(len(given), sizes[0], sizes[4], *cuda_slabs.limits(given.device))
+        if chosen is not None:
+            cuda_slabs.launch(name, tensors, sizes, chosen)
+
+    if not given.is_cuda or _cuda_failed:
+        return False
+    instead = "slabs of columns are solved by Triton, several times slower"
+    return tried(launch, _cuda_failed, instead, "CUDA C++") and chosen is not None
 
 
 def _launch(
