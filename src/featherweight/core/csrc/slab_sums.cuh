@@ -47,20 +47,34 @@ __device__ __forceinline__ void multiply(float (&sums)[4][HIGH], const float* bl
 
 // Adds a serving warp's share of what tiles 0 .. tile - 1 owe to tile + 1, through its own ring.
 __device__ __forceinline__ void owed(float (&sums)[4][HIGH], const Params& p, const Here& here, int tile) {
-    const int chunks = tile * (TILE / CHUNK), step = WARPS - 1, first = here.warp - 1;
+    const int chunks = tile * (TILE / CHUNK), step = WARPS - 1, first = here.warp - 1, lane = here.lane;
+    // `fetch` of CHUNK rows by a warp, with what stays the same worked out before: those rows are all in the slab
+    const int k = p.aligned ? lane / 8 : 0, n = (tile + 1) * TILE + (p.aligned ? lane % 8 * 4 : lane);
+    const int bytes = min(max(p.columns - n, 0), p.aligned ? 4 : 1) * 4;
+    const i64 across = p.all_columns, stride = step * CHUNK * across;
+    const float* from = here.slab + (first * CHUNK + k) * across + (bytes ? n : 0);
     float* ring = memory + AT_RINGS + here.warp * RING;
     auto start = [&](int chunk, int slot) {
-        if (chunk < chunks)
-            fetch<CHUNK, 32>(ring + slot * CHUNK * TILE, p, here.slab, chunk * CHUNK, (tile + 1) * TILE, here.lane);
+        float* to = ring + slot * CHUNK * TILE + (p.aligned ? lane * 4 : lane);
+        if (chunk < chunks && p.aligned) {
+#pragma unroll
+            for (int i = 0; i < CHUNK; i += 4) copy_four(to + i * TILE, from + i * across, bytes);
+        } else if (chunk < chunks) {
+#pragma unroll 1
+            for (int i = 0; i < CHUNK; i++) copy_one(to + i * TILE, from + i * across, bytes);
+        }
+        from += stride;
         commit();
     };
+#pragma unroll
     for (int s = 0; s < STAGES - 1; s++) start(first + s * step, s);
     int slot = 0;
+#pragma unroll 1
     for (int chunk = first; chunk < chunks; chunk += step) {
         wait_but<STAGES - 2>();
         __syncwarp();
         start(chunk + (STAGES - 1) * step, (slot + STAGES - 1) % STAGES);
-        multiply<CHUNK>(sums, ring + slot * CHUNK * TILE, memory + AT_FOUND + chunk * CHUNK * ROWS, here.lane);
+        multiply<CHUNK>(sums, ring + slot * CHUNK * TILE, memory + AT_FOUND + chunk * CHUNK * ROWS, lane);
         slot = (slot + 1) % STAGES;
     }
 }
