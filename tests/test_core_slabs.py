@@ -157,7 +157,8 @@ SLABS = [
 @pytest.mark.parametrize("slab", SLABS, ids=str)
 def test_the_kernels_are_the_loops(slab: Slab, rows: int) -> None:
     """Whoever goes first, with equal bits: nothing is read before it is there, or after it is written over."""
-    chosen, found = plan_of(rows, cuda_slabs.WARPS, slab.rows, slab.count), []
+    warps = cuda_slabs.FEW_WARPS if slab.bits == 2 else cuda_slabs.WARPS
+    chosen, found = plan_of(rows, warps, slab.rows, slab.count), []
     for order in (0, 1):
 
         def run(name: str, tensors: dict[str, Any], sizes: tuple[int, ...], order: int = order) -> None:
@@ -232,6 +233,7 @@ def test_a_plan_has_few_rows_where_all_multiprocessors_have_some() -> None:
     assert rows_of(1, 4096, 512, processors, limit) == rows_of(4, 1024, 512, processors, limit) == 32
     assert rows_of(1, 22016, 1024, processors, limit) == 16  # errors of 32 rows do not fit
     assert rows_of(1, 22016, 8192, processors, limit) is None
+    assert cuda_slabs.plan(1, 2048, 512, 82, 101376) == plan_of(16, cuda_slabs.FEW_WARPS, 2048, 512)
 
 
 class OnGpu(SimpleNamespace):
@@ -241,6 +243,9 @@ class OnGpu(SimpleNamespace):
 
     def __len__(self) -> int:
         return 1
+
+    def is_contiguous(self) -> bool:
+        return True
 
 
 def test_where_cuda_cannot_run_that_is_told_once_and_triton_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from featherweight.native.launch import Module
 
 OLDEST = (8, 0)
 TILE, CHUNK, STAGES = 32, 8, 4  # of slabs.cu
-WARPS = 8  # of a CTA
+WARPS, FEW_WARPS = 8, 4  # of a CTA; the latter where memory is short (GPUs for games have 99 KB)
 SIZES = ("rows", "all_columns", "groups", "start", "columns", "bottom", "top")
 ALIGNED = 16  # bytes that are copied at once, where they begin at a multiple
 
@@ -46,8 +46,8 @@ class Plan:
 def plan(layers: int, rows: int, columns: int, processors: int, limit: int) -> Plan | None:
     """Few rows a CTA where all multiprocessors have some even so; None where a slab's errors do not fit into one."""
     few = layers * -(-rows // 16) <= processors
-    for each in (16, 32) if few else (32, 16):
-        found = Plan(each, WARPS, shared_bytes(each, WARPS, columns), -(-rows // each))
+    for each, warps in (*((n, WARPS) for n in ((16, 32) if few else (32, 16))), (16, FEW_WARPS)):
+        found = Plan(each, warps, shared_bytes(each, warps, columns), -(-rows // each))
         if found.bytes <= limit:
             return found
     return None

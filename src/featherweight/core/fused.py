@@ -279,6 +279,7 @@ def _cuda(name: str, tensors: dict[str, Tensor | None], sizes: tuple[int, ...]) 
 
     if not given.is_cuda or _cuda_failed:
         return False
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
     instead = "slabs of columns are solved by Triton, several times slower"
     return tried(launch, _cuda_failed, instead, "CUDA C++") and chosen is not None
 
