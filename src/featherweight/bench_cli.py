@@ -55,7 +55,7 @@ def kernels(
     bits: Annotated[int, typer.Option(help="Of the weights, 2 to 8.")] = 4,
     group_size: Annotated[str, typer.Option(help="Inputs sharing a scale, or 'row'.")] = "128",
     asymmetric: Asymmetric = False,
-    sparsity: Annotated[str | None, typer.Option(help="2:4, or another N:M: weights kept of each run.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Of each run of M weights N are kept: 2:4, or another.")] = None,
     m: Annotated[str | None, typer.Option(help="Rows of activations, as 1,16,256.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Only these of our kernels; repeatable.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16 or float16.")] = "bfloat16",
