@@ -84,15 +84,18 @@ COSTS = {
     Tile(64, 2, meet=2): Cost(1.2, 0.530, 2.0, 0),
     Tile(64, 3, meet=2): Cost(2.5, 0.630, 2.5, 0),
     Tile(128, 2, meet=2): Cost(1.8, 0.720, 2.0, 0),
-    Tile(64, 2, True): Cost(3.3, 0.625, 2.8, 0.5),
-    Tile(64, 3, True): Cost(2.0, 0.970, 4.4, 0),
-    Tile(64, 4, True): Cost(2.1, 1.190, 4.2, 0.6),
-    Tile(128, 2, True): Cost(3.0, 1.120, 4.0, 1.5),
+    Tile(64, 2, True): Cost(3.3, 0.510, 3.4, 1.0),
+    Tile(64, 3, True): Cost(1.6, 0.690, 4.9, 1.2),
+    Tile(64, 4, True): Cost(0, 0.934, 6.9, 0),
+    Tile(128, 2, True): Cost(0, 0.820, 4.1, 1.1),
+    Tile(64, 2, True, meet=2): Cost(2.1, 0.505, 2.0, 0),
+    Tile(64, 3, True, meet=2): Cost(2.8, 0.675, 2.0, 0),
+    Tile(128, 2, True, meet=2): Cost(1.5, 0.770, 2.0, 0),
 }
 """Fitted on an H100 with errors of 3 to 10 per cent: tiles of 64 tokens without sums to some 60 launches of 64 and 256
 tokens (bench/results/2026-11-23-h100-w4a16-hopper.md), of 128 and 256 to some 160 (2026-11-22), the last of them to
-4096 tokens too; those that meet to eight launches (2026-11-23), one of them of 128 tokens; those with sums are guessed
-by their instructions, 15 per cent more."""
+4096 tokens too; those that meet to eight launches (2026-11-23), one of them of 128 tokens; those with sums to 76, in
+bfloat16, of 64 and 256 tokens (2026-11-23)."""
 
 
 @dataclass(frozen=True)
