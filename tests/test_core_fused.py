@@ -246,6 +246,20 @@ def test_numbers_taken_apart(shape: tuple[int, ...], turned: bool, launched: lis
     assert len(launched) == 3
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_rows_taken_apart_in_their_place(layers: int, launched: list[str]) -> None:
+    """As a descent brings the halves of what it has changed up to date: whole pieces of 16 and others."""
+    draw = torch.Generator().manual_seed(0)
+    for rows, columns, at in ((48, 32, slice(16, 32)), (37, 5, slice(30, 37))):
+        matrix = torch.randn(layers, rows, columns, generator=draw).to(DEVICE)
+        found = fused.halves(matrix, "right", torch.bfloat16)
+        matrix[:, at] *= 3
+        assert found is not None and fused.halve_rows(matrix[:, at], found, at.start)
+        wanted = fused.halves(matrix, "right", torch.bfloat16)
+        assert wanted is not None and torch.equal(found, wanted)
+    assert len(launched) == 6
+
+
 COMPILED = {
     "solvers": [
         "sweep_slab",

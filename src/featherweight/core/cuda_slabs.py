@@ -43,6 +43,7 @@ class Plan:
     blocks: int
 
 
+@cache
 def plan(layers: int, rows: int, columns: int, processors: int, limit: int) -> Plan | None:
     """Few rows a CTA where all multiprocessors have some even so; None where a slab's errors do not fit into one."""
     few = layers * -(-rows // 16) <= processors

@@ -172,15 +172,32 @@ def halves(matrix: Tensor, planes: Literal["left", "right", "apart"], dtype: tor
         found = matrix.new_empty((*matrix.shape[:-2], 3 * rows, columns), dtype=dtype)
         steps = (3 * rows * columns, columns, 2 * rows * columns, rows * columns)
 
+    return found if _take_apart(stacked, found, steps) else None
+
+
+def halve_rows(matrix_EAB: Tensor, halves_EAB: Tensor, start: int) -> bool:
+    """Puts rows of a matrix, from `start` on, into what `halves` ("right") made of all of it; False, and nothing done,
+    where torch has to do it.
+    """
+    if not usable(matrix_EAB):
+        return False
+    assert halves_EAB.is_contiguous()
+    rows, columns = halves_EAB.shape[1] // 3, halves_EAB.shape[2]
+    steps = (3 * rows * columns, columns, 2 * rows * columns, rows * columns)
+    return _take_apart(matrix_EAB, halves_EAB[:, start:], steps)
+
+
+def _take_apart(given: Tensor, found: Tensor, steps: tuple[int, int, int, int]) -> bool:
+    """`steps`: of `found`, from a layer and a row to the next, and where the first half is again and the second is."""
+    layers, rows, columns = given.shape
+
     def launch() -> None:
         from featherweight.core import triton_passes as kernels
 
         programs = (-(-rows // APART[0]), -(-columns // APART[1]), layers)
-        kernels.take_apart[programs](
-            stacked, found, rows, columns, *stacked.stride(), *steps, ROWS=APART[0], SPAN=APART[1]
-        )
+        kernels.take_apart[programs](given, found, rows, columns, *given.stride(), *steps, ROWS=APART[0], SPAN=APART[1])
 
-    return found if _tried(launch) else None
+    return _tried(launch)
 
 
 def invert_diagonal(lower_ECC: Tensor, inverse_ECC: Tensor) -> bool:

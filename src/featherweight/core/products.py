@@ -64,12 +64,16 @@ class Pulls:
         if not self.split:
             return self.hessian_ECC[:, at] @ self.delta_ECR
         if self.changed is not None:
-            first, second = _halves(self.delta_ECR[:, self.changed])
-            thirds = self.halves_ECR.chunk(3, 1)
-            for third, value in zip(thirds, (first, second, first), strict=True):
-                third[:, self.changed] = value
+            self._halve(self.changed)
         self.changed = at
         return _multiplied(self._rows(at), self.halves_ECR)
+
+    def _halve(self, at: slice) -> None:
+        """Brings the halves of D[at] up to date."""
+        if not fused.halve_rows(self.delta_ECR[:, at], self.halves_ECR, at.start):
+            first, second = _halves(self.delta_ECR[:, at])
+            for third, value in zip(self.halves_ECR.chunk(3, 1), (first, second, first), strict=True):
+                third[:, at] = value
 
     def _rows(self, at: slice) -> Tensor:
         """H[at] in halves, made for several slabs at once."""

@@ -1,7 +1,8 @@
 """What the solvers do beside products and column loops, one pass over memory each: blocks on the diagonal of a
 triangular matrix inverted, float32 numbers taken apart into two halves of 16 bits, and columns put into another order.
 
-Imported by `fused` alone.
+Imported by `fused` alone. Kernels that move numbers are compiled for rows and columns that are multiples of 16 apart
+from others: there a mask may end anywhere, and each load and store is one number.
 Shapes: E layers, R rows, C columns, N columns of a block, M of them to a program; A x B any matrix.
 """
 
@@ -40,7 +41,7 @@ def invert_diagonal(
         tile_NM -= tl.where(row_N > j, now_N, 0.0)[:, None] * found_M[None, :]
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit
 def take_apart(
     matrix_ptr,  # E x A x B, with strides
     half_ptr,  # float16 or bfloat16: `first` at 0 and at `again`, `second` at `beyond`; rows of B contiguous
@@ -71,7 +72,7 @@ def take_apart(
     tl.store(to_AB + beyond, second_AB, mask=inside_AB)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit
 def turn(
     natural_ptr,  # E x R x C
     ordered_ptr,  # E x C x R
