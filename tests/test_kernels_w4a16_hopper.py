@@ -24,7 +24,7 @@ from featherweight.formats import FORMATS
 from featherweight.kernels import pick, w4a16_hopper, wna16
 from featherweight.kernels.base import Case
 from featherweight.kernels.w4a16_hopper import macros
-from featherweight.kernels.w4a16_hopper_plan import Tile, choose, lay_out, tiles
+from featherweight.kernels.w4a16_hopper_plan import EXACT_TOKENS, Tile, choose, lay_out, tiles
 from featherweight.kernels.wna16_layout import Layout, blocks_of, extent, pack
 from featherweight.linear import CompressedLinear
 from featherweight.native import nvrtc
@@ -195,13 +195,21 @@ def test_plans_fit_the_device(dtype: torch.dtype, layout: Layout) -> None:
         assert plan.at_weights < plan.at_staging < plan.at_barriers < plan.bytes and plan.at_staging % 128 == 0
 
 
-def test_only_many_tokens_are_multiplied_by_weights_made_floats() -> None:
+def test_few_tokens_have_a_tile_and_scales_of_another_dtype_have_sums() -> None:
     layout = Layout(4, 128, BFLOAT, False)
     for tokens, rows, columns in product((33, 64, 256), (4096, 57344), (4096, 28672)):
         assert choose(tokens, rows, columns, BFLOAT, layout, PROCESSORS) in tiles(BFLOAT, layout)
         assert choose(tokens, rows, columns, HALF, layout, PROCESSORS) in tiles(HALF, layout)
-    assert choose(4096, 8192, 8192, BFLOAT, layout, PROCESSORS) is None
-    assert all(tile.sums for tile in (*tiles(BFLOAT, layout), *tiles(HALF, layout), *tiles(HALF, LARGEST)))
+    assert all(tile.sums for tile in (*tiles(HALF, layout), *tiles(HALF, LARGEST), *tiles(BFLOAT, LARGEST)))
+
+
+@pytest.mark.parametrize("shape", ["4096x4096", "28672x8192", "8192x57344"])
+def test_bfloat16_rounds_weights_for_many_tokens_alone(shape: str) -> None:
+    columns, rows = map(int, shape.split("x"))
+    for tokens in (33, 64, 128, 256, 300, 1024, 4096):
+        tile = choose(tokens, rows, columns, BFLOAT, Layout(4, 128, BFLOAT, False), PROCESSORS)
+        assert tile is not None and (tile.sums or tokens > EXACT_TOKENS)
+    assert not tile.sums, "at 4096 tokens the others take a quarter less"
 
 
 FASTEST = [
@@ -350,7 +358,8 @@ def test_products_on_a_gpu(dtype: torch.dtype, grid: Grid, rows: int, columns: i
     for tokens in (1, 33, 64, 65, 128, 200, 1000):
         x = torch.randn(tokens, values.shape[1], device="cuda").to(dtype)
         tile = choose(tokens, rows, values.shape[1], dtype, layout, PROCESSORS)
-        rounded = values if tokens <= 32 or tile else values.to(dtype).double()
+        exact = tokens <= 32 or (tile is not None and (tile.sums or dtype == HALF))
+        rounded = values if exact else values.to(dtype).double()
         want = functional.linear(x.double(), values, layer.bias.double())
         rounding, error = (want.to(dtype) - want).norm(), (layer(x).double() - want).norm()
         allowed = 1e-3 * want.norm() + functional.linear(x.double(), rounded - values).norm()

@@ -18,7 +18,8 @@ from featherweight.core.triton_tried import tried
 
 ROWS, TILE = 16, 32  # of a program, and columns of them that it holds at a time: one warp's registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
-GRAM_WIDTHS, GRAM_ROWS = (16, 32, 64, 128), 128  # groups whose columns a program multiplies at once, and its rows
+GRAM_WIDTHS = (16, 32, 64, 128)  # groups whose columns a program multiplies at once
+GRAM_BYTES = 160_000  # shared memory of GPUs that have enough for 256 rows of 128 columns, as H100s and A100s do
 TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
 APART, TURNED = (32, 64), 64  # rows and columns of a program that takes numbers apart, and that turns them
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
@@ -265,13 +266,23 @@ def gram(shift_RGN: Tensor, halves: tuple[Tensor, Tensor]) -> Tensor | None:
     def launch() -> None:
         from featherweight.core import triton_gram
 
-        programs = (-(-rows // GRAM_ROWS), groups, layers)
+        each, warps, stages = _gram_program(rows, width, shift.device)
+        programs = (-(-rows // each), groups, layers)
         sizes = (rows, groups * width, groups)
         apart = halves[0].dtype == torch.bfloat16
-        constants = {"SPAN": width, "ROWS": GRAM_ROWS, "HALVES": apart, "num_warps": 8, "num_stages": 2}
+        constants = {"SPAN": width, "ROWS": each, "HALVES": apart, "num_warps": warps, "num_stages": stages}
         triton_gram.gram[programs](shift, *halves, found_RGG, *sizes, **constants)
 
     return found_RGG if _tried(launch) else None
+
+
+def _gram_program(rows: int, width: int, device: torch.device) -> tuple[int, int, int]:
+    """Rows, warps and stages of one of `gram`'s programs: what was fastest on an H100, if it fits into the memory."""
+    if width < 128:
+        return (128, 4, 3) if width == 64 else (128, 8, 2)
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    large = getattr(properties, "shared_memory_per_block_optin", 0) >= GRAM_BYTES
+    return (256, 8, 2) if large and rows > 128 else (128, 4, 1)
 
 
 def grams(weights: Tensor, width: int) -> bool:

@@ -109,7 +109,7 @@ def _refitted(pull_RC: Tensor, hessian_CC: Tensor, solution: Solution, gram: Gra
     diagonal_RG = left_RGG.diagonal(dim1=-2, dim2=-1)
     diagonal_RG += 1e-6 * diagonal_RG.mean(-1, keepdim=True) + torch.finfo(dtype).tiny
     lower_RGG = torch.linalg.cholesky_ex(left_RGG)[0]
-    found_RG: Tensor = torch.cholesky_solve(right_RG.unsqueeze(-1), lower_RGG).squeeze(-1)
+    found_RG = _solved(lower_RGG, right_RG)
     new_RG, old_RG = scales.store(found_RG, solution.grid.scale_dtype), solution.scales_RG
     usable = torch.isfinite(new_RG) & (new_RG.abs() > 1e-3 * old_RG.abs()) & (new_RG.abs() < 1e3 * old_RG.abs())
     new_RG = torch.where(usable, new_RG, old_RG)
@@ -118,6 +118,16 @@ def _refitted(pull_RC: Tensor, hessian_CC: Tensor, solution: Solution, gram: Gra
     gain_R = 2 * (step_RG * (right_RG - (whole_RGG @ middle_RG.unsqueeze(-1)).squeeze(-1))).sum(-1)
     better_R, loss_R = gain_R > 0, solution.loss_R.to(dtype)
     return torch.where(better_R.unsqueeze(-1), new_RG, old_RG), torch.where(better_R, loss_R - gain_R, loss_R)
+
+
+def _solved(lower_RGG: Tensor, right_RG: Tensor) -> Tensor:
+    """x of every row with L L^T x = right."""
+    right_RG1 = right_RG.unsqueeze(-1)
+    if not lower_RGG.is_cuda:
+        return torch.cholesky_solve(right_RG1, lower_RGG).squeeze(-1)
+    half_RG1 = torch.linalg.solve_triangular(lower_RGG, right_RG1, upper=False)  # `cholesky_solve` waits for the GPU
+    found_RG1: Tensor = torch.linalg.solve_triangular(lower_RGG.mT, half_RG1, upper=True)
+    return found_RG1.squeeze(-1)
 
 
 def _gram(shift_RGN: Tensor, hessian_CC: Tensor) -> Tensor:

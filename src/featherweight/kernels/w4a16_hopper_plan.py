@@ -124,9 +124,11 @@ SPARSE_COSTS = {
 }
 """Of 2:4 sparse weights: fitted to some 270 launches (bench/results/2026-11-22-h100-sparse24.md); what they choose was
 at most 6 per cent slower than the best tile there."""
-EXACT_TOKENS = 128
-"""Of 2:4 sparse weights and bfloat16: up to so many tokens sums are scaled; beyond, weights are rounded, as where they
-are made floats, and launches take a quarter less."""
+EXACT_TOKENS, SPARSE_EXACT_TOKENS = 256, 128
+"""Of bfloat16: up to so many tokens sums are scaled; beyond, weights are rounded to it, as where they are made floats
+for a dense product, and launches take a quarter less."""
+ROUNDED = (Tile(128, 3), Tile(128, 4), Tile(256, 2))
+"""Tiles without sums that bfloat16 has for many tokens, if they are not sparse."""
 DENSE_GBPS, DENSE_GFLOPS = 2350.0, 690e3
 """Of making weights floats (bytes read and written), and of cuBLAS, on an H100 that many products have made hot."""
 
@@ -187,13 +189,15 @@ def tiles(dtype: torch.dtype, layout: Layout) -> tuple[Tile, ...]:
     """Those that there are for activations of this dtype; sums take registers, and leave fewer for the tile.
 
     float16 keeps 11 bits of a weight, which is exact enough where it has the range of the scales; bfloat16 keeps 8, and
-    is let do so for 2:4 sparse weights and many tokens alone. Scales of groups of 32 take registers too, which four
+    is let do so for many tokens alone. Scales of groups of 32 take registers too, which four
     warpgroups do not have beside sums or those of 128 tokens (unless they are sparse), nor two CTAs a multiprocessor.
     """
     if layout.sparse:
         sums = {torch.float16: (False,), torch.bfloat16: (True, False)}[dtype] if dtype == layout.scales else (True,)
         return tuple(tile for tile in SPARSE_COSTS if tile.sums in sums and _worth(tile, sums))
     fits = [tile for tile in COSTS if tile.sums != (dtype == layout.scales == torch.float16)]
+    if dtype == layout.scales == torch.bfloat16:
+        fits += ROUNDED
     full = (Tile(128, 4), Tile(64, 4, True), Tile(64, 2, ctas=2)) if layout.group == 32 else ()
     return tuple(tile for tile in fits if tile not in full)
 
@@ -235,7 +239,7 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype, layout: Lay
     def estimate(tile: Tile) -> float:
         return _share(tile, -(-rows // tile.rows), -(-tokens // tile.tokens), blocks, layout, processors)[1]
 
-    exact = layout.sparse and dtype == torch.bfloat16 and tokens <= EXACT_TOKENS
+    exact = dtype == torch.bfloat16 and tokens <= (SPARSE_EXACT_TOKENS if layout.sparse else EXACT_TOKENS)
     best = min((tile for tile in tiles(dtype, layout) if tile.sums or not exact), key=estimate)
     dense_us = rows * columns * (2.5 / DENSE_GBPS + 2 * tokens / DENSE_GFLOPS) / 1e3
     return best if estimate(best) <= dense_us else None
