@@ -91,6 +91,21 @@ def test_slabs_and_layers(launched: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert len(launched) == 7
 
 
+def test_few_rows_of_many_columns_take_wider_slabs(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory of a multiprocessor is large."""
+    for name, value in (("WIDE_SLAB", 20), ("FEW_ROWS", 6), ("MANY_COLUMNS", 72)):
+        monkeypatch.setattr(sweep_room, name, value)
+    given, grid = problem(3, 72, layers=2), Grid(3, 8, symmetric=False)
+    counts = []
+    for large in (False, True):
+        monkeypatch.setattr(fused, "roomy", lambda device, large=large: large)
+        fast = sweep(given, grid)
+        counts.append(len(launched) - sum(counts))
+    assert counts == [7, 5]  # scales, two turns, four slabs or two
+    fused._failed.append("on purpose")
+    same(fast, sweep(given, grid))
+
+
 @pytest.mark.parametrize("order", ["natural", "pivot"])
 def test_masks_and_orders(order: Any, launched: list[str]) -> None:
     given = problem(5, 32)

@@ -19,7 +19,7 @@ from featherweight.core.triton_tried import tried
 ROWS, TILE = 16, 32  # of a program, and columns of them that it holds at a time: one warp's registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
 GRAM_WIDTHS = (16, 32, 64, 128)  # groups whose columns a program multiplies at once
-GRAM_BYTES = 160_000  # shared memory of GPUs that have enough for 256 rows of 128 columns, as H100s and A100s do
+ROOMY_BYTES = 160_000  # shared memory of H100s and A100s; GPUs for games have 100 KB
 TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
 APART, TURNED = (32, 64), 64  # rows and columns of a program that takes numbers apart, and that turns them
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
@@ -94,6 +94,13 @@ def descend_slab(
 def usable(tensor: Tensor) -> bool:
     """On a GPU, float32 or codes, until it has failed once."""
     return tensor.is_cuda and tensor.dtype in (torch.float32, torch.uint8) and not _failed
+
+
+def roomy(device: torch.device) -> bool:
+    """Whether a program can have ROOMY_BYTES of a multiprocessor's memory."""
+    if device.type != "cuda":
+        return False
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOMY_BYTES
 
 
 def try_again() -> None:
@@ -280,9 +287,7 @@ def _gram_program(rows: int, width: int, device: torch.device) -> tuple[int, int
     """Rows, warps and stages of one of `gram`'s programs: what was fastest on an H100, if it fits into the memory."""
     if width < 128:
         return (128, 4, 3) if width == 64 else (128, 8, 2)
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    large = getattr(properties, "shared_memory_per_block_optin", 0) >= GRAM_BYTES
-    return (256, 8, 2) if large and rows > 128 else (128, 4, 1)
+    return (256, 8, 2) if roomy(device) and rows > 128 else (128, 4, 1)
 
 
 def grams(weights: Tensor, width: int) -> bool:

@@ -21,6 +21,7 @@ from featherweight.core.solution import Solution
 from featherweight.errors import RequestError
 
 SLAB, WIDE_SLAB = 128, 512  # columns; the latter where a slab is one kernel
+FEW_ROWS, MANY_COLUMNS = 4096, 8192  # where slabs of 512 columns take a GPU less time than asking for them takes Python
 ScalesFrom = Literal["original", "updated"]
 
 
@@ -145,7 +146,7 @@ class _Pass:
         if refit:
             self.scale_ERG, self.zero_ERG = self.scale_ERG.clone(), self.zero_ERG.clone()
         if slab is None:
-            slab = WIDE_SLAB if fused.usable(self.weight_ECR) and not refit else SLAB
+            slab = SLAB if refit or not fused.usable(self.weight_ECR) else self._wide_slab()
         for start in range(0, count, slab):
             stop = min(start + slab, count)
             if refit:
@@ -155,6 +156,11 @@ class _Pass:
             if stop < count:
                 rest = self.upper_ECC[:, start:stop, stop:].transpose(1, 2)
                 subtract_(self.weight_ECR[:, stop:], rest, errors_ENR)
+
+    def _wide_slab(self) -> int:
+        layers, columns, rows = self.weight_ECR.shape
+        few = layers * rows <= FEW_ROWS and columns >= MANY_COLUMNS and fused.roomy(self.weight_ECR.device)
+        return 2 * WIDE_SLAB if few else WIDE_SLAB
 
     def _slab(self, at: slice, errors_ENR: Tensor) -> None:
         """Rounds the columns `at` and writes down their scaled errors E, with W - V = E U."""
