@@ -6,9 +6,11 @@ from __future__ import annotations
 import re
 import subprocess
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,6 +265,29 @@ def test_where_cuda_cannot_run_that_is_told_once_and_triton_goes_on(monkeypatch:
         assert not fused._cuda("sweep_slab", tensors, (8, 32, 1, 0, 32, 0, 15))
     fused.try_again()
     assert not fused._cuda_failed
+
+
+def test_threads_that_want_the_same_kernel_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def cubin(name: str, macros: tuple[str, ...], arch: str) -> bytes:
+        made.append(macros)
+        sleep(0.05)
+        return b""
+
+    properties = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(cuda_slabs, "limits", lambda device: HOPPER)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(nvrtc, "cubin", cubin)
+    monkeypatch.setattr(cuda_slabs, "Module", lambda device, code: SimpleNamespace(function=lambda *given: None))
+    monkeypatch.setattr(fused, "_cuda_failed", [])
+    gpu = torch.device("cuda", 0)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda rows: fused.compile_slabs(gpu, rows), (64, 64, 1 << 16, 1 << 16)))
+    finally:
+        cuda_slabs._module_of.cache_clear()
+    assert sorted(made) == [("ROWS=16", "WARPS=8"), ("ROWS=32", "WARPS=8")] and not fused._cuda_failed
 
 
 def test_a_slab_too_wide_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ Imported by `fused` alone, and only where there is a GPU. Shapes: E layers, C co
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ TILE, CHUNK, STAGES = 32, 8, 4  # of slabs.cu
 WARPS, FEW_WARPS = 8, 4  # of a CTA; the latter where memory is short (GPUs for games have 99 KB)
 SIZES = ("rows", "all_columns", "groups", "start", "columns", "bottom", "top")
 ALIGNED = 16  # bytes that are copied at once, where they begin at a multiple
+_LOCKS: dict[tuple[int, int], Lock] = defaultdict(Lock)
 
 
 class Params(ctypes.Structure):
@@ -72,9 +75,15 @@ def limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-@cache
 def module_of(device: torch.device, rows: int, warps: int) -> Module:
-    """csrc/slabs.cu compiled (or from the cache) and loaded. Raises CompileError."""
+    """csrc/slabs.cu compiled (or from the cache) and loaded; threads that want the same wait for the first of them.
+    Raises CompileError."""
+    with _LOCKS[rows, warps]:
+        return _module_of(device, rows, warps)
+
+
+@cache
+def _module_of(device: torch.device, rows: int, warps: int) -> Module:
     properties = torch.cuda.get_device_properties(device)
     macros = (f"ROWS={rows}", f"WARPS={warps}")
     module = Module(device, nvrtc.cubin("core/slabs", macros, nvrtc.arch(properties.major, properties.minor)))

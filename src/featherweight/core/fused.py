@@ -23,6 +23,8 @@ ROOMY_BYTES = 160_000  # shared memory of H100s and A100s; GPUs for games have 1
 TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
 APART, TURNED = (32, 64), 64  # rows and columns of a program that takes numbers apart, and that turns them
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
+SLAB_COLUMNS = 512  # of most slabs
+WITHOUT_CUDA = "slabs of columns are solved by Triton, several times slower"
 _failed: list[str] = []  # why, once it has
 _cuda_failed: list[str] = []  # likewise of CUDA C++: Triton goes on
 
@@ -313,8 +315,21 @@ def _cuda(name: str, tensors: dict[str, Tensor | None], sizes: tuple[int, ...]) 
     if not given.is_cuda or _cuda_failed:
         return False
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
-    instead = "slabs of columns are solved by Triton, several times slower"
-    return tried(launch, _cuda_failed, instead, "CUDA C++") and chosen is not None
+    return tried(launch, _cuda_failed, WITHOUT_CUDA, "CUDA C++") and chosen is not None
+
+
+def compile_slabs(device: torch.device, rows: int) -> None:
+    """Has `csrc/slabs.cu` compiled for matrices of so many rows, if the GPU can run it."""
+
+    def compile() -> None:
+        from featherweight.core import cuda_slabs
+
+        chosen = cuda_slabs.plan(1, rows, SLAB_COLUMNS, *cuda_slabs.limits(device))
+        if chosen is not None:
+            cuda_slabs.module_of(device, chosen.rows, chosen.warps)
+
+    if device.type == "cuda" and not _cuda_failed:
+        tried(compile, _cuda_failed, WITHOUT_CUDA, "CUDA C++")
 
 
 def _launch(

@@ -25,8 +25,9 @@ from featherweight.errors import FeatherweightError
 from featherweight.models.tree import Matrix
 from featherweight.stream.onelayer import solve_layer
 
-COMPILERS = 2  # threads
+COMPILERS = 3  # threads
 COMPILED_ROWS, COMPILED_COLUMNS = 64, 256  # of the layer that is solved for the sake of its kernels
+MANY_ROWS = 1 << 16  # for which column loops are another kernel
 LOSS_TOLERANCE, ENERGY_TOLERANCE = 1e-3, 1e-6  # of a loss that is claimed: relative to itself, and to w H w^T
 
 
@@ -99,8 +100,8 @@ def solve_stack(
 
 
 def compile_solver(rule: Rule, choices: Choices, device: torch.device) -> None:
-    """Has Triton compile what the first real layer needs, on a small random one, one kernel a thread: it takes seconds,
-    and the device has other work meanwhile.
+    """Has what the first real layer needs compiled, on a small random one, one kernel a thread: it takes seconds, and
+    the device has other work meanwhile.
     """
     if not isinstance(rule, Grid) or choices.method != "gptq" or not fused.usable(torch.empty(0, device=device)):
         return
@@ -129,6 +130,7 @@ def _pieces(grid: Grid, choices: Choices, device: torch.device) -> list[Callable
     return [
         lambda: scales.fit(grid, weight_RC.unflatten(-1, (-1, width)), None, choices.lowest_zero),
         lambda: sweep(problem, grid, choices.order, fitted=fitted),
+        lambda: fused.compile_slabs(device, MANY_ROWS),
         lambda: descend(weight_RC, problem.hessian_CC, solution),
         lambda: refit_scales(weight_RC, problem.hessian_CC, solution),
         lambda: [left(weight_RC.mT), left(weight_RC, torch.float16), left(weight_RC.mT, torch.float16)],
