@@ -1,5 +1,5 @@
 """Compiles the Triton kernels of ARGV[2], solvers, training or passes, to machine code for sm_ARGV[1] and prints their
-names; needs no GPU."""
+names and the shared memory of a program; needs no GPU."""
 
 import sys
 
@@ -69,7 +69,7 @@ KERNELS = {
         (triton_slabs.descend_slab, 1),
         (triton_scales.symmetric_search, 4),
         (triton_scales.asymmetric_search, 4),
-        (triton_gram.gram, 8),
+        (triton_gram.gram, 4, {"ROWS": 128}),
         (triton_passes.invert_diagonal, 1),
         (triton_passes.take_apart, 4),
         (triton_passes.turn, 4),
@@ -88,9 +88,10 @@ KERNELS = {
     ),
 }
 
-for kernel, warps in KERNELS[WHICH]:
+for kernel, warps, *own in KERNELS[WHICH]:
     signature = {name: kind(name, kernel.__name__) for name in kernel.arg_names}
-    constants = {name: value for name, value in CONSTANTS.items() if name in kernel.arg_names}
+    constants = {name: value for name, value in CONSTANTS.items() if name in kernel.arg_names} | (own[0] if own else {})
     source = ASTSource(kernel, signature, constants)
-    triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
-    print(kernel.__name__)
+    options = {"num_warps": warps, "num_stages": 1} if own else {"num_warps": warps}
+    made = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    print(kernel.__name__, made.metadata.shared)

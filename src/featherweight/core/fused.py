@@ -19,6 +19,7 @@ from featherweight.core.triton_tried import tried
 ROWS, TILE = 16, 32  # of a program, and columns of them that it holds at a time: one warp's registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
 GRAM_WIDTHS = (16, 32, 64, 128)  # groups whose columns a program multiplies at once
+LARGE_GRAMS = ((8, 0), (9, 0))  # GPUs that are known to have the memory for 256 rows of 128 columns: A100s and H100s
 ROOMY_BYTES = 160_000  # shared memory of H100s and A100s; GPUs for games have 100 KB
 TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
 APART, TURNED = (32, 64), 64  # rows and columns of a program that takes numbers apart, and that turns them
@@ -289,7 +290,8 @@ def _gram_program(rows: int, width: int, device: torch.device) -> tuple[int, int
     """Rows, warps and stages of one of `gram`'s programs: what was fastest on an H100, if it fits into the memory."""
     if width < 128:
         return (128, 4, 3) if width == 64 else (128, 8, 2)
-    return (256, 8, 2) if roomy(device) and rows > 128 else (128, 4, 1)
+    large = device.type == "cuda" and torch.cuda.get_device_capability(device) in LARGE_GRAMS
+    return (256, 8, 2) if large and rows > 128 else (128, 4, 1)
 
 
 def grams(weights: Tensor, width: int) -> bool:
