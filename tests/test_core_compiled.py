@@ -1,12 +1,15 @@
-"""The solver's loops in C against NumPy's and torch's, and sums on the matrix unit against float64; where this machine
-has no compiler or no such unit, one way is tried twice."""
+"""The solver's loops in C against NumPy's and torch's, sums by tiles and by vectors of bfloat16 against float64; where
+this machine has no compiler, or neither, one way is tried twice."""
 
 from __future__ import annotations
 
 import itertools
 import platform
 import resource
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,8 +105,15 @@ def test_float64_is_left_to_calls_of_libraries() -> None:
     assert (sweep(exact, Grid(4, 32)).codes_RC == sweep(layer, Grid(4, 32)).codes_RC).float().mean() > 0.999
 
 
+@pytest.fixture(params=["found", "vectors"])
+def gram(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this CPU multiplies tokens by; where that is tiles, then by vectors."""
+    if request.param == "vectors":
+        monkeypatch.setattr(tiles, "native_gram", native.gram_by_vectors)
+
+
 @pytest.mark.parametrize(("tokens", "columns", "rows"), [(2100, 48, 80), (33, 100, 7), (64, 1, 1)])
-def test_sums_over_tokens_are_those_of_float64(tokens: int, columns: int, rows: int, threads: None) -> None:
+def test_sums_over_tokens_are_those_of_float64(tokens: int, columns: int, rows: int, threads: None, gram: None) -> None:
     draw = torch.Generator().manual_seed(tokens)
     inputs, gaps = (torch.randn(2, tokens, width, generator=draw).bfloat16() for width in (columns, rows))
     hessian, cross = HessianSum(columns, CPU), CrossSum(rows, columns, CPU)
@@ -120,14 +130,32 @@ def test_sums_over_tokens_are_those_of_float64(tokens: int, columns: int, rows: 
     assert close(cross.mean(), gap_TR.T @ x_TC / len(x_TC))
 
 
+def test_sums_by_vectors_over_many_tokens_do_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are rounded into sums of few tokens, not into that of all."""
+    monkeypatch.setattr(tiles, "native_gram", native.gram_by_vectors)
+    x_TC = torch.randn(60000, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    if tiles.sums(x_TC):
+        hessian = HessianSum(40, CPU)
+        hessian.add(x_TC)
+        assert close(hessian.mean(), x_TC.double().T @ x_TC.double() / len(x_TC))
+
+
 @pytest.mark.parametrize(("rows", "columns", "width"), [(40, 192, 64), (5, 96, 32), (16, 128, 128)])
-def test_groups_of_codes_weighed_by_h(rows: int, columns: int, width: int, threads: None) -> None:
+def test_groups_of_codes_weighed_by_h(rows: int, columns: int, width: int, threads: None, gram: None) -> None:
     layer = problem(rows, columns)
     if not tiles.weighs(layer.weight_RC, width):
         return  # refine._gram has tests of its own
     codes_RGN = torch.randint(-255, 256, (rows, columns // width, width), generator=torch.Generator().manual_seed(0))
     ours = tiles.weigh(codes_RGN.float(), tiles.halved(layer.hessian_CC)).tril()
     assert close(ours, refine._gram(codes_RGN.double(), layer.hessian_CC.double()).tril(), 1e-5)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None or platform.machine() != "x86_64", reason="there is no gcc for x86-64")
+@pytest.mark.parametrize("flags", [native.FLAGS, native.VECTOR_FLAGS], ids=["tiles", "vectors"])
+def test_sums_compile_for_tiles_and_for_vectors(flags: tuple[str, ...], tmp_path: Any) -> None:
+    source = Path(native.__file__).with_name("gram.c")
+    command = ["gcc", *flags, "-Wall", "-Wextra", "-Werror", str(source), "-o", str(tmp_path / "gram.so")]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def close(ours: Tensor, exact: Tensor, room: float = 1e-6) -> bool:

@@ -1,4 +1,4 @@
-"""Sums of products on a CPU's matrix unit (`native/gram.c`): bfloat16 factors, exact products, float32 sums.
+"""Sums of products on a CPU's matrix unit, or its vectors of bfloat16 (`native/gram.c`): exact products, float32 sums.
 
 Shapes: T tokens, A and B channels, R rows, C columns, G groups of N columns.
 """
@@ -18,7 +18,7 @@ THREAD_WORK = 1 << 24  # products of one thread, below which waking it takes lon
 
 
 def usable(tensor: Tensor) -> bool:
-    """On a CPU that has such a unit, where a compiler was found."""
+    """On a CPU that has either, where a compiler was found."""
     return tensor.device.type == "cpu" and bool(native_gram())
 
 

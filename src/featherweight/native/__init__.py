@@ -1,9 +1,10 @@
 """C for CPUs, compiled at first use by the machine's own compiler and kept on disk.
 
 On CPUs with a matrix unit (AMX) torch multiplies bfloat16 at full speed only into bfloat16, and never by packed codes:
-`amx.c` and `gram.c` have what is missing. Linux on x86-64 alone: elsewhere a process cannot ask for the unit in this
-way. `loops.c` is plain C for any CPU: loops whose steps are too small for calls of a library; `int4.c` likewise: for
-products with 4-bit codes. Where there is no compiler, callers go torch's way, with one FallbackWarning.
+`amx.c` and `gram.c` have what is missing, `gram.c` for vectors of bfloat16 (AVX512_BF16) too, which torch takes to be
+float32. Linux on x86-64 alone: elsewhere a process cannot ask for the unit in this way. `loops.c` is plain C for any
+CPU: loops whose steps are too small for calls of a library; `int4.c` likewise: for products with 4-bit codes. Where
+there is no compiler, callers go torch's way, with one FallbackWarning.
 
 CUDA C++ is compiled and launched by `nvrtc.py` and `launch.py`, for every room that has some.
 """
@@ -28,11 +29,10 @@ from torch import Tensor
 from featherweight.errors import FallbackWarning
 
 PLAIN_FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11")
-FLAGS = (
-    *PLAIN_FLAGS,
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-)
-NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
+VECTOR_FLAGS = (*PLAIN_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
+FLAGS = (*VECTOR_FLAGS, "-mamx-tile", "-mamx-bf16")
+VECTORS = {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
+NEEDED = VECTORS | {"amx_tile", "amx_bf16"}
 COMPILERS = ("cc", "gcc", "clang")
 DIGEST_BYTES = 32
 COMPILE_S = 60.0
@@ -53,8 +53,17 @@ def amx() -> Any:
 
 @cache
 def gram() -> Any:
-    """The functions of `gram.c`, likewise."""
-    return _of_tiles("gram.c")
+    """The functions of `gram.c`, by tiles or by vectors; None likewise."""
+    return _of_tiles("gram.c") if has_tiles() and _permitted() else gram_by_vectors()
+
+
+@cache
+def gram_by_vectors() -> Any:
+    """The functions of `gram.c` for CPUs that have vectors of bfloat16; None likewise."""
+    if not _instructions() >= VECTORS:
+        return None
+    what = "this CPU multiplies vectors of bfloat16, and nothing was compiled for it"
+    return _loaded("gram.c", VECTOR_FLAGS, what, "sums over tokens take twice as long; install")
 
 
 @cache

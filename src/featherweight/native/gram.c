@@ -1,5 +1,5 @@
-/* Sums of products over tokens on CPUs that multiply tiles of bfloat16 into float32 (AMX): exact products, float32 sums,
-   which torch has no operator for.
+/* Sums of products over tokens on CPUs that multiply tiles of bfloat16 into float32 (AMX), or vectors of it (AVX512_BF16):
+   exact products, float32 sums, which torch has no operator for. Which of the two is up to the compiler's flags.
 
    lay_out   T tokens x C channels (rows `stride` apart) as tiles: `pairs`, [panel][32 tokens][half][16 pairs of tokens][16
              channels][2], and, if wanted, `turned`, [panel][32 tokens][half][16 channels][32 tokens]
@@ -16,19 +16,10 @@
 
 #define TILE (16 * 32)   /* bfloat16 of one tile */
 #define PANEL 32
-#ifndef NEAR
-#define NEAR 16
-#endif
-//          /* steps of 32 tokens that stay in the first cache: 512 tokens of a panel are 32 KB */
-#ifndef HIGH
-#define HIGH 4
-#endif
-//           /* panels of a by */
-#ifndef WIDE
-#define WIDE 16
-#endif
-//          /* panels of b in one task */
+#define HIGH 4           /* panels of a by */
+#define WIDE 16          /* panels of b in one task */
 
+#ifdef __AMX_BF16__
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
@@ -38,6 +29,23 @@ typedef struct {
 /* A constant: compilers do not see that the instruction reads more than its first bytes. */
 static const Shape SHAPE = {
     .palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+
+static void begin_products(void) { _tile_loadconfig(&SHAPE); }
+static void end_products(void) { _tile_release(); }
+#else
+#define NEAR 8           /* steps of 32 tokens of two panels that stay in the first cache: 16 KB of each */
+#define ROWS 8           /* whose sums are in registers at once, 32 channels of each */
+
+static void begin_products(void) {}
+static void end_products(void) {}
+
+/* Two neighbouring numbers of bfloat16 in all lanes. */
+static inline __m512bh pair_at(const uint16_t *at) {
+    int32_t both;
+    memcpy(&both, at, 4);
+    return (__m512bh)_mm512_set1_epi32(both);
+}
+#endif
 
 /* 16 x 16 words of 32 bits, turned. */
 static void turn(const uint16_t *from, uint16_t *to) {
@@ -94,6 +102,7 @@ void lay_out(const int64_t *arguments, int64_t begin, int64_t end) {
 }
 
 /* sum += a^T b of a panel each and `steps` steps; the sum is at least 32 x 32. */
+#ifdef __AMX_BF16__
 static void block(const uint16_t *a, const uint16_t *b, int64_t steps, float *sum, int64_t stride) {
     const int64_t bytes = 4 * stride;
     _tile_loadd(0, sum, bytes); _tile_loadd(1, sum + 16, bytes);
@@ -105,6 +114,38 @@ static void block(const uint16_t *a, const uint16_t *b, int64_t steps, float *su
     _tile_stored(0, sum, bytes); _tile_stored(1, sum + 16, bytes);
     _tile_stored(2, sum + 16 * stride, bytes); _tile_stored(3, sum + 16 * stride + 16, bytes);
 }
+#else
+/* Sums of so few tokens apart: each product is rounded into its sum. */
+static void block(const uint16_t *a, const uint16_t *b, int64_t steps, float *sum, int64_t stride) {
+    for (int64_t first = 0; first < steps; first += NEAR) {
+        const int64_t last = first + NEAR < steps ? first + NEAR : steps;
+        for (int row = 0; row < PANEL; row += ROWS) {
+            float *to = sum + row * stride;
+            const uint16_t *rows = a + row / 16 * TILE + row % 16 * 32;
+            __m512 low[ROWS], high[ROWS];
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) low[r] = high[r] = _mm512_setzero_ps();
+            for (int64_t step = first; step < last; step++)
+#pragma GCC unroll 2
+                for (int pair = 0; pair < 16; pair++) {
+                    const uint16_t *x = rows + step * 2 * TILE + 2 * pair, *y = b + step * 2 * TILE + 32 * pair;
+                    const __m512bh one = (__m512bh)_mm512_load_si512(y), two = (__m512bh)_mm512_load_si512(y + TILE);
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; r++) {
+                        const __m512bh k = pair_at(x + 32 * r);
+                        low[r] = _mm512_dpbf16_ps(low[r], k, one), high[r] = _mm512_dpbf16_ps(high[r], k, two);
+                    }
+                }
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                float *at = to + r * stride;
+                _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), low[r]));
+                _mm512_storeu_ps(at + 16, _mm512_add_ps(_mm512_loadu_ps(at + 16), high[r]));
+            }
+        }
+    }
+}
+#endif
 
 /* The same at an edge, where `rows` x `columns` of the sum are there. */
 static void edge(const uint16_t *a, const uint16_t *b, int64_t steps, float *sum, int64_t stride, int64_t rows,
@@ -125,7 +166,7 @@ void add_up(const int64_t *arguments, int64_t begin, int64_t end) {
     int64_t *next = (int64_t *)arguments[8];
     const int64_t high = (rows + PANEL - 1) / PANEL, wide = (columns + PANEL - 1) / PANEL;
     const int64_t across = (wide + WIDE - 1) / WIDE, tasks = (high + HIGH - 1) / HIGH * across;
-    _tile_loadconfig(&SHAPE);
+    begin_products();
     for (int64_t task; (task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < tasks;) {
         const int64_t i0 = task / across * HIGH, i1 = i0 + HIGH < high ? i0 + HIGH : high;
         const int64_t j0 = task % across * WIDE, j1 = j0 + WIDE < wide ? j0 + WIDE : wide;
@@ -138,8 +179,43 @@ void add_up(const int64_t *arguments, int64_t begin, int64_t end) {
                 else edge(x, y, steps, at, stride, r < PANEL ? r : PANEL, c < PANEL ? c : PANEL);
             }
     }
-    _tile_release();
+    end_products();
 }
+
+/* 16 rows of codes k (rows C apart) times 32 columns of H's two parts, `steps` steps down, as two tiles of 16 columns. */
+#ifdef __AMX_BF16__
+static void two_tiles(const uint16_t *k, int64_t C, const uint16_t *high, const uint16_t *low, int64_t steps, float (*tiles)[256]) {
+    _tile_zero(0); _tile_zero(1);
+    for (int64_t at = 0; at < steps * 2 * TILE; at += 2 * TILE, k += 32) {
+        _tile_loadd(4, k, 2 * C);
+        _tile_loadd(6, high + at, 64); _tile_loadd(7, high + at + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, low + at, 64); _tile_loadd(7, low + at + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, tiles[0], 64); _tile_stored(1, tiles[1], 64);
+}
+#else
+static void two_tiles(const uint16_t *k, int64_t C, const uint16_t *high, const uint16_t *low, int64_t steps, float (*tiles)[256]) {
+    for (int half = 0; half < 2; half++) {
+        __m512 sums[16];
+#pragma GCC unroll 16
+        for (int row = 0; row < 16; row++) sums[row] = _mm512_setzero_ps();
+        for (int64_t step = 0; step < steps; step++)
+            for (int pair = 0; pair < 16; pair++) {
+                const int64_t at = step * 2 * TILE + half * TILE + 32 * pair;
+                const __m512bh one = (__m512bh)_mm512_load_si512(high + at), two = (__m512bh)_mm512_load_si512(low + at);
+#pragma GCC unroll 16
+                for (int row = 0; row < 16; row++) {
+                    const __m512bh code = pair_at(k + row * C + 32 * step + 2 * pair);
+                    sums[row] = _mm512_dpbf16_ps(_mm512_dpbf16_ps(sums[row], code, one), code, two);
+                }
+            }
+#pragma GCC unroll 16
+        for (int row = 0; row < 16; row++) _mm512_store_ps(tiles[half] + 16 * row, sums[row]);
+    }
+}
+#endif
 
 /* 16 rows of 16 floats times the codes k (rows `stride` apart), added to sums by row. */
 static inline void gather(const float *tile, const uint16_t *k, int64_t stride, __m512 *sums) {
@@ -159,7 +235,7 @@ void weigh(const int64_t *arguments, int64_t begin, int64_t end) {
     float *out = (float *)arguments[3];
     const int64_t C = arguments[4], width = arguments[5], G = C / width, steps = C / 32, inside = width / 32;
     float tiles[2][256] __attribute__((aligned(64)));
-    _tile_loadconfig(&SHAPE);
+    begin_products();
     for (int64_t g = 0; g < G; g++)
         for (int64_t h = 0; h <= g; h++)
             for (int64_t rows = begin; rows < end; rows++) {
@@ -167,20 +243,12 @@ void weigh(const int64_t *arguments, int64_t begin, int64_t end) {
                 __m512 sums[16];
                 for (int row = 0; row < 16; row++) sums[row] = _mm512_setzero_ps();
                 for (int64_t panel = h * inside; panel < (h + 1) * inside; panel++) {
-                    _tile_zero(0); _tile_zero(1);
-                    for (int64_t step = g * inside; step < (g + 1) * inside; step++) {
-                        const int64_t at = (panel * steps + step) * 2 * TILE;
-                        _tile_loadd(4, k + 32 * step, 2 * C);
-                        _tile_loadd(6, parts[0] + at, 64); _tile_loadd(7, parts[0] + at + TILE, 64);
-                        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-                        _tile_loadd(6, parts[1] + at, 64); _tile_loadd(7, parts[1] + at + TILE, 64);
-                        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-                    }
-                    _tile_stored(0, tiles[0], 64); _tile_stored(1, tiles[1], 64);
+                    const int64_t at = (panel * steps + g * inside) * 2 * TILE;
+                    two_tiles(k + 32 * g * inside, C, parts[0] + at, parts[1] + at, inside, tiles);
                     gather(tiles[0], k + 32 * panel, C, sums);
                     gather(tiles[1], k + 32 * panel + 16, C, sums);
                 }
                 for (int row = 0; row < 16; row++) out[((16 * rows + row) * G + g) * G + h] = _mm512_reduce_add_ps(sums[row]);
             }
-    _tile_release();
+    end_products();
 }
