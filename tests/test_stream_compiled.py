@@ -1,15 +1,17 @@
-"""Norms, gates and rotations in C against what torch makes of them, bfloat16 on a CPU."""
+"""Norms, gates, rotations and attention in C against what torch makes of them, bfloat16 on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featherweight.stream import compiled, fused
+from featherweight import native
+from featherweight.stream import attention, compiled, fused
 
 
 @pytest.fixture(autouse=True, params=[1, 3])
@@ -66,3 +68,77 @@ def test_gradients_and_other_numbers_are_left_to_torch() -> None:
     )
     with torch.enable_grad():
         assert not compiled.usable(gate) and fused.rms_norm(gate, up[0], 1e-5, False, True) is None
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+@pytest.fixture(params=["found", "vectors"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What this CPU attends by; where that is torch's matrix unit, then by vectors."""
+    if request.param == "vectors":
+        monkeypatch.setattr(native, "has_tiles", lambda: False)
+        monkeypatch.setattr(attention, "native_attention", native.attention.__wrapped__)
+    return attention.native_attention()
+
+
+def heads(sequences: int, count: int, tokens: int, width: int, size: float = 1.0) -> Tensor:
+    return drawn(sequences, tokens, count, width, size=size).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "queries", "keys", "tokens", "width"),
+    [(2, 9, 3, 77, 64), (1, 4, 4, 32, 96), (3, 2, 1, 5, 32), (1, 2, 2, 1, 32), (1, 3, 1, 200, 128)],
+)
+def test_attention(sequences: int, queries: int, keys: int, tokens: int, width: int, library: Any) -> None:
+    if library is None:
+        return  # torch's own
+    q, k, v = heads(sequences, queries, tokens, width, 3.0), *(heads(sequences, keys, tokens, width) for _ in "kv")
+    v = v.flip(-2)
+    assert attention.usable(q, k, v)
+    ours = attention.attend(q, k, v, 0.2).transpose(1, 2).double()
+    alike = {"is_causal": True, "enable_gqa": True, "scale": 0.2}
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **alike)
+    theirs = F.scaled_dot_product_attention(q, k, v, **alike).double()
+    assert float((ours - exact).norm()) <= 1.05 * float((theirs - exact).norm())
+
+
+def test_attention_keeps_what_is_no_number_and_shows_it_to_no_query_before(library: Any) -> None:
+    if library is None:
+        return
+    q, k, v = (heads(1, 2, 40, 32) for _ in "qkv")
+    k[0, 1, 20, 3] = torch.nan
+    found = attention.attend(q, k, v, 1.0).isnan().any(-1)[0]
+    assert not found[:, 0].any() and not found[:20].any() and found[20:, 1].all()
+
+
+def test_attention_that_c_does_not_do_is_left_to_torch(library: Any) -> None:
+    q, k, v = (heads(1, 2, 8, 32) for _ in "qkv")
+    refused = [
+        (q.float(), k.float(), v.float()),
+        (q, k[:, :, :4], v[:, :, :4]),
+        (q[..., :16], k[..., :16], v[..., :16]),
+        (q, k, v[..., :16]),
+        (q[0], k[0], v[0]),
+        (heads(1, 3, 8, 32), k, v),
+    ]
+    assert not any(attention.usable(*given) for given in refused)
+    with torch.enable_grad():
+        assert not attention.usable(q, k, v)
+
+
+def test_models_attend_in_c_while_a_pass_lasts(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as known
+
+    own, module = known["sdpa"], torch.nn.Identity()
+    q, k, v = (heads(1, 2, 8, 32) for _ in "qkv")
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()
+    with attention.in_c():
+        assert (known["sdpa"] is own) == (library is None)
+        plain, masked = known["sdpa"](module, q, k, v, None), known["sdpa"](module, q, k, v, mask, scaling=0.3)
+        whole = known["sdpa"](module, q, k, v, None, is_causal=False)
+    assert known["sdpa"] is own
+    for ours, theirs in (
+        (plain, own(module, q, k, v, None)),
+        (masked, own(module, q, k, v, mask, scaling=0.3)),
+        (whole, own(module, q, k, v, None, is_causal=False)),
+    ):
+        assert torch.allclose(ours[0].float(), theirs[0].float(), atol=0.02) and ours[1] is None

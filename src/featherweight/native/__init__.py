@@ -67,6 +67,15 @@ def gram_by_vectors() -> Any:
 
 
 @cache
+def attention() -> Any:
+    """The functions of `attention.c`, for CPUs with vectors of bfloat16 and no matrix unit, which torch's own uses."""
+    if has_tiles() or not _instructions() >= VECTORS:
+        return None
+    what = "this CPU multiplies vectors of bfloat16, and nothing was compiled for it"
+    return _loaded("attention.c", VECTOR_FLAGS, what, "attention takes four times as long; install")
+
+
+@cache
 def loops() -> Any:
     """The functions of `loops.c`, for any CPU; None, with a warning, where nothing compiles."""
     return _of_any_cpu("loops.c", (), "the solver's loops", "several times as long")

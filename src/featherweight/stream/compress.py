@@ -31,6 +31,7 @@ from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
 from featherweight.native.memory import kept
 from featherweight.recipe import FLOAT_BITS, Recipe
+from featherweight.stream import attention
 from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.carried import Carried
@@ -209,9 +210,11 @@ class _Job:
                 # only now: while a model is made, torch's default dtype is the model's, on all threads
                 self.compiled = beside.submit(compile_solver, rule, self.choices, self.device)
             turned = rotations(runner.model) if self.fuses else nullcontext()
+            attending = attention.in_c() if self.fuses and self.device.type == "cpu" else nullcontext()
             carried, total = self.carried, len(self.tree.blocks)
             first = 0 if ids_ST is not None else next((n for n in range(total) if not finished[n + 1]), total)
-            with Ahead(lambda index: carried.here(runner.read(index)), total, self.beside, first) as ahead, turned:
+            reading = Ahead(lambda index: carried.here(runner.read(index)), total, self.beside, first)
+            with reading as ahead, turned, attending:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
     def _run_blocks(
