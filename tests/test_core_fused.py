@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import featherweight.core
-from featherweight.core import fused, scales
+from featherweight.core import fused, grams, scales
 from featherweight.core import refine as refine_room
 from featherweight.core import sweep as sweep_room
 from featherweight.core.problem import LayerProblem
@@ -37,7 +37,7 @@ INVERT = fused.invert_diagonal
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tensors of this device go to the kernels; returns a word for each launch."""
     ran: list[str] = []
-    tried = fused._tried
+    tried = fused.launched
 
     def counted(launch: Callable[[], None]) -> bool:
         done = tried(launch)
@@ -45,7 +45,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return done
 
     monkeypatch.setattr(fused, "usable", lambda tensor: not fused._failed)
-    monkeypatch.setattr(fused, "_tried", counted)
+    monkeypatch.setattr(fused, "launched", counted)
     monkeypatch.setattr(fused, "_failed", [])
     monkeypatch.setattr(fused, "invert_diagonal", lambda *matrices: False)  # interpreted it takes seconds
     return ran
@@ -180,11 +180,11 @@ def test_grams_of_codes(lead: tuple[int, ...], launched: list[str]) -> None:
     shift_RGN = torch.randint(-255, 256, (*lead, 70, 3, 16), generator=generator).float().to(DEVICE)
     x_TC = torch.randn(*lead, 100, 48, generator=generator).to(DEVICE)
     hessian_CC = x_TC.mT @ x_TC
-    found = fused.gram(shift_RGN, fused.halved(hessian_CC))
+    found = grams.gram(shift_RGN, grams.halved(hessian_CC))
     assert found is not None and launched == ["kernel"]
     wanted = refine_room._gram(shift_RGN, hessian_CC)
     assert torch.allclose(found.tril(), wanted.tril(), rtol=1e-4, atol=1e-4 * float(wanted.tril().abs().max()))
-    assert not fused.grams(shift_RGN, 24)  # of a width that no program has
+    assert not grams.usable(shift_RGN, 24)  # of a width that no program has
 
 
 SEARCHES = [

@@ -20,7 +20,7 @@ from cuda.pathfinder import find_nvidia_binary_utility
 from torch import Tensor
 
 import slabs_emulation
-from featherweight.core import columns, cuda_slabs, fused
+from featherweight.core import columns, cuda_slabs, fused, grams
 from featherweight.core import refine as refine_room
 from featherweight.core import sweep as sweep_room
 from featherweight.core.cuda_slabs import Plan
@@ -197,9 +197,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return True
 
     monkeypatch.setattr(fused, "_cuda", run)
-    for name in ("search", "turn", "invert_diagonal", "gram", "halves"):
+    for name in ("search", "turn", "invert_diagonal", "halves"):
         monkeypatch.setattr(fused, name, lambda *given, **also: None)
-    monkeypatch.setattr(fused, "grams", lambda *given: False)
+    monkeypatch.setattr(grams, "usable", lambda *given: False)
     monkeypatch.setattr(fused, "usable", lambda tensor: True)
     for room in (sweep_room, refine_room):
         monkeypatch.setattr(room, "WIDE_SLAB", 40)
@@ -284,7 +284,7 @@ def test_threads_that_want_the_same_kernel_compile_it_once(monkeypatch: pytest.M
     gpu = torch.device("cuda", 0)
     try:
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda rows: fused.compile_slabs(gpu, rows), (64, 64, 1 << 16, 1 << 16)))
+            list(pool.map(lambda rows: fused.compile_slabs(gpu, rows, 512), (64, 64, 1 << 16, 1 << 16)))
     finally:
         cuda_slabs._module_of.cache_clear()
     assert sorted(made) == [("ROWS=16", "WARPS=8"), ("ROWS=32", "WARPS=8")] and not fused._cuda_failed

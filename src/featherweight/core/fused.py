@@ -18,13 +18,10 @@ from featherweight.core.triton_tried import tried
 
 ROWS, TILE = 16, 32  # of a program, and columns of them that it holds at a time: one warp's registers
 WIDEST, TILE_WEIGHTS = 4096, 2048  # inputs of a group that a program can hold, and weights that it does hold
-GRAM_WIDTHS = (16, 32, 64, 128)  # groups whose columns a program multiplies at once
-LARGE_GRAMS = ((8, 0), (9, 0))  # GPUs that are known to have the memory for 256 rows of 128 columns: A100s and H100s
-ROOMY_BYTES = 160_000  # shared memory of H100s and A100s; GPUs for games have 100 KB
+ROOMY = ((8, 0), (9, 0))  # A100s and H100s, whose programs can have 160 KB; those of GPUs for games have 100
 TRIANGLE, STRIP = 128, 8  # columns of a block that is inverted in one go, and of a program
 APART, TURNED = (32, 64), 64  # rows and columns of a program that takes numbers apart, and that turns them
 KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}  # of scales, as `triton_scales` names them
-SLAB_COLUMNS = 512  # of most slabs
 WITHOUT_CUDA = "slabs of columns are solved by Triton, several times slower"
 _failed: list[str] = []  # why, once it has
 _cuda_failed: list[str] = []  # likewise of CUDA C++: Triton goes on
@@ -100,10 +97,13 @@ def usable(tensor: Tensor) -> bool:
 
 
 def roomy(device: torch.device) -> bool:
-    """Whether a program can have ROOMY_BYTES of a multiprocessor's memory."""
-    if device.type != "cuda":
-        return False
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOMY_BYTES
+    """Whether it is a GPU that is known to have much memory for a program."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ROOMY
+
+
+def launched(launch: Callable[[], None]) -> bool:
+    """Whether a kernel of Triton ran; where it could not, that is told once, and no other is tried."""
+    return tried(launch, _failed, "columns are solved on the CPU, many times slower")
 
 
 def try_again() -> None:
@@ -161,7 +161,7 @@ def search(
                 **constants,
             )
 
-    return (scale_RG.to(grid.scale_dtype), zero_RG) if _tried(launch) else None
+    return (scale_RG.to(grid.scale_dtype), zero_RG) if launched(launch) else None
 
 
 def halves(matrix: Tensor, planes: Literal["left", "right", "apart"], dtype: torch.dtype) -> Tensor | None:
@@ -208,7 +208,7 @@ def _take_apart(given: Tensor, found: Tensor, steps: tuple[int, int, int, int]) 
         programs = (-(-rows // APART[0]), -(-columns // APART[1]), layers)
         kernels.take_apart[programs](given, found, rows, columns, *given.stride(), *steps, ROWS=APART[0], SPAN=APART[1])
 
-    return _tried(launch)
+    return launched(launch)
 
 
 def invert_diagonal(lower_ECC: Tensor, inverse_ECC: Tensor) -> bool:
@@ -229,7 +229,7 @@ def invert_diagonal(lower_ECC: Tensor, inverse_ECC: Tensor) -> bool:
             lower_ECC, inverse_ECC, columns, *lower_ECC.stride(), SPAN=TRIANGLE, STRIP=STRIP, num_warps=1
         )
 
-    return _tried(launch)
+    return launched(launch)
 
 
 def turn(given: Tensor, place_EC: Tensor, back: bool = False) -> Tensor | None:
@@ -247,56 +247,7 @@ def turn(given: Tensor, place_EC: Tensor, back: bool = False) -> Tensor | None:
         programs = (-(-columns // TURNED), -(-rows // TURNED), len(given))
         kernels.turn[programs](*pair, place_EC.contiguous(), rows, columns, BACK=back, SPAN=TURNED)
 
-    return found if _tried(launch) else None
-
-
-def halved(hessian_CC: Tensor) -> tuple[Tensor, Tensor]:
-    """H as `gram` reads it: in bfloat16 and what that leaves; as it is, twice, where the kernel is interpreted."""
-    if not hessian_CC.is_cuda:  # the interpreter knows no bfloat16
-        return hessian_CC.contiguous(), hessian_CC.contiguous()
-    found = halves(hessian_CC, "apart", torch.bfloat16)
-    if found is not None:
-        return found[0], found[1]
-    first_CC = hessian_CC.to(torch.bfloat16, memory_format=torch.contiguous_format)
-    return first_CC, (hessian_CC - first_CC).to(torch.bfloat16)
-
-
-def gram(shift_RGN: Tensor, halves: tuple[Tensor, Tensor]) -> Tensor | None:
-    """`refine`'s K H K^T of every row, R x G x G, its lower triangle written; None where torch has to do it.
-
-    `shift_RGN` are codes less their zeros: whole numbers of at most 8 bits; `halves` is H as `halved` gives it.
-    """
-    groups, width = shift_RGN.shape[-2:]
-    if not grams(shift_RGN, width):
-        return None
-    rows, layers = shift_RGN.shape[-3], shift_RGN.shape[0] if shift_RGN.dim() == 4 else 1
-    shift = shift_RGN.to(halves[0].dtype).contiguous()
-    found_RGG = shift_RGN.new_empty((*shift_RGN.shape[:-1], groups))
-
-    def launch() -> None:
-        from featherweight.core import triton_gram
-
-        each, warps, stages = _gram_program(rows, width, shift.device)
-        programs = (-(-rows // each), groups, layers)
-        sizes = (rows, groups * width, groups)
-        apart = halves[0].dtype == torch.bfloat16
-        constants = {"SPAN": width, "ROWS": each, "HALVES": apart, "num_warps": warps, "num_stages": stages}
-        triton_gram.gram[programs](shift, *halves, found_RGG, *sizes, **constants)
-
-    return found_RGG if _tried(launch) else None
-
-
-def _gram_program(rows: int, width: int, device: torch.device) -> tuple[int, int, int]:
-    """Rows, warps and stages of one of `gram`'s programs: what was fastest on an H100, if it fits into the memory."""
-    if width < 128:
-        return (128, 4, 3) if width == 64 else (128, 8, 2)
-    large = device.type == "cuda" and torch.cuda.get_device_capability(device) in LARGE_GRAMS
-    return (256, 8, 2) if large and rows > 128 else (128, 4, 1)
-
-
-def grams(weights: Tensor, width: int) -> bool:
-    """Whether `gram` is a kernel for groups of this width."""
-    return usable(weights) and width in GRAM_WIDTHS
+    return found if launched(launch) else None
 
 
 def _cuda(name: str, tensors: dict[str, Tensor | None], sizes: tuple[int, ...]) -> bool:
@@ -320,13 +271,13 @@ def _cuda(name: str, tensors: dict[str, Tensor | None], sizes: tuple[int, ...]) 
     return tried(launch, _cuda_failed, WITHOUT_CUDA, "CUDA C++") and chosen is not None
 
 
-def compile_slabs(device: torch.device, rows: int) -> None:
-    """Has `csrc/slabs.cu` compiled for matrices of so many rows, if the GPU can run it."""
+def compile_slabs(device: torch.device, rows: int, columns: int) -> None:
+    """Has `csrc/slabs.cu` compiled for slabs of so many rows and columns, if the GPU can run it."""
 
     def compile() -> None:
         from featherweight.core import cuda_slabs
 
-        chosen = cuda_slabs.plan(1, rows, SLAB_COLUMNS, *cuda_slabs.limits(device))
+        chosen = cuda_slabs.plan(1, rows, columns, *cuda_slabs.limits(device))
         if chosen is not None:
             cuda_slabs.module_of(device, chosen.rows, chosen.warps)
 
@@ -351,8 +302,4 @@ def _launch(
         arguments = (first if tensor is None else tensor for tensor in tensors)
         kernel(*arguments, *sizes, TILE=TILE, ROWS=ROWS, num_warps=1, **constants)
 
-    return _tried(launch)
-
-
-def _tried(launch: Callable[[], None]) -> bool:
-    return tried(launch, _failed, "columns are solved on the CPU, many times slower")
+    return launched(launch)

@@ -17,13 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from featherweight.core import columns, compiled, fused, scales, tiles
+from featherweight.core import columns, compiled, fused, grams, scales, tiles
 from featherweight.core.problem import LayerProblem
 from featherweight.core.products import Pulls, times
 from featherweight.core.serial import each, one_thread
 from featherweight.core.solution import Solution
+from featherweight.core.sweep import SLAB, WIDE_SLAB
 
-SLAB, WIDE_SLAB = 128, 512  # columns; the latter where a slab is one kernel
 Gram = Callable[[Tensor], Tensor | None]
 """K H K^T of every row, R x G x G, of codes less their zeros, R x G x N; None where it cannot after all."""
 
@@ -82,8 +82,8 @@ def refit_scales(weight_RC: Tensor, hessian_CC: Tensor, solution: Solution, pull
     each_row = 2 * solution.scales_RG.shape[-1] ** 2 + 4 * weight_RC.shape[-1]
     chunk = max(1, CHUNK_ELEMENTS[weight_RC.device.type] // each_row)
     gram: Gram | None = None
-    if fused.grams(weight_RC, width):
-        gram = partial(fused.gram, halves=fused.halved(hessian_CC))
+    if grams.usable(weight_RC, width):
+        gram = partial(grams.gram, halves=grams.halved(hessian_CC))
     elif tiles.weighs(weight_RC, width):
         gram = partial(tiles.weigh, halves=tiles.halved(hessian_CC))
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from featherweight.core.problem import LayerProblem
-from featherweight.core.refine import SLAB, descend, keep_better, refit_scales, row_loss
+from featherweight.core.refine import descend, keep_better, refit_scales, row_loss
 from featherweight.core.rules import Grid, Pattern
 from featherweight.core.serial import one_thread
 from featherweight.core.solution import Solution
 from featherweight.core.support import SAMPLE, best_mask
+from featherweight.core.sweep import SLAB
 
 ROUNDS = 3
 FEW_BITS = 3  # at more there is 1 % of the loss to find, and nothing of the KL (docs/log.md)

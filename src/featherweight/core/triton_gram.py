@@ -1,7 +1,7 @@
 """K H K^T of many rows at once, K being a row's codes less their zeros, each group of columns apart.
 
 Codes are whole numbers that bfloat16 holds exactly, so two products on tensor cores (H in two bfloat16 halves) give
-what float32 would, but for H's last 8 bits, and nothing as large as the weights is written. Imported by `fused` alone.
+what float32 would, but for H's last 8 bits, and nothing as large as the weights is written. Imported by `grams` alone.
 
 Shapes: E layers, R rows, C columns, G groups of N columns (N a power of two, 16 or more); M rows of a program.
 """

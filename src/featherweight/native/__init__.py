@@ -60,19 +60,13 @@ def gram() -> Any:
 @cache
 def gram_by_vectors() -> Any:
     """The functions of `gram.c` for CPUs that have vectors of bfloat16; None likewise."""
-    if not _instructions() >= VECTORS:
-        return None
-    what = "this CPU multiplies vectors of bfloat16, and nothing was compiled for it"
-    return _loaded("gram.c", VECTOR_FLAGS, what, "sums over tokens take twice as long; install")
+    return _of_vectors("gram.c", "sums over tokens take twice as long")
 
 
 @cache
 def attention() -> Any:
     """The functions of `attention.c`, for CPUs with vectors of bfloat16 and no matrix unit, which torch's own uses."""
-    if has_tiles() or not _instructions() >= VECTORS:
-        return None
-    what = "this CPU multiplies vectors of bfloat16, and nothing was compiled for it"
-    return _loaded("attention.c", VECTOR_FLAGS, what, "attention takes four times as long; install")
+    return None if has_tiles() else _of_vectors("attention.c", "attention takes four times as long")
 
 
 @cache
@@ -102,6 +96,13 @@ def _of_tiles(source: str) -> Any:
         return None
     what = "this CPU multiplies tiles of bfloat16, and nothing was compiled for it"
     return _loaded(source, FLAGS, what, "products take two to five times as long; install")
+
+
+def _of_vectors(source: str, without: str) -> Any:
+    if not _instructions() >= VECTORS:
+        return None
+    what = "this CPU multiplies vectors of bfloat16, and nothing was compiled for it"
+    return _loaded(source, VECTOR_FLAGS, what, f"{without}; install")
 
 
 def _loaded(source: str, flags: Sequence[str], what: str, without: str) -> Any:

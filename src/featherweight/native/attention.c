@@ -2,14 +2,12 @@
    bfloat16 before they multiply values, as torch's own operator has it; keys that a query does not see are not multiplied.
 
    Shapes: S sequences, H heads of queries, K of keys and values (H / K queries share one), T tokens, D width (a multiple of 32).
-   A *pair* is two neighbouring numbers of bfloat16 that one instruction multiplies and adds up. */
-#include <immintrin.h>
+   Pairs are those of vectors.h. */
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "call.h"
+#include "vectors.h"
 
 #define ROWS 8   /* queries at a time */
 #define KEYS 32  /* keys at a time: two vectors of sums a query */
@@ -18,14 +16,6 @@ typedef struct {
     const uint16_t *at;
     int64_t sequence, head, token;  /* strides; a token's numbers are side by side */
 } Heads;
-
-static inline __m512bh pair_at(const uint16_t *at) {
-    int32_t both;
-    memcpy(&both, at, 4);
-    return (__m512bh)_mm512_set1_epi32(both);
-}
-
-static inline __m512bh pairs_at(const uint32_t *at) { return (__m512bh)_mm512_load_si512(at); }
 
 /* e^x for x <= 0, to two units in the last place, next to 0 below -87; what is no number stays none. */
 static inline __m512 exponential(__m512 x) {
@@ -55,19 +45,25 @@ static void lay_out(const uint16_t *k, int64_t k_token, const uint16_t *v, int64
         }
 }
 
-/* Scores of the queries q with KEYS keys. */
-static inline void score(const uint16_t *const *q, const uint32_t *keys, int64_t D, __m512 scale, float *to, int64_t apart) {
-    __m512 low[ROWS], high[ROWS];
+/* Sums of `pairs` pairs: those of ROWS rows, one after the other, times those of 32 columns, `apart` further each time. */
+static inline void products(const uint16_t *const *rows, const uint32_t *columns, int64_t apart, int64_t pairs, __m512 *low,
+                            __m512 *high) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) low[r] = high[r] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < D / 2; pair++, keys += KEYS) {
-        const __m512bh one = pairs_at(keys), two = pairs_at(keys + 16);
+    for (int64_t pair = 0; pair < pairs; pair++, columns += apart) {
+        const __m512bh one = (__m512bh)_mm512_load_si512(columns), two = (__m512bh)_mm512_load_si512(columns + 16);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            const __m512bh both = pair_at(q[r] + 2 * pair);
+            const __m512bh both = pair_at(rows[r] + 2 * pair);
             low[r] = _mm512_dpbf16_ps(low[r], both, one), high[r] = _mm512_dpbf16_ps(high[r], both, two);
         }
     }
+}
+
+/* Scores of the queries q with KEYS keys. */
+static void score(const uint16_t *const *q, const uint32_t *keys, int64_t D, __m512 scale, float *to, int64_t apart) {
+    __m512 low[ROWS], high[ROWS];
+    products(q, keys, KEYS, D / 2, low, high);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
         _mm512_store_ps(to + r * apart, _mm512_mul_ps(low[r], scale));
@@ -94,24 +90,17 @@ static inline float weigh(float *scores, int64_t seen, int64_t padded, uint16_t 
     return _mm512_reduce_add_ps(sum);
 }
 
-/* 32 of the width of ROWS answers. */
-static inline void answer(const uint16_t *weights, int64_t apart, int64_t padded, const uint32_t *values, int64_t D, const float *sums,
-                          uint16_t *const *to, int rows) {
+/* 32 of the width, from d on, of the answers of `rows` queries. */
+static void answer(const uint16_t *const *weights, int64_t pairs, const uint32_t *values, int64_t D, int64_t d, const float *sums,
+                   uint16_t *const *to, int rows) {
     __m512 low[ROWS], high[ROWS];
+    products(weights, values + d, D, pairs, low, high);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) low[r] = high[r] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < padded / 2; pair++, values += D) {
-        const __m512bh one = pairs_at(values), two = pairs_at(values + 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            const __m512bh both = pair_at(weights + r * apart + 2 * pair);
-            low[r] = _mm512_dpbf16_ps(low[r], both, one), high[r] = _mm512_dpbf16_ps(high[r], both, two);
-        }
-    }
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < ROWS; r++) {
+        if (r == rows) break;
         const __m512 by = _mm512_set1_ps(1.0f / sums[r]);
-        _mm256_storeu_si256((__m256i *)to[r], (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(low[r], by)));
-        _mm256_storeu_si256((__m256i *)(to[r] + 16), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(high[r], by)));
+        _mm256_storeu_si256((__m256i *)(to[r] + d), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(low[r], by)));
+        _mm256_storeu_si256((__m256i *)(to[r] + d + 16), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(high[r], by)));
     }
 }
 
@@ -142,13 +131,12 @@ void attend(const int64_t *a, int64_t begin, int64_t end) {
                     to[r] = out + ((sequence * T + token) * H + h) * D;
                 }
                 for (int64_t at = 0; at < padded; at += KEYS) score(from, keys + at * (D / 2), D, scale, scores + at, longest);
-                for (int r = 0; r < ROWS; r++)
+                const uint16_t *by[ROWS];
+                for (int r = 0; r < ROWS; r++) {
+                    by[r] = weights + r * longest;
                     sums[r] = weigh(scores + r * longest, first + (r < rows ? r : rows - 1) + 1, padded, weights + r * longest);
-                for (int64_t d = 0; d < D; d += 32) {
-                    uint16_t *there[ROWS];
-                    for (int r = 0; r < ROWS; r++) there[r] = to[r] + d;
-                    answer(weights, longest, padded, values + d, D, sums, there, rows);
                 }
+                for (int64_t d = 0; d < D; d += 32) answer(by, padded / 2, values, D, d, sums, to, rows);
             }
     }
     free(keys), free(values), free(scores), free(weights);

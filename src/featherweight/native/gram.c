@@ -36,15 +36,10 @@ static void end_products(void) { _tile_release(); }
 #define NEAR 8           /* steps of 32 tokens of two panels that stay in the first cache: 16 KB of each */
 #define ROWS 8           /* whose sums are in registers at once, 32 channels of each */
 
+#include "vectors.h"
+
 static void begin_products(void) {}
 static void end_products(void) {}
-
-/* Two neighbouring numbers of bfloat16 in all lanes. */
-static inline __m512bh pair_at(const uint16_t *at) {
-    int32_t both;
-    memcpy(&both, at, 4);
-    return (__m512bh)_mm512_set1_epi32(both);
-}
 #endif
 
 /* 16 x 16 words of 32 bits, turned. */

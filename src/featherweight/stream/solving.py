@@ -20,7 +20,7 @@ from featherweight.core.refine import descend, refit_scales
 from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import AnySolution, Solution
 from featherweight.core.solve import Choices
-from featherweight.core.sweep import sweep
+from featherweight.core.sweep import WIDE_SLAB, sweep
 from featherweight.errors import FeatherweightError
 from featherweight.models.tree import Matrix
 from featherweight.stream.onelayer import solve_layer
@@ -130,7 +130,7 @@ def _pieces(grid: Grid, choices: Choices, device: torch.device) -> list[Callable
     return [
         lambda: scales.fit(grid, weight_RC.unflatten(-1, (-1, width)), None, choices.lowest_zero),
         lambda: sweep(problem, grid, choices.order, fitted=fitted),
-        lambda: fused.compile_slabs(device, MANY_ROWS),
+        lambda: fused.compile_slabs(device, MANY_ROWS, WIDE_SLAB),
         lambda: descend(weight_RC, problem.hessian_CC, solution),
         lambda: refit_scales(weight_RC, problem.hessian_CC, solution),
         lambda: [left(weight_RC.mT), left(weight_RC, torch.float16), left(weight_RC.mT, torch.float16)],
