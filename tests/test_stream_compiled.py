@@ -130,15 +130,17 @@ def test_models_attend_in_c_while_a_pass_lasts(library: Any, monkeypatch: pytest
 
     own, module = known["sdpa"], torch.nn.Identity()
     q, k, v = (heads(1, 2, 8, 32) for _ in "qkv")
-    mask = torch.ones(8, 8, dtype=torch.bool).tril()
+    mask, bias = torch.ones(8, 8, dtype=torch.bool).tril(), drawn(1, 2, 8, 8, size=4.0)
     with attention.in_c():
         assert (known["sdpa"] is own) == (library is None)
         plain, masked = known["sdpa"](module, q, k, v, None), known["sdpa"](module, q, k, v, mask, scaling=0.3)
         whole = known["sdpa"](module, q, k, v, None, is_causal=False)
+        biased = known["sdpa"](module, q, k, v, None, position_bias=bias)
     assert known["sdpa"] is own
     for ours, theirs in (
         (plain, own(module, q, k, v, None)),
         (masked, own(module, q, k, v, mask, scaling=0.3)),
         (whole, own(module, q, k, v, None, is_causal=False)),
+        (biased, own(module, q, k, v, None, position_bias=bias)),
     ):
         assert torch.allclose(ours[0].float(), theirs[0].float(), atol=0.02) and ours[1] is None

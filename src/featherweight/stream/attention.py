@@ -80,7 +80,8 @@ def _attended(
     **kwargs: Any,
 ) -> Any:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = attention_mask is None and not dropout and not any(kwargs.get(name) for name in OTHERS)
+    others = (kwargs.get(name) for name in OTHERS)
+    plain = attention_mask is None and not dropout and all(other is None or other is False for other in others)
     if plain and causal and usable(query, key, value):
         return attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     return own(
