@@ -18,6 +18,8 @@ from featherweight.core import solve as core_solve
 from featherweight.core.rules import Grid
 from featherweight.core.solve import Choices
 from featherweight.errors import FeatherweightError, RequestError
+from featherweight.models import reading
+from featherweight.models.checkpoint import Checkpoint
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
 from featherweight.stream import layerwise, solving
@@ -258,21 +260,29 @@ def test_bench_knows_its_shapes() -> None:
 
 
 @pytest.mark.gpu
-def test_what_is_carried_to_a_gpu_and_back_is_the_same() -> None:
-    carried = Carried(torch.device("cuda", 0))
-    given = {str(number): torch.randn(1 << 20).pin_memory() for number in range(4)}
-    here = carried.here(given)
-    assert all(tensor.is_cuda for tensor in here.values())
-    twice = {"matrix": {name: tensor * 2 for name, tensor in here.items()}}
+@pytest.mark.parametrize("low", [False, True])
+def test_what_is_carried_to_a_gpu_and_back_is_the_same(
+    low: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 1 << 16)  # many pieces on their way at once
+    checkpoint = Checkpoint.open(make("llama", tmp_path / "model"))
+    carried, given = Carried(torch.device("cuda", 0), low), checkpoint.read(checkpoint.names)
+    for _ in range(20):
+        here = carried.read(checkpoint, checkpoint.names)
+        assert all(tensor.is_pinned() if low else tensor.is_cuda for tensor in here.values())
+        assert all(torch.equal(here[name].cpu(), given[name]) for name in given)
+    twice = {"matrix": {name: tensor.cuda() * 2 for name, tensor in here.items()}}
     back, there = carried.back(twice)
     del here, twice
     there()
     assert all(torch.equal(back["matrix"][name], given[name] * 2) for name in given)
 
 
-def test_a_cpu_has_carried_tensors_already() -> None:
-    carried, given = Carried(torch.device("cpu")), {"weight": torch.randn(3)}
-    assert carried.here(given) is given
+def test_a_cpu_has_carried_tensors_already(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make("llama", tmp_path / "model"))
+    carried, given = Carried(torch.device("cpu")), checkpoint.read(checkpoint.names)
+    here = carried.read(checkpoint, checkpoint.names)
+    assert all(torch.equal(here[name], given[name]) for name in given)
     back, there = carried.back({"matrix": given})
     there()
-    assert back["matrix"]["weight"] is given["weight"]
+    assert all(back["matrix"][name] is given[name] for name in given)

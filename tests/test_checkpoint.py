@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featherweight.errors import RequestError
-from featherweight.models import checkpoint as checkpoint_module
+from featherweight.models import reading
 from featherweight.models.checkpoint import INDEX, Checkpoint, resolve
 from tiny import make
 
@@ -65,7 +65,7 @@ def test_read_in_pieces(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(single)
     whole = checkpoint.read(checkpoint.names)
     for piece in (1, 1000, 20000):
-        monkeypatch.setattr(checkpoint_module, "PIECE_BYTES", piece)
+        monkeypatch.setattr(reading, "PIECE_BYTES", piece)
         tensors = checkpoint.read(checkpoint.names)
         assert all(torch.equal(tensors[name], whole[name]) for name in checkpoint.names)
 

@@ -92,18 +92,16 @@ class BlockRunner:
         self._remember(ids_ST.shape, recording.calls)
         return recording.hidden_STD
 
-    def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index` from disk, by their names there; page-locked for a GPU. Safe on any thread."""
-        tensors = self.tree.checkpoint.read(dict.fromkeys(source.name for source in self._wanted(index).values()))
-        if self.device.type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
+    def names(self, index: int) -> list[str]:
+        """The tensors of block `index` by their names on disk."""
+        return list(dict.fromkeys(source.name for source in self._wanted(index).values()))
 
     def load(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Block `index` on the device, in eval mode, with its weights from disk (or what `read` gave before); lets go
-        of the embedding."""
+        """Block `index` on the device, in eval mode, with its weights from disk (or what was read before, by
+        `names`); lets go of the embedding."""
         self.release()
-        self._loaded[index] = block = self.build(index, self.read(index) if tensors is None else tensors)
+        tensors = self.tree.checkpoint.read(self.names(index)) if tensors is None else tensors
+        self._loaded[index] = block = self.build(index, tensors)
         return block
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -295,4 +293,6 @@ class BlockRunner:
             on_disk = self.tree.disk[f"{path}.{name}" if path else name].name
             self._on_meta.append((module, name, tensor))
             value = self._instead.get(on_disk)
-            place(module, name, self.tree.checkpoint.read([on_disk])[on_disk] if value is None else value, self.device)
+            if value is None:
+                value = self.tree.checkpoint.read([on_disk], device=self.device)[on_disk]
+            place(module, name, value, self.device)

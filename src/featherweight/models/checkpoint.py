@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,14 +21,12 @@ from torch import Tensor
 
 from featherweight.errors import RequestError
 from featherweight.models.headers import DTYPES, Entry, read_entries
+from featherweight.models.reading import fill
 
 EMBEDDED = "feather-tiny"
 EMBEDDED_MOE = "feather-tiny-moe"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MIB = 1 << 20
-# A mapped file counts as ours until it is closed: reads go in pieces of this size, each with its own opening.
-PIECE_BYTES = 64 * MIB
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -127,72 +125,34 @@ class Checkpoint:
         """Bytes of a tensor on disk."""
         return self._entry(name).nbytes
 
-    def read(self, names: Iterable[str], check_finite: bool = True) -> dict[str, Tensor]:
-        """Copies of tensors on the CPU, in their stored dtypes.
+    def read(
+        self, names: Iterable[str], check_finite: bool = True, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Copies of tensors on a device, in their stored dtypes; a GPU's come in its current stream.
 
         Raises RequestError naming the first tensor with NaN or Inf when `check_finite` is set. Memory is that of the
-        tensors plus at most 64 MiB of mapped file.
+        tensors and some MiB.
         """
-        by_shard: dict[str, list[str]] = {}
-        for name in names:
-            self.dtype(name)
-            by_shard.setdefault(self._entry(name).shard, []).append(name)
         tensors: dict[str, Tensor] = {}
+        by_shard: dict[str, list[tuple[int, Tensor]]] = {}
+        for name in dict.fromkeys(names):
+            entry = self._entry(name)
+            tensors[name] = torch.empty(entry.shape, dtype=self.dtype(name), device=device)
+            by_shard.setdefault(entry.shard, []).append((entry.start, tensors[name]))
         for shard, wanted in by_shard.items():
-            for piece in self._pieces(wanted):
-                self._read_piece(shard, piece, tensors)
+            fill(self.path / shard, wanted)
         if check_finite:
             for name, tensor in tensors.items():
                 _require_finite(name, tensor, self.path / self._entry(name).shard)
         return tensors
 
     def read_row(self, name: str, row: int) -> Tensor:
-        """One row of a tensor's first axis, with that axis; otherwise as `read`."""
-        from safetensors import SafetensorError, safe_open
-
-        self.dtype(name)
-        path = self.path / self._entry(name).shard
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_slice(name)[row : row + 1].clone()
-        except (SafetensorError, OSError) as error:
-            raise RequestError(f"{path} could not be read ({error}): download it again.") from error
-        _require_finite(name, tensor, path)
+        """One row of a tensor's first axis, with that axis; on the CPU, otherwise as `read`."""
+        entry = self._entry(name)
+        tensor = torch.empty((1, *entry.shape[1:]), dtype=self.dtype(name))
+        fill(self.path / entry.shard, [(entry.start + row * tensor.nbytes, tensor)])
+        _require_finite(name, tensor, self.path / entry.shard)
         return tensor
-
-    def _pieces(self, names: list[str]) -> Iterator[list[tuple[str, int, int]]]:
-        """(name, first row, last row + 1) in lists of about PIECE_BYTES; a scalar is row 0 .. 0."""
-        piece: list[tuple[str, int, int]] = []
-        filled = 0
-        for name in names:
-            shape, nbytes = self.shape(name), self.nbytes(name)
-            rows = shape[0] if shape else 0
-            step = max(1, rows * PIECE_BYTES // nbytes) if nbytes > PIECE_BYTES and rows else rows
-            for start in range(0, rows, step) if rows else (0,):
-                stop = min(start + step, rows)
-                piece.append((name, start, stop))
-                filled += nbytes * (stop - start) // rows if rows else nbytes
-                if filled >= PIECE_BYTES:
-                    yield piece
-                    piece, filled = [], 0
-        if piece:
-            yield piece
-
-    def _read_piece(self, shard: str, piece: list[tuple[str, int, int]], tensors: dict[str, Tensor]) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path / shard, framework="pt", device="cpu") as file:
-                for name, start, stop in piece:
-                    shape = self.shape(name)
-                    if not shape or stop - start == shape[0]:
-                        tensors[name] = file.get_tensor(name).clone()
-                        continue
-                    if start == 0:
-                        tensors[name] = torch.empty(shape, dtype=self.dtype(name))
-                    tensors[name][start:stop] = file.get_slice(name)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise RequestError(f"{self.path / shard} could not be read ({error}): download it again.") from error
 
     def fingerprint(self) -> str:
         """A sha256 that tells one checkpoint from another, cheap for huge models.

@@ -158,7 +158,7 @@ class EncoderDecoderRunner(BlockRunner):
         shape = replace(notes.shape, decoding=index >= self.turn)
         if shape not in self._beside:
             assert index in (0, self.turn)
-            output = call(self.build(index, self.read(index)), hidden_STD)
+            output = call(self.build(index, self.tree.checkpoint.read(self.names(index))), hidden_STD)
             self._beside[shape] = tuple(output[1:]) if isinstance(output, (tuple, list)) else None
         beside = self._beside[shape]
         return answer_STD if beside is None else (answer_STD, *beside)

@@ -24,9 +24,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a shard: where it lies and what it is. `dtype` is the file's own name for it."""
+    """One tensor of a shard: where it lies, from which byte on, and what it is. `dtype` is the file's own name for it."""
 
     shard: str
+    start: int
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
@@ -50,7 +51,7 @@ def read_entries(folder: Path, shard: str) -> dict[str, Entry]:
         raw = file.read(length)
     try:
         fields = {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
-        entries = {name: _entry(shard, value) for name, value in fields.items()}
+        entries = {name: _entry(shard, 8 + length, value) for name, value in fields.items()}
         ends = _check_tiling(sorted(tuple(value["data_offsets"]) for value in fields.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{path} has a corrupt header of {length} bytes ({error}): download it again.") from error
@@ -62,13 +63,13 @@ def read_entries(folder: Path, shard: str) -> dict[str, Entry]:
     return entries
 
 
-def _entry(shard: str, fields: dict[str, Any]) -> Entry:
+def _entry(shard: str, begin: int, fields: dict[str, Any]) -> Entry:
     shape = tuple(int(size) for size in fields["shape"])
     start, stop = (int(offset) for offset in fields["data_offsets"])
     dtype = str(fields["dtype"])
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
         raise ValueError(f"{stop - start} bytes for {dtype} of shape {list(shape)}")
-    return Entry(shard, dtype, shape, stop - start)
+    return Entry(shard, begin + start, dtype, shape, stop - start)
 
 
 def _check_tiling(spans: list[tuple[int, ...]]) -> int:

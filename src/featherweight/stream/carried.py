@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from featherweight.models.checkpoint import Checkpoint
 
 ROOM = 8  # times their size must be free for tensors to be brought before their turn
 
@@ -23,13 +25,16 @@ class Carried:
             self.work = torch.cuda.current_stream(device)
             self.coming, self.going = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def here(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors on the device, once they are there, if it has much room; safe on any thread."""
-        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if self.device.type != "cuda" or self.low or ROOM * size_bytes > torch.cuda.mem_get_info(self.device)[0]:
-            return tensors
+    def read(self, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors of a checkpoint: on a GPU that has much room once they are there, else page-locked for it; safe on
+        any thread."""
+        if self.device.type != "cuda":
+            return checkpoint.read(names)
+        size_bytes = sum(checkpoint.nbytes(name) for name in names)
+        if self.low or ROOM * size_bytes > torch.cuda.mem_get_info(self.device)[0]:
+            return {name: tensor.pin_memory() for name, tensor in checkpoint.read(names).items()}
         with torch.cuda.stream(self.coming):
-            found = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+            found = checkpoint.read(names, device=self.device)
         for tensor in found.values():
             tensor.record_stream(self.work)
         self.coming.synchronize()

@@ -213,7 +213,8 @@ class _Job:
             attending = attention.in_c() if self.fuses and self.device.type == "cpu" else nullcontext()
             carried, total = self.carried, len(self.tree.blocks)
             first = 0 if ids_ST is not None else next((n for n in range(total) if not finished[n + 1]), total)
-            reading = Ahead(lambda index: carried.here(runner.read(index)), total, self.beside, first)
+            checkpoint = self.tree.checkpoint
+            reading = Ahead(lambda index: carried.read(checkpoint, runner.names(index)), total, self.beside, first)
             with reading as ahead, turned, attending:
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
