@@ -36,9 +36,10 @@ from featherweight.recipe import Recipe
 from featherweight.recipes import papers_gptq
 from featherweight.stream import compress as pipeline
 from featherweight.stream import hidden as hidden_states
+from featherweight.stream import parallel
 from featherweight.stream.allocation import DATABASE
 from featherweight.stream.inputs import Group, GroupSums, add_up
-from featherweight.stream.parallel import ALONE, TEXT_BYTES, World, check_divisible
+from featherweight.stream.parallel import ALONE, FIRST_BYTES, World, check_divisible
 from runs import MANIFEST, journal, processes, shards, stamps, tensors_of
 from tiny import add_tokenizer, make
 
@@ -127,12 +128,16 @@ def whole(said: list[tuple[list[Any], int | None]]) -> list[Any]:
     return [words[-1] for words, _ in said]
 
 
+ALONG = tuple((long, riding) for long in ((), (0,), (0, 1)) for riding in (1 << 18, 16, 0))  # who has a long text
+
+
 def talk(line: Connection, rank: int, place: Path) -> None:
-    """Sends what it hears of a short text and two long ones, and of tensors with them."""
+    """Sends what it hears of a short text and two long ones, and of tensors that go along with them or do not."""
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
     world, heard = World(rank, 2), []
-    for long in ((), (0,), (0, 1)):
-        said = f"{rank}" * (3 * TEXT_BYTES if rank in long else 5)
+    for long, riding in ALONG:
+        parallel.RIDING_BYTES = riding
+        said = f"{rank}" * (3 * FIRST_BYTES["cpu"] if rank in long else 5)
         found = world.merged({f"of {rank}": (said, {"n": torch.arange(rank + 2), "none": torch.empty(0)})})
         sent = {name: (told, {key: t.tolist() for key, t in held.items()}) for name, (told, held) in found.items()}
         heard.append((world.each(said), world.first(said), sent, world.add_up_each([1, rank])))
@@ -147,8 +152,8 @@ def test_texts_of_any_length_arrive(tmp_path: Path) -> None:
         processes().Process(target=talk, args=(theirs, rank, tmp_path / "meeting")).start()
         theirs.close()
     for turns in (heard(ours)[-1] for ours, _ in ends):
-        for long, (each, first, sent, sums) in zip(((), (0,), (0, 1)), turns, strict=True):
-            said = [f"{rank}" * (3 * TEXT_BYTES if rank in long else 5) for rank in range(2)]
+        for (long, _), (each, first, sent, sums) in zip(ALONG, turns, strict=True):
+            said = [f"{rank}" * (3 * FIRST_BYTES["cpu"] if rank in long else 5) for rank in range(2)]
             assert each == said and first == said[0] and sums == [2, 1]
             assert sent == {f"of {n}": (said[n], {"n": list(range(n + 2)), "none": []}) for n in range(2)}
 

@@ -210,7 +210,7 @@ def note_solved(folder: Path, then: Happening | None, rank: int) -> None:
 
 def in_portions(_rank: int) -> None:
     """Experts stay in the files, few are solved at a time, and most tensors are sent by themselves."""
-    parallel.SMALL_BYTES = {"cpu": 256}
+    parallel.SMALL_BYTES, parallel.RIDING_BYTES = {"cpu": 256}, 64
     pipeline.room_for_experts = lambda *_: 4096
     for module in (solver, portions):
         module.CHUNK_BYTES = {"cpu": 4096}

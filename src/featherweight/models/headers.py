@@ -24,7 +24,8 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a shard: where it lies, from which byte on, and what it is. `dtype` is the file's own name for it."""
+    """One tensor of a shard: where it lies, from which byte of the file on, and what it is, by the file's own name
+    of its dtype."""
 
     shard: str
     start: int

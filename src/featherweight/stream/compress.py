@@ -105,6 +105,7 @@ def _compress(
 ) -> Result:
     started = time.perf_counter()
     torch_device = world.device(device)
+    world = world.over(torch_device)
     checkpoint = Checkpoint.open(resolve(model))
     tree = trees.build(checkpoint)
     refuse_parts(tree, recipe)

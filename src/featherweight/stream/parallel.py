@@ -8,6 +8,7 @@ Started by `torchrun --nproc-per-node N -m featherweight compress ...`, or by a 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,10 @@ Message = tuple[Any, list[Tensor]]  # the same without names
 Kinds = list[tuple[str, Sequence[int], str]]  # the dtypes, shapes and devices of tensors
 PATIENCE = timedelta(minutes=30)  # with a process that neither answers nor ends; one that ends is noticed at once
 SMALL_BYTES = {"cpu": 1 << 16, "cuda": 1 << 26}  # what is copied to be sent with others: a message takes longer
-LENGTH_BYTES, TEXT_BYTES = 8, 1 << 14  # of a text's first message: its length, and what of it goes along
+CPU = torch.device("cpu")
+RIDING_BYTES = 1 << 18  # of a tensor on the CPU that goes along with a text
+LENGTH_BYTES = 8  # of a message's text, and of what goes along with it
+FIRST_BYTES = {"cpu": 1 << 14, "cuda": 1 << 17}  # of what all send before they know how much each has to say
 FIELDS = {Solution: ("codes_RC", "scales_RG", "zeros_RG", "loss_R", "keep_RC"),
           SparseSolution: ("values_RC", "keep_RC", "loss_R")}  # fmt: skip
 
@@ -42,11 +46,13 @@ class World:
 
     Attributes:
         rank: this process's number; size: how many there are; local: its number on its machine.
+        by: the device that what all tell each other goes through: a GPU's way is shorter than the network's.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
+    by: torch.device = CPU
 
     @property
     def leads(self) -> bool:
@@ -70,6 +76,10 @@ class World:
             )
         torch.cuda.set_device(self.local)
         return torch.device("cuda", self.local)
+
+    def over(self, device: torch.device) -> World:
+        """The same, with what all tell each other going through this device of each."""
+        return replace(self, by=device)
 
     def split(self, count: int) -> slice:
         """This process's part of `count` things in a row."""
@@ -122,7 +132,7 @@ class World:
 
     def each(self, said: Any) -> list[Any]:
         """What every process says, in their order: any JSON value."""
-        return [said] if self.size == 1 else self._texts(said)
+        return [said] if self.size == 1 else [each for each, _ in self._texts(said)]
 
     def first_tensor(self, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What process 0 makes, which is made nowhere else."""
@@ -172,50 +182,57 @@ class World:
         """A JSON value and tensors from the process that has them; the message of the others is not looked at."""
         said, tensors = message
         with self._talking():
-            first, more = _framed([said, _kinds(tensors)] if owner == self.rank else None)
+            first, more = _framed([said, _kinds(tensors)] if owner == self.rank else None, [], FIRST_BYTES["cpu"])
             dist.broadcast(first, owner)
-            if rest := _length(first) - TEXT_BYTES:
+            if rest := _length(first) - len(first):
                 more = more if owner == self.rank else torch.empty(rest, dtype=torch.uint8)
                 dist.broadcast(more, owner)
-            said, kinds = _read(first, more)
+            (said, kinds), _ = _read(first, more)
             return said, self._sent(owner, kinds, tensors)
 
     def _from_all(self, message: Message, for_leader: bool = False) -> list[Message]:
         """The JSON values and tensors of all processes, in their order; `for_leader`, process 0 keeps its tensors."""
         said, tensors = message
-        told = self._texts([said, _kinds(tensors)])
+        kinds = _kinds(tensors)
+        told = self._texts([said, kinds], [t for t, kind in zip(tensors, kinds, strict=True) if _rides(kind)])
         first = list(tensors) if self.leads else []  # of the leader's, when nobody else needs them
         with self._talking():
             return [
-                (each, first if for_leader and owner == 0 else self._sent(owner, kinds, tensors))
-                for owner, (each, kinds) in enumerate(told)
+                (each, first if for_leader and owner == 0 else self._sent(owner, kinds, tensors, riding))
+                for owner, ((each, kinds), riding) in enumerate(told)
             ]
 
-    def _texts(self, said: Any) -> list[Any]:
-        """The JSON values of all processes: one message, or two where one of them is long."""
-        first, more = _framed(said)
-        firsts, mores = [torch.empty_like(first) for _ in range(self.size)], [more] * self.size
+    def _texts(self, said: Any, riding: Sequence[Tensor] = ()) -> list[tuple[Any, Tensor]]:
+        """The JSON values of all processes and the bytes that go along with each: one message, or two where one of them
+        is long."""
+        first, more = _framed(said, riding, FIRST_BYTES[self.by.type])
         with self._talking():
-            dist.all_gather(firsts, first)
-            if rest := max(map(_length, firsts)) - TEXT_BYTES:
-                more = torch.cat([more, more.new_zeros(rest - len(more))])
-                mores = [torch.empty_like(more) for _ in firsts]
-                dist.all_gather(mores, more)
+            firsts, mores = self._gathered(first), [more] * self.size
+            if rest := max(map(_length, firsts)) - len(first):
+                mores = self._gathered(torch.cat([more, more.new_zeros(rest - len(more))]))
         return [_read(*each) for each in zip(firsts, mores, strict=True)]
 
-    def _sent(self, owner: int, kinds: Kinds, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The owner's tensors, which are of these dtypes, shapes and devices."""
+    def _gathered(self, bytes_N: Tensor) -> list[Tensor]:
+        """What all processes have, as many bytes each; on the CPU."""
+        sent = bytes_N.to(self.by)
+        found = sent.new_empty((self.size, len(sent)))
+        dist.all_gather(list(found), sent)
+        return list(found.cpu())
+
+    def _sent(self, owner: int, kinds: Kinds, tensors: Sequence[Tensor], riding: Tensor | None = None) -> list[Tensor]:
+        """The owner's tensors, which are of these dtypes, shapes and devices; of `riding` bytes if those are told."""
         if owner != self.rank:
             tensors = [torch.empty(shape, dtype=getattr(torch, dtype), device=on) for dtype, shape, on in kinds]
         tensors = [tensor.contiguous() for tensor in tensors]
-        for bundle in _bundles(tensors):
-            parts = [tensor.view(-1).view(torch.uint8) for tensor in bundle]  # not every backend has bools
-            sent = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rode = [riding is not None and _rides(kind) for kind in kinds]
+        if riding is not None and owner != self.rank:
+            _copy_apart(riding, [tensor for tensor, rides in zip(tensors, rode, strict=True) if rides])
+        for bundle in _bundles([tensor for tensor, rides in zip(tensors, rode, strict=True) if not rides]):
+            sent = _bytes_of(bundle)
             if sent.numel():
                 dist.broadcast(sent, owner)
-            if len(parts) > 1 and owner != self.rank:
-                for part, own in zip(parts, sent.split([len(part) for part in parts]), strict=True):
-                    part.copy_(own)
+            if len(bundle) > 1 and owner != self.rank:
+                _copy_apart(sent, bundle)
         return tensors
 
     @contextmanager
@@ -264,21 +281,46 @@ def _kinds(tensors: Sequence[Tensor]) -> Kinds:
     return [(str(t.dtype).removeprefix("torch."), t.shape, t.device.type) for t in tensors]
 
 
-def _framed(said: Any) -> tuple[Tensor, Tensor]:
-    """A JSON value as a message of one size for all, which begins with the text's length, and what does not fit in."""
-    text = json.dumps(said).encode().ljust(TEXT_BYTES)
-    framed = torch.frombuffer(bytearray(len(text).to_bytes(LENGTH_BYTES, "little") + text), dtype=torch.uint8)
-    return framed[: LENGTH_BYTES + TEXT_BYTES], framed[LENGTH_BYTES + TEXT_BYTES :]
+def _rides(kind: tuple[str, Sequence[int], str]) -> bool:
+    dtype, shape, on = kind
+    return on == "cpu" and math.prod(shape) * getattr(torch, dtype).itemsize <= RIDING_BYTES
+
+
+def _framed(said: Any, riding: Sequence[Tensor], first_bytes: int) -> tuple[Tensor, Tensor]:
+    """A JSON value and tensors as a first message of one size for all, which begins with how many bytes there are in
+    all and of the value, and what does not fit in."""
+    text, held = json.dumps(said).encode(), _bytes_of(riding)
+    size = max(2 * LENGTH_BYTES + len(text) + len(held), first_bytes)
+    lengths = size.to_bytes(LENGTH_BYTES, "little") + len(text).to_bytes(LENGTH_BYTES, "little")
+    framed = torch.frombuffer(bytearray((lengths + text).ljust(size)), dtype=torch.uint8)
+    framed[len(lengths) + len(text) :][: len(held)] = held
+    return framed[:first_bytes], framed[first_bytes:]
 
 
 def _length(first: Tensor) -> int:
     return int.from_bytes(first[:LENGTH_BYTES].numpy().tobytes(), "little")
 
 
-def _read(first: Tensor, more: Tensor) -> Any:
-    """What `_framed` was given; behind `more` there may be bytes that are nobody's."""
-    text = torch.cat([first[LENGTH_BYTES:], more]).numpy().tobytes()
-    return json.loads(text[: _length(first)])
+def _read(first: Tensor, more: Tensor) -> tuple[Any, Tensor]:
+    """What `_framed` was given, the tensors as bytes; behind both there may be bytes that are nobody's."""
+    begin = 2 * LENGTH_BYTES
+    end = begin + int.from_bytes(first[LENGTH_BYTES:begin].numpy().tobytes(), "little")
+    framed = torch.cat([first, more])
+    return json.loads(framed[begin:end].numpy().tobytes()), framed[end:]
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Contiguous tensors one behind the other (not every backend has bools); one alone is not copied."""
+    parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def _copy_apart(bytes_N: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Fills tensors with bytes that `_bytes_of` has put one behind the other; more may follow."""
+    at = 0
+    for tensor in tensors:
+        tensor.view(-1).view(torch.uint8).copy_(bytes_N[at : at + tensor.nbytes])
+        at += tensor.nbytes
 
 
 def _bundles(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
