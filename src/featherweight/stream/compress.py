@@ -266,17 +266,18 @@ class _Job:
             module = runner.load(index, ahead.take(index))
         if self.fuses:
             fuse(module)
+        settled: set[str] = set()
         if not finished:
             keep = None if self.expert_bytes is None else partial(self.shards.keep, block)
             view = states.view(index, module, block, weights, keep)
-            found = self._solve(folder, writer, index, block, view)
+            found, settled = self._solve(folder, writer, index, block, view), view.settled
         else:
             if states.dense is not None:
                 states.advance(states.dense, index, module)
             found = self.shards.read(folder, block, module) if states.hidden is not None else {}
         if states.hidden is not None and index + 1 < len(self.tree.blocks):
             with self.phases("forward"):
-                self.shards.put(module, block, found)
+                self.shards.put(module, block, found, settled)
                 states.finish(index, module)
                 states.turn(index)
         runner.unload(index)

@@ -179,7 +179,7 @@ def _solve_alike(
     chosen = replace(choices, method="rtn") if alike.rounded else choices
     with view.phases("solve"):
         problem, solved = solve_stack(problem, recipe.pull * torch.stack(gaps) if gaps else None, alike.rule, chosen)
-        energy_ER = energy_R(problem)
+        energy_ER = energy_R(problem).cpu()
     solutions: dict[str, AnySolution] = {}
     for expert, each, energies_R, solution in zip(served, inside, energy_ER, solved, strict=True):
         told = {"tokens": expert.routed, **({"starved": 1} if expert.starved else {})}

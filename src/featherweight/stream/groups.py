@@ -61,6 +61,7 @@ class BlockView:
             original block's outputs.
         batch: sequences in one forward pass.
         originals: the weights that `put` has replaced.
+        settled: the paths of matrices whose weights are already those of the solutions that the block ends up with.
         weights: how much each token counts for a matrix, by its path: S x T, in any unit; all alike without.
         world: the processes among which the sequences are split.
         phases: what is told where the time goes.
@@ -79,6 +80,7 @@ class BlockView:
     dense: HiddenStates | None
     batch: int
     originals: dict[str, Tensor] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
     weights: Mapping[str, Tensor] | None = None
     world: World = ALONE
     phases: Phases = field(default_factory=lambda: Phases(torch.device("cpu")))

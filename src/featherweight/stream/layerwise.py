@@ -57,6 +57,7 @@ def layerwise(
         more = number + 1 < len(stages) or (mixtures and number < turn)
         for matrix in (m for group in stage for m in group.matrices) if more else ():
             rest.put(matrix, found[matrix.path].values())
+            rest.settled.add(matrix.path)
         tick((number + 1) / len(steps))
     if turn == len(stages):
         solutions |= solve_mixtures(view, mixtures, rules, recipe, choices)
@@ -158,7 +159,7 @@ def _whole(solution: AnySolution, energy_R: Tensor, group: Group, sharers: World
     ours = [solution.codes_RC, solution.scales_RG, solution.zeros_RG, solution.loss_R, energy_R]
     counts = [[len(range(*each.split(m.rows).indices(m.rows))) for m in group.matrices] for each in sharers.all()]
     wholes: list[Tensor] = []
-    for parts in zip(*sharers.from_each(ours), strict=True):
+    for parts in zip(*sharers.rows_of_each(ours, list(map(sum, counts))), strict=True):
         by_matrix = zip(*(part.split(rows) for part, rows in zip(parts, counts, strict=True)), strict=True)
         wholes.append(torch.cat([torch.cat(each) for each in by_matrix]))
     codes_RC, scales_RG, zeros_RG, loss_R, energy_R = wholes

@@ -178,6 +178,22 @@ class World:
             return [list(tensors)]
         return [sent for _, sent in self._from_all((None, list(tensors)))]
 
+    def rows_of_each(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+        """`from_each` of tensors that are alike everywhere but for their rows, of which every process is known to have
+        so many: nothing needs to be told, and on a GPU nobody waits."""
+        found = []
+        with self._talking():
+            for owner, rows in enumerate(counts):
+                held = [tensor.contiguous() for tensor in tensors]
+                if owner != self.rank:
+                    held = [tensor.new_empty((rows, *tensor.shape[1:])) for tensor in tensors]
+                sent = _bytes_of(held)
+                dist.broadcast(sent, owner)
+                if owner != self.rank:
+                    _copy_apart(sent, held)
+                found.append(held)
+        return found
+
     def _from(self, owner: int, message: Message) -> Message:
         """A JSON value and tensors from the process that has them; the message of the others is not looked at."""
         said, tensors = message

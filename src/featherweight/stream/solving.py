@@ -55,8 +55,8 @@ def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
 
 
 def energy_R(problem: LayerProblem) -> Tensor:
-    """What losses are relative to, w H w^T of every row, to three digits; on the CPU."""
-    return (roughly(problem.weight_RC, problem.hessian_CC) * problem.weight_RC).sum(-1).cpu()
+    """What losses are relative to, w H w^T of every row, to three digits."""
+    return (roughly(problem.weight_RC, problem.hessian_CC) * problem.weight_RC).sum(-1)
 
 
 def split(energy_R: Tensor, solution: AnySolution, matrices: Iterable[Matrix]) -> dict[str, AnySolution]:
@@ -64,7 +64,7 @@ def split(energy_R: Tensor, solution: AnySolution, matrices: Iterable[Matrix]) -
 
     Losses go to the CPU, where the sums that are told of cost nothing.
     """
-    solution = replace(solution, loss_R=solution.loss_R.cpu())
+    solution, energy_R = replace(solution, loss_R=solution.loss_R.cpu()), energy_R.cpu()
     solutions: dict[str, AnySolution] = {}
     start = 0
     for matrix in matrices:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeGuard
@@ -113,10 +113,16 @@ class Shards:
             rounded = {name: round(took, 4) for name, took in seconds.items()}
             folder.lines += [*packed.lines, {"block": packed.block.index, "phase_seconds": rounded}]
 
-    def put(self, module: nn.Module, block: Block, stored: Mapping[str, AnySolution]) -> None:
-        """Gives a block the weights that its shard holds; experts that are apart have theirs."""
+    def put(
+        self, module: nn.Module, block: Block, stored: Mapping[str, AnySolution], settled: Container[str] = ()
+    ) -> None:
+        """Gives a block the weights that its shard holds; experts that are apart have theirs, and so have the matrices,
+        by path, that are `settled`, where shards say what solutions do."""
         for matrix in (matrix for matrix in block.matrices if matrix.path in stored):
-            values_RC = stored[matrix.path].values()
+            solution = stored[matrix.path]
+            if matrix.path in settled and self._says_all(solution):
+                continue
+            values_RC = solution.values()
             weight = module.get_submodule(matrix.path).weight
             assert isinstance(weight, Tensor)
             weight.copy_(values_RC.T if matrix.transposed else values_RC)
