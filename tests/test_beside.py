@@ -272,9 +272,9 @@ def test_what_is_carried_to_a_gpu_and_back_is_the_same(
         assert all(tensor.is_pinned() if low else tensor.is_cuda for tensor in here.values())
         assert all(torch.equal(here[name].cpu(), given[name]) for name in given)
     twice = {"matrix": {name: tensor.cuda() * 2 for name, tensor in here.items()}}
-    back, there = carried.back(twice)
+    bring = carried.back(twice)
     del here, twice
-    there()
+    back = bring()
     assert all(torch.equal(back["matrix"][name], given[name] * 2) for name in given)
 
 
@@ -283,6 +283,5 @@ def test_a_cpu_has_carried_tensors_already(tmp_path: Path) -> None:
     carried, given = Carried(torch.device("cpu")), checkpoint.read(checkpoint.names)
     here = carried.read(checkpoint, checkpoint.names)
     assert all(torch.equal(here[name], given[name]) for name in given)
-    back, there = carried.back({"matrix": given})
-    there()
+    back = carried.back({"matrix": given})()
     assert all(back["matrix"][name] is given[name] for name in given)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from featherweight.stream.device import peak_memory_bytes
 from featherweight.stream.folder import JOURNAL
 from featherweight.stream.parallel import joined
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Report:
@@ -35,7 +38,7 @@ class Report:
         seconds: of the run as it was; block_s: of one block but the first, whose phases are in phase_s ("write" goes on
             beside the others on a GPU and is not in block_s).
         whole_s: of a model with all its blocks, everything outside them as measured.
-        floor_s: of one block, at the measured peaks (TFLOP/s); share_of_floor: floor_s / block_s.
+        floor_s: of one block, at the measured peaks (TFLOP/s) of so many devices; share_of_floor: floor_s / block_s.
         peak_gpu_bytes: None on a CPU.
         peer_s: llm-compressor's on the same files, None where it cannot be imported or was not asked for.
     """
@@ -79,6 +82,8 @@ def measure(
         model, out = folder / "model", folder / "out"
         if world.leads:
             write_model(shapes, blocks, model, on)
+        else:  # the family's modules are imported before the clock runs, as the leader's are
+            make_model(shapes, 1, torch.device("meta"))
         draw = torch.Generator().manual_seed(0)
         ids_ST = torch.randint(shapes.vocabulary, (recipe.samples, recipe.tokens), generator=draw)
         peaks = {dtype: peak_tflops(on, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
@@ -98,12 +103,17 @@ def measure(
 
 def write_model(shapes: Shapes, blocks: int, folder: Path, device: torch.device) -> None:
     """A checkpoint of random weights with so many blocks, in bf16, as the family lays it out."""
+    torch.manual_seed(0)
+    make_model(shapes, blocks, device).save_pretrained(folder, max_shard_size="2GB")
+
+
+def make_model(shapes: Shapes, blocks: int, device: torch.device) -> PreTrainedModel:
+    """So many blocks with the weights that their family begins with, in bf16."""
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(shapes.config(blocks), dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="2GB")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(shapes.config(blocks), dtype=torch.bfloat16)
+    return model
 
 
 def _block_lines(out: Path) -> list[dict[str, float]]:
@@ -128,7 +138,7 @@ def _report(
     phase_s = {name: sum(line.get(name, 0.0) for line in usual) / len(usual) for name in names}
     on_gpu = device.type == "cuda"
     block_s = sum(took for name, took in phase_s.items() if not (on_gpu and name == "write"))
-    floor_s = floor_seconds(shapes, recipe, peaks["bfloat16" if on_gpu else "float32"], peaks["float32"])
+    floor_s = floor_seconds(shapes, recipe, peaks["bfloat16" if on_gpu else "float32"], peaks["float32"]) / processes
     return Report(
         processes=processes,
         blocks=blocks,

@@ -64,13 +64,12 @@ def inverse_factor_(matrix_CC: Tensor) -> bool:
             if products.halved:
                 left_over = following.start
                 products.subtract_(all_ECC[:, following, following], one[:, following], other[..., following])
-                blocks.begin(all_ECC[:, following, following])
+                blocks.made()
                 products.subtract_(all_ECC[:, following, start:], one[:, following], other[..., start:])
             for at in range(0, left_over, PANELS * block):
                 end = min(at + PANELS * block, left_over)
                 products.subtract_(all_ECC[:, at:end, at:], one[:, at:end], other[..., at:])
-            if not products.halved:
-                blocks.begin(all_ECC[:, following, following])
+            blocks.begin(all_ECC[:, following, following])
     if products.halved:
         all_ECC.mul_(root_EC.unsqueeze(-2))
     return blocks.all_definite()
@@ -90,11 +89,16 @@ class _OwnBlocks:
         self.main = torch.cuda.current_stream(device) if beside else None
         self.own = _beside(device) if beside else None
         self.infos: list[Tensor] = []
+        self.made()
+
+    def made(self) -> None:
+        """The next block is what it is to be now: what the device is given from here on goes on beside it."""
+        self.ready = None if self.main is None else self.main.record_event()
 
     def begin(self, block_ENN: Tensor) -> None:
-        """Of a block that nothing writes to until it is taken."""
-        if self.own is not None and self.main is not None:
-            self.own.wait_stream(self.main)
+        """Of the block that was made; nothing writes to it until this is taken."""
+        if self.own is not None and self.ready is not None:
+            self.own.wait_event(self.ready)
         with torch.cuda.stream(self.own):
             lower_ENN, info_E = torch.linalg.cholesky_ex(block_ENN.flip(-2, -1))
             self.upper_ENN = inverse_lower(lower_ENN).flip(-2, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -40,23 +39,23 @@ class Carried:
         self.coming.synchronize()
         return found
 
-    def back(
-        self, tensors: Mapping[str, Mapping[str, Tensor]]
-    ) -> tuple[dict[str, dict[str, Tensor]], Callable[[], None]]:
-        """The tensors in page-locked memory, and what returns when they are there."""
-        on_gpu = self.device.type == "cuda"
-        beside: AbstractContextManager[object] = torch.cuda.stream(self.going) if on_gpu else nullcontext()
-        if on_gpu:
-            self.going.wait_stream(self.work)
-            for tensor in (tensor for each in tensors.values() for tensor in each.values() if tensor.is_cuda):
-                tensor.record_stream(self.going)
-        with beside:
-            found = {
-                path: {suffix: tensor.to("cpu", non_blocking=True) for suffix, tensor in each.items()}
-                for path, each in tensors.items()
-            }
-        if not on_gpu:
-            return found, lambda: None
-        copied = torch.cuda.Event()
-        copied.record(self.going)
-        return found, copied.synchronize
+    def back(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], dict[str, dict[str, Tensor]]]:
+        """What brings the tensors, as they are once the device has done its work so far, to page-locked memory and
+        returns when they are there; may be called on any thread, and lets go of those on the device."""
+        left = {path: dict(each) for path, each in tensors.items()}
+        if self.device.type != "cuda":
+            return lambda: left
+        made = self.work.record_event()
+
+        def bring() -> dict[str, dict[str, Tensor]]:
+            with torch.cuda.stream(self.going):
+                self.going.wait_event(made)
+                found = {
+                    path: {suffix: tensor.to("cpu", non_blocking=True) for suffix, tensor in each.items()}
+                    for path, each in left.items()
+                }
+            self.going.synchronize()
+            left.clear()
+            return found
+
+        return bring

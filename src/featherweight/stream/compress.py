@@ -295,14 +295,9 @@ class _Job:
 
     def _write(self, folder: OutputFolder, writer: Writer, packed: Packed) -> None:
         """Has the shard of a block written, or of what lies in none."""
-        tensors, there = self.carried.back(packed.tensors)
-        on_cpu, stretch = replace(packed, tensors=tensors, stored={}), self.phases.stretch()
-
-        def write() -> None:
-            there()
-            self.shards.write(folder, on_cpu, stretch)
-
-        writer.put(write)
+        bring, stretch = self.carried.back(packed.tensors), self.phases.stretch()
+        rest = replace(packed, tensors={}, stored={})
+        writer.put(lambda: self.shards.write(folder, replace(rest, tensors=bring()), stretch))
 
     def _stored_tokens(self, folder: OutputFolder, writer: Writer) -> dict[str, Tensor]:
         """What the first shard holds of embedding and head, by their names on the original's disk."""

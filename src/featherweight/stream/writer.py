@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
-WAITING = 1  # jobs that may wait for the one at work: each holds a packed block
+WAITING = 3  # jobs that may wait for the one at work: each holds a packed block, and disks have slow moments
 Made = TypeVar("Made")
 
 
