@@ -36,10 +36,11 @@ from featherweight.recipe import Recipe
 from featherweight.recipes import papers_gptq
 from featherweight.stream import compress as pipeline
 from featherweight.stream import hidden as hidden_states
-from featherweight.stream import parallel
+from featherweight.stream import messages
 from featherweight.stream.allocation import DATABASE
 from featherweight.stream.inputs import Group, GroupSums, add_up
-from featherweight.stream.parallel import ALONE, FIRST_BYTES, World, check_divisible
+from featherweight.stream.messages import FIRST_BYTES
+from featherweight.stream.parallel import ALONE, World, check_divisible
 from runs import MANIFEST, journal, processes, shards, stamps, tensors_of
 from tiny import add_tokenizer, make
 
@@ -136,7 +137,7 @@ def talk(line: Connection, rank: int, place: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
     world, heard = World(rank, 2), []
     for long, riding in ALONG:
-        parallel.RIDING_BYTES = riding
+        messages.RIDING_BYTES = riding
         said = f"{rank}" * (3 * FIRST_BYTES["cpu"] if rank in long else 5)
         found = world.merged({f"of {rank}": (said, {"n": torch.arange(rank + 2), "none": torch.empty(0)})})
         sent = {name: (told, {key: t.tolist() for key, t in held.items()}) for name, (told, held) in found.items()}

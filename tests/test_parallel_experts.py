@@ -27,7 +27,7 @@ from featherweight.recipe import Recipe
 from featherweight.recipes import by_name
 from featherweight.stream import compress as pipeline
 from featherweight.stream import experts as solver
-from featherweight.stream import parallel, portions
+from featherweight.stream import messages, portions
 from featherweight.stream.expert_sums import Mixture, Summing
 from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.parallel import ALONE, World
@@ -210,7 +210,7 @@ def note_solved(folder: Path, then: Happening | None, rank: int) -> None:
 
 def in_portions(_rank: int) -> None:
     """Experts stay in the files, few are solved at a time, and most tensors are sent by themselves."""
-    parallel.SMALL_BYTES, parallel.RIDING_BYTES = {"cpu": 256}, 64
+    messages.SMALL_BYTES, messages.RIDING_BYTES = {"cpu": 256}, 64
     pipeline.room_for_experts = lambda *_: 4096
     for module in (solver, portions):
         module.CHUNK_BYTES = {"cpu": 4096}

@@ -6,8 +6,6 @@ Shapes: C columns, N of a block, M after it, S before it; B blocks; E layers (a 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -32,8 +30,7 @@ def inverse_factor_(matrix_CC: Tensor) -> bool:
 
     With H = R R^T, R upper triangular as well, U = inv(R). Blocks go from the last to the first, and rows are taken
     off rows as in Gauss's elimination of [H I]: a block's own R and its inverse are small problems; with P = what R
-    has before the block and Y = what U has from it on, the rows before it lose P P^T of H and P Y of U. Those of the
-    next block lose theirs first, of one large matrix on a GPU, whose own R is then found beside the rest. Nothing here
+    has before the block and Y = what U has from it on, the rows before it lose P P^T of H and P Y of U. Nothing here
     waits for a GPU but the last line. False, and nothing of use left, where H is not positive definite.
 
     A large matrix is scaled to a diagonal between 1/2 and 2 first, and multiplied in halves of float16.
@@ -44,13 +41,13 @@ def inverse_factor_(matrix_CC: Tensor) -> bool:
     root_EC = torch.exp2(torch.round(torch.log2(all_ECC.diagonal(dim1=-2, dim2=-1)) * -0.5))  # powers of 2: exact
     if products.halved:
         all_ECC.mul_(root_EC.unsqueeze(-1)).mul_(root_EC.unsqueeze(-2))
-    starts = range(0, columns, block)
-    blocks = _OwnBlocks(all_ECC.device, beside=products.halved and all_ECC.is_cuda)
-    blocks.begin(all_ECC[:, starts[-1] :, starts[-1] :])
-    for start in reversed(starts):
+    failures = []
+    for start in reversed(range(0, columns, block)):
         stop = min(start + block, columns)
         own, before, after = slice(start, stop), slice(0, start), slice(stop, columns)
-        upper_ENN = blocks.take()
+        lower_ENN, info_E = torch.linalg.cholesky_ex(all_ECC[:, own, own].flip(-2, -1))
+        failures.append(info_E)
+        upper_ENN = inverse_lower(lower_ENN).flip(-2, -1)
         if stop < columns:
             all_ECC[:, own, after] = products.of(upper_ENN, all_ECC[:, own, after])
             all_ECC[:, after, own] = 0.0
@@ -60,61 +57,12 @@ def inverse_factor_(matrix_CC: Tensor) -> bool:
             all_ECC[:, before, own] = 0.0
             one = products.left(panel_ESN)
             other = products.right(torch.cat([panel_ESN.mT, all_ECC[:, own, start:]], -1))
-            following, left_over = slice(start - block, start), start
-            if products.halved:
-                left_over = following.start
-                products.subtract_(all_ECC[:, following, following], one[:, following], other[..., following])
-                blocks.made()
-                products.subtract_(all_ECC[:, following, start:], one[:, following], other[..., start:])
-            for at in range(0, left_over, PANELS * block):
-                end = min(at + PANELS * block, left_over)
+            for at in range(0, start, PANELS * block):
+                end = min(at + PANELS * block, start)
                 products.subtract_(all_ECC[:, at:end, at:], one[:, at:end], other[..., at:])
-            blocks.begin(all_ECC[:, following, following])
     if products.halved:
         all_ECC.mul_(root_EC.unsqueeze(-2))
-    return blocks.all_definite()
-
-
-@cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    """One for all factors: every stream keeps memory of its own."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
-class _OwnBlocks:
-    """What blocks on the diagonal are to be: inv(R) of each, upper triangular; `beside`, in a stream of its own that
-    goes before the other work of the GPU, since little of it can be done at once."""
-
-    def __init__(self, device: torch.device, beside: bool) -> None:
-        self.main = torch.cuda.current_stream(device) if beside else None
-        self.own = _beside(device) if beside else None
-        self.infos: list[Tensor] = []
-        self.made()
-
-    def made(self) -> None:
-        """The next block is what it is to be now: what the device is given from here on goes on beside it."""
-        self.ready = None if self.main is None else self.main.record_event()
-
-    def begin(self, block_ENN: Tensor) -> None:
-        """Of the block that was made; nothing writes to it until this is taken."""
-        if self.own is not None and self.ready is not None:
-            self.own.wait_event(self.ready)
-        with torch.cuda.stream(self.own):
-            lower_ENN, info_E = torch.linalg.cholesky_ex(block_ENN.flip(-2, -1))
-            self.upper_ENN = inverse_lower(lower_ENN).flip(-2, -1)
-            self.infos.append(info_E)
-
-    def take(self) -> Tensor:
-        """What was begun last."""
-        if self.own is not None and self.main is not None:
-            self.main.wait_stream(self.own)
-            for tensor in (self.upper_ENN, self.infos[-1]):
-                tensor.record_stream(self.main)
-        return self.upper_ENN
-
-    def all_definite(self) -> bool:
-        """Whether there were such R; waits for the device."""
-        return bool((torch.stack(self.infos) == 0).all())
+    return bool((torch.stack(failures) == 0).all())
 
 
 class _Products:

@@ -35,7 +35,7 @@ from featherweight.stream import attention
 from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.carried import Carried
-from featherweight.stream.device import compute_dtype, peak_memory_bytes
+from featherweight.stream.device import compute_dtype, peak_memory_bytes, uncollected
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.fused import fuse, rotations
 from featherweight.stream.guide import Weights, token_weights
@@ -202,7 +202,7 @@ class _Job:
         """Writes every shard that is not there yet."""
         self.tell(0, len(self.tree.blocks), "reading")
         finished = self.world.first([folder.finished(number) for number in range(len(self.tree.blocks) + 1)])
-        with Writer(self.beside) as writer, ThreadPoolExecutor(1, "compiler") as beside:
+        with Writer(self.beside) as writer, ThreadPoolExecutor(1, "compiler") as beside, self.world.meeting():
             if not finished[0]:
                 self._solve_rest(folder, writer)
             runner = runner_of(self.tree, self.device, self.dtype, self.expert_bytes)
@@ -216,7 +216,7 @@ class _Job:
             first = 0 if ids_ST is not None else next((n for n in range(total) if not finished[n + 1]), total)
             checkpoint = self.tree.checkpoint
             reading = Ahead(lambda index: carried.read(checkpoint, runner.names(index)), total, self.beside, first)
-            with reading as ahead, turned, attending:
+            with reading as ahead, turned, attending, uncollected():
                 self._run_blocks(folder, ids_ST, finished[1:], runner, ahead, writer)
 
     def _run_blocks(

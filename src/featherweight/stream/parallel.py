@@ -7,12 +7,12 @@ Started by `torchrun --nproc-per-node N -m featherweight compress ...`, or by a 
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -24,16 +24,23 @@ from featherweight.core.solution import AnySolution, Solution, SparseSolution
 from featherweight.errors import FeatherweightError, RequestError
 from featherweight.recipe import Recipe
 from featherweight.stream.device import pick_device
+from featherweight.stream.messages import (
+    FIRST_BYTES,
+    Kinds,
+    bundles,
+    bytes_of,
+    copy_apart,
+    framed,
+    kinds_of,
+    length_of,
+    rides,
+    unframed,
+)
 
 Parcel = tuple[Any, dict[str, Tensor]]  # a JSON value, and tensors by name
 Message = tuple[Any, list[Tensor]]  # the same without names
-Kinds = list[tuple[str, Sequence[int], str]]  # the dtypes, shapes and devices of tensors
 PATIENCE = timedelta(minutes=30)  # with a process that neither answers nor ends; one that ends is noticed at once
-SMALL_BYTES = {"cpu": 1 << 16, "cuda": 1 << 26}  # what is copied to be sent with others: a message takes longer
 CPU = torch.device("cpu")
-RIDING_BYTES = 1 << 18  # of a tensor on the CPU that goes along with a text
-LENGTH_BYTES = 8  # of a message's text, and of what goes along with it
-FIRST_BYTES = {"cpu": 1 << 14, "cuda": 1 << 17}  # of what all send before they know how much each has to say
 FIELDS = {Solution: ("codes_RC", "scales_RG", "zeros_RG", "loss_R", "keep_RC"),
           SparseSolution: ("values_RC", "keep_RC", "loss_R")}  # fmt: skip
 
@@ -53,6 +60,7 @@ class World:
     size: int = 1
     local: int = 0
     by: torch.device = CPU
+    _meeting: list[Future[None]] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -80,6 +88,27 @@ class World:
     def over(self, device: torch.device) -> World:
         """The same, with what all tell each other going through this device of each."""
         return replace(self, by=device)
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Meanwhile GPUs find the way to each other, half a second's work, beside what needs no other process's."""
+        if self.size == 1 or self.by.type != "cuda":
+            yield
+            return
+        met: Future[None] = Future()
+
+        def meet() -> None:
+            try:
+                dist.all_reduce(torch.zeros(1, device=self.by))
+                met.set_result(None)
+            except Exception as error:
+                met.set_exception(error)
+
+        Thread(target=meet, name="meeting", daemon=True).start()  # after an error nobody may come, and none waits here
+        self._meeting.append(met)
+        yield
+        wait(self._meeting)
+        self._meeting.clear()
 
     def split(self, count: int) -> slice:
         """This process's part of `count` things in a row."""
@@ -117,13 +146,13 @@ class World:
     def sum_(self, tensor: Tensor) -> None:
         """Puts in a tensor's place its sum over all processes."""
         if self.size > 1:
-            with self._talking():
+            with self._talking(tensor):
                 dist.all_reduce(tensor)
 
     def sum_to(self, owner: int, tensor: Tensor) -> None:
         """Puts in the owner's tensor its sum over all processes; what the others' hold afterwards is nothing."""
         if self.size > 1:
-            with self._talking():
+            with self._talking(tensor):
                 dist.reduce(tensor, owner)
 
     def first(self, said: Any) -> Any:
@@ -182,57 +211,56 @@ class World:
         """`from_each` of tensors that are alike everywhere but for their rows, of which every process is known to have
         so many: nothing needs to be told, and on a GPU nobody waits."""
         found = []
-        with self._talking():
-            for owner, rows in enumerate(counts):
-                held = [tensor.contiguous() for tensor in tensors]
-                if owner != self.rank:
-                    held = [tensor.new_empty((rows, *tensor.shape[1:])) for tensor in tensors]
-                sent = _bytes_of(held)
+        for owner, rows in enumerate(counts):
+            held = [tensor.contiguous() for tensor in tensors]
+            if owner != self.rank:
+                held = [tensor.new_empty((rows, *tensor.shape[1:])) for tensor in tensors]
+            sent = bytes_of(held)
+            with self._talking(sent):
                 dist.broadcast(sent, owner)
-                if owner != self.rank:
-                    _copy_apart(sent, held)
-                found.append(held)
+            if owner != self.rank:
+                copy_apart(sent, held)
+            found.append(held)
         return found
 
     def _from(self, owner: int, message: Message) -> Message:
         """A JSON value and tensors from the process that has them; the message of the others is not looked at."""
         said, tensors = message
         with self._talking():
-            first, more = _framed([said, _kinds(tensors)] if owner == self.rank else None, [], FIRST_BYTES["cpu"])
+            first, more = framed([said, kinds_of(tensors)] if owner == self.rank else None, [], FIRST_BYTES["cpu"])
             dist.broadcast(first, owner)
-            if rest := _length(first) - len(first):
+            if rest := length_of(first) - len(first):
                 more = more if owner == self.rank else torch.empty(rest, dtype=torch.uint8)
                 dist.broadcast(more, owner)
-            (said, kinds), _ = _read(first, more)
-            return said, self._sent(owner, kinds, tensors)
+        (said, kinds), _ = unframed(first, more)
+        return said, self._sent(owner, kinds, tensors)
 
     def _from_all(self, message: Message, for_leader: bool = False) -> list[Message]:
         """The JSON values and tensors of all processes, in their order; `for_leader`, process 0 keeps its tensors."""
         said, tensors = message
-        kinds = _kinds(tensors)
-        told = self._texts([said, kinds], [t for t, kind in zip(tensors, kinds, strict=True) if _rides(kind)])
+        kinds = kinds_of(tensors)
+        told = self._texts([said, kinds], [t for t, kind in zip(tensors, kinds, strict=True) if rides(kind)])
         first = list(tensors) if self.leads else []  # of the leader's, when nobody else needs them
-        with self._talking():
-            return [
-                (each, first if for_leader and owner == 0 else self._sent(owner, kinds, tensors, riding))
-                for owner, ((each, kinds), riding) in enumerate(told)
-            ]
+        return [
+            (each, first if for_leader and owner == 0 else self._sent(owner, kinds, tensors, riding))
+            for owner, ((each, kinds), riding) in enumerate(told)
+        ]
 
     def _texts(self, said: Any, riding: Sequence[Tensor] = ()) -> list[tuple[Any, Tensor]]:
         """The JSON values of all processes and the bytes that go along with each: one message, or two where one of them
         is long."""
-        first, more = _framed(said, riding, FIRST_BYTES[self.by.type])
-        with self._talking():
-            firsts, mores = self._gathered(first), [more] * self.size
-            if rest := max(map(_length, firsts)) - len(first):
-                mores = self._gathered(torch.cat([more, more.new_zeros(rest - len(more))]))
-        return [_read(*each) for each in zip(firsts, mores, strict=True)]
+        first, more = framed(said, riding, FIRST_BYTES[self.by.type])
+        firsts, mores = self._gathered(first), [more] * self.size
+        if rest := max(map(length_of, firsts)) - len(first):
+            mores = self._gathered(torch.cat([more, more.new_zeros(rest - len(more))]))
+        return [unframed(*each) for each in zip(firsts, mores, strict=True)]
 
     def _gathered(self, bytes_N: Tensor) -> list[Tensor]:
         """What all processes have, as many bytes each; on the CPU."""
         sent = bytes_N.to(self.by)
         found = sent.new_empty((self.size, len(sent)))
-        dist.all_gather(list(found), sent)
+        with self._talking(sent):
+            dist.all_gather(list(found), sent)
         return list(found.cpu())
 
     def _sent(self, owner: int, kinds: Kinds, tensors: Sequence[Tensor], riding: Tensor | None = None) -> list[Tensor]:
@@ -240,21 +268,27 @@ class World:
         if owner != self.rank:
             tensors = [torch.empty(shape, dtype=getattr(torch, dtype), device=on) for dtype, shape, on in kinds]
         tensors = [tensor.contiguous() for tensor in tensors]
-        rode = [riding is not None and _rides(kind) for kind in kinds]
+        rode: list[Tensor] = []
+        others: list[Tensor] = []
+        for tensor, kind in zip(tensors, kinds, strict=True):
+            (rode if riding is not None and rides(kind) else others).append(tensor)
         if riding is not None and owner != self.rank:
-            _copy_apart(riding, [tensor for tensor, rides in zip(tensors, rode, strict=True) if rides])
-        for bundle in _bundles([tensor for tensor, rides in zip(tensors, rode, strict=True) if not rides]):
-            sent = _bytes_of(bundle)
+            copy_apart(riding, rode)
+        for bundle in bundles(others):
+            sent = bytes_of(bundle)
             if sent.numel():
-                dist.broadcast(sent, owner)
+                with self._talking(sent):
+                    dist.broadcast(sent, owner)
             if len(bundle) > 1 and owner != self.rank:
-                _copy_apart(sent, bundle)
+                copy_apart(sent, bundle)
         return tensors
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """Turns a broken connection into a sentence."""
+    def _talking(self, *tensors: Tensor) -> Iterator[None]:
+        """Turns a broken connection into a sentence; what is said of tensors on a GPU, once these have met."""
         try:
+            for meeting in self._meeting if any(tensor.is_cuda for tensor in tensors) else ():
+                meeting.result()
             yield
         except RuntimeError as error:
             why = str(error).split("\n", 1)[0]
@@ -291,62 +325,6 @@ def check_divisible(world: World, recipe: Recipe) -> None:
             f"{world.size} processes were to share {recipe.samples} calibration sequences, and each needs 1: raise "
             f"--samples to {world.size} or use --nproc-per-node {recipe.samples}."
         )
-
-
-def _kinds(tensors: Sequence[Tensor]) -> Kinds:
-    return [(str(t.dtype).removeprefix("torch."), t.shape, t.device.type) for t in tensors]
-
-
-def _rides(kind: tuple[str, Sequence[int], str]) -> bool:
-    dtype, shape, on = kind
-    return on == "cpu" and math.prod(shape) * getattr(torch, dtype).itemsize <= RIDING_BYTES
-
-
-def _framed(said: Any, riding: Sequence[Tensor], first_bytes: int) -> tuple[Tensor, Tensor]:
-    """A JSON value and tensors as a first message of one size for all, which begins with how many bytes there are in
-    all and of the value, and what does not fit in."""
-    text, held = json.dumps(said).encode(), _bytes_of(riding)
-    size = max(2 * LENGTH_BYTES + len(text) + len(held), first_bytes)
-    lengths = size.to_bytes(LENGTH_BYTES, "little") + len(text).to_bytes(LENGTH_BYTES, "little")
-    framed = torch.frombuffer(bytearray((lengths + text).ljust(size)), dtype=torch.uint8)
-    framed[len(lengths) + len(text) :][: len(held)] = held
-    return framed[:first_bytes], framed[first_bytes:]
-
-
-def _length(first: Tensor) -> int:
-    return int.from_bytes(first[:LENGTH_BYTES].numpy().tobytes(), "little")
-
-
-def _read(first: Tensor, more: Tensor) -> tuple[Any, Tensor]:
-    """What `_framed` was given, the tensors as bytes; behind both there may be bytes that are nobody's."""
-    begin = 2 * LENGTH_BYTES
-    end = begin + int.from_bytes(first[LENGTH_BYTES:begin].numpy().tobytes(), "little")
-    framed = torch.cat([first, more])
-    return json.loads(framed[begin:end].numpy().tobytes()), framed[end:]
-
-
-def _bytes_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Contiguous tensors one behind the other (not every backend has bools); one alone is not copied."""
-    parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
-
-
-def _copy_apart(bytes_N: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Fills tensors with bytes that `_bytes_of` has put one behind the other; more may follow."""
-    at = 0
-    for tensor in tensors:
-        tensor.view(-1).view(torch.uint8).copy_(bytes_N[at : at + tensor.nbytes])
-        at += tensor.nbytes
-
-
-def _bundles(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors that are sent together: the small ones of a device, of which a block of experts has a thousand."""
-    small: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.nbytes <= SMALL_BYTES[tensor.device.type]:
-            small.setdefault(tensor.device.type, []).append(tensor)
-    large = ([tensor] for tensor in tensors if tensor.nbytes > SMALL_BYTES[tensor.device.type])
-    return [*small.values(), *large]
 
 
 def _taken_apart(solution: AnySolution) -> Parcel:
