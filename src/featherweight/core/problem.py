@@ -6,6 +6,7 @@ Shapes: R outputs, C inputs; a leading E (layers of one shape, experts) is allow
 from __future__ import annotations
 
 import warnings
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,12 @@ class LayerProblem:
             raise RequestError(
                 f"{self.name} saw inputs with NaN or Inf: run the model in float32 or check its weights."
             )
+
+    def moved(self, weight_RC: Tensor) -> LayerProblem:
+        """The same with other weights; H is known to be finite, which takes a pass over it and has a GPU waited for."""
+        other = copy(self)
+        object.__setattr__(other, "weight_RC", weight_RC)
+        return other
 
     @property
     def dead_C(self) -> Tensor:
@@ -161,9 +168,12 @@ def _image(matrix_CC: Tensor, z_C: Tensor) -> Tensor:
 
 def loss_R(problem: LayerProblem, values_RC: Tensor, damping: float | None = None) -> Tensor:
     """tr(D H D^T) row by row, D = weight - values; `damping` None takes H as measured, else damped by that much."""
-    hessian_CC = problem.hessian_CC if damping is None else problem.damped(damping)
     delta_RC = problem.weight_RC - values_RC.to(problem.weight_RC.dtype)
-    return (times(delta_RC, hessian_CC) * delta_RC).sum(-1)
+    found_R = (times(delta_RC, problem.hessian_CC) * delta_RC).sum(-1)
+    if damping is None:
+        return found_R
+    added_C = problem._damped_diagonal(damping) - problem.hessian_CC.diagonal(dim1=-2, dim2=-1)
+    return found_R + (delta_RC.square() * added_C.unsqueeze(-2)).sum(-1)
 
 
 def column_order(damped_CC: Tensor, order: Order) -> Tensor:

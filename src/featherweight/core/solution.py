@@ -52,7 +52,7 @@ class Solution:
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights these codes stand for, (code - zero) * scale, computed in `dtype`; shape R x C."""
-        grouped: Tensor = self.codes_RC.unflatten(-1, (self.scales_RG.shape[-1], -1)).to(dtype)
+        grouped: Tensor = self.codes_RC.unflatten(-1, (self.scales_RG.shape[-1], -1))
         grouped = (grouped - self.zeros_RG.unsqueeze(-1).to(dtype)) * self.scales_RG.unsqueeze(-1).to(dtype)
         return grouped.flatten(-2)
 

@@ -143,7 +143,7 @@ def _solve_alike(
     with view.phases("solve"):
         gap = sums.gap_mean(weight_RC, problem.hessian_CC, parts[0])
         if gap is not None:
-            problem = replace(problem, weight_RC=undo_drift(problem, factor, group, gap, recipe.pull))
+            problem = problem.moved(undo_drift(problem, factor, group, gap, recipe.pull))
         del weight_RC, gap
         solution = solve(problem, rule, choices, factor)
         check_certificate(problem, solution)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core import fused, scales
-from featherweight.core.problem import LayerProblem
+from featherweight.core.problem import LayerProblem, loss_R
 from featherweight.core.products import left, roughly, times
 from featherweight.core.refine import descend, refit_scales
 from featherweight.core.rules import Grid, Rule
@@ -38,15 +38,14 @@ def check_certificate(problem: LayerProblem, solution: AnySolution) -> None:
     Where descent set out from far worse codes (one column with a thousandfold H, and scales chosen without it), the
     claim keeps the rounding of all that was taken away: a millionth of the layer's w H w^T is no difference.
     """
-    damped_CC, weight_RC = problem.damped(solution.damping), problem.weight_RC
-    delta_RC = weight_RC - solution.values()
-    actual_R = (times(delta_RC, damped_CC) * delta_RC).sum(-1)
+    actual_R = loss_R(problem, solution.values(), solution.damping)
     sums = torch.stack([actual_R.sum(-1).double(), solution.loss_R.double().sum(-1)]).view(2, -1).tolist()
     for layer, (actual, claimed) in enumerate(zip(*sums, strict=True)):
         difference = abs(actual - claimed)
         if difference <= LOSS_TOLERANCE * abs(actual) + 1e-12:
             continue
-        one_RC, one_CC = (each if each.dim() == 2 else each[layer] for each in (weight_RC, damped_CC))
+        given = problem.weight_RC, problem.damped(solution.damping)
+        one_RC, one_CC = (each if each.dim() == 2 else each[layer] for each in given)
         if not difference <= ENERGY_TOLERANCE * float((times(one_RC, one_CC) * one_RC).sum()):
             raise FeatherweightError(
                 f"{problem.name}: the solver claims a loss of {claimed:.6g} and its codes have {actual:.6g}: "
@@ -90,9 +89,9 @@ def solve_stack(
         gaps = [None if gap_ECC is None else gap_ECC[at] for at in apart]
         found = [solve_stack(_of(problem, at), gap, rule, choices) for at, gap in zip(apart, gaps, strict=True)]
         moved_ERC = torch.cat([one.weight_RC for one, _ in found])
-        return replace(problem, weight_RC=moved_ERC), [solution for _, each in found for solution in each]
+        return problem.moved(moved_ERC), [solution for _, each in found for solution in each]
     if gap_ECC is not None:
-        problem = replace(problem, weight_RC=problem.weight_RC + factor.solve(times(problem.weight_RC, gap_ECC)))
+        problem = problem.moved(problem.weight_RC + factor.solve(times(problem.weight_RC, gap_ECC)))
     stack = solve_layer(problem, rule, choices, factor)
     check_certificate(problem, stack)
     stack = replace(stack, loss_R=stack.loss_R.cpu())
