@@ -250,6 +250,8 @@ def test_bench_compress(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (report.blocks, report.layers, report.peer_s, report.peak_gpu_bytes) == (2, 4, None, None)
     assert report.block_s == pytest.approx(sum(report.phase_s.values()), abs=0.01)
     assert report.whole_s == pytest.approx(report.seconds + 2 * report.block_s, abs=0.1)
+    assert report.first_block_s > 0 and report.outside_s > 0
+    assert report.seconds == pytest.approx(report.first_block_s + report.block_s + report.outside_s, abs=0.02)
     assert 0 < report.share_of_floor < 1 and report.floor_s > 0 and report.peak_host_bytes > 1 << 26
     assert dict(bench.rows(report))["all 4 blocks"] == asdict(report)["whole_s"]
 

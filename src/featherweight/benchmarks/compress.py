@@ -36,7 +36,8 @@ class Report:
 
     Attributes:
         seconds: of the run as it was; block_s: of one block but the first, whose phases are in phase_s ("write" goes on
-            beside the others on a GPU and is not in block_s).
+            beside the others on a GPU and is not in block_s); first_block_s: of the first, which compiles or loads all
+            kernels; outside_s: before the first and after the last.
         whole_s: of a model with all its blocks, everything outside them as measured.
         floor_s: of one block, at the measured peaks (TFLOP/s) of so many devices; share_of_floor: floor_s / block_s.
         peak_gpu_bytes: None on a CPU.
@@ -50,6 +51,8 @@ class Report:
     tokens: int
     seconds: float
     block_s: float
+    first_block_s: float
+    outside_s: float
     phase_s: dict[str, float]
     whole_s: float
     floor_s: float
@@ -137,7 +140,11 @@ def _report(
     names = {name: None for line in usual for name in line}
     phase_s = {name: sum(line.get(name, 0.0) for line in usual) / len(usual) for name in names}
     on_gpu = device.type == "cuda"
-    block_s = sum(took for name, took in phase_s.items() if not (on_gpu and name == "write"))
+
+    def without_write(line: Mapping[str, float]) -> float:
+        return sum(took for name, took in line.items() if not (on_gpu and name == "write"))
+
+    block_s, first_s = without_write(phase_s), without_write(lines[0])
     floor_s = floor_seconds(shapes, recipe, peaks["bfloat16" if on_gpu else "float32"], peaks["float32"]) / processes
     return Report(
         processes=processes,
@@ -147,6 +154,8 @@ def _report(
         tokens=recipe.tokens or 0,
         seconds=round(result.seconds, 2),
         block_s=round(block_s, 3),
+        first_block_s=round(first_s, 3),
+        outside_s=round(result.seconds - sum(map(without_write, lines)), 3),
         phase_s={name: round(took, 4) for name, took in phase_s.items()},
         whole_s=round(result.seconds + (shapes.layers - blocks) * block_s, 1),
         floor_s=round(floor_s, 3),
@@ -209,6 +218,8 @@ def rows(report: Report) -> list[tuple[str, Any]]:
     gib = 2.0**30
     found += [
         ("a block", report.block_s),
+        ("the first block", report.first_block_s),
+        ("outside the blocks", report.outside_s),
         ("its floor at the measured peaks", report.floor_s),
         (f"as run, {report.blocks} blocks", report.seconds),
         (f"all {report.layers} blocks", report.whole_s),
