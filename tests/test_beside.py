@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
 from featherweight.stream import layerwise, solving
 from featherweight.stream.carried import Carried
+from featherweight.stream.device import uncollected
 from featherweight.stream.ending import Ending
 from featherweight.stream.folder import JOURNAL, OutputFolder
 from featherweight.stream.phases import Phases, added
@@ -236,6 +238,25 @@ def test_what_is_compiled_on_does_not_depend_on_the_default_dtype() -> None:
             piece()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_the_solver_is_waited_for_when_the_first_sums_are_there(
+    source: Path, chosen: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    collect, solve_group = layerwise.collect, layerwise.solve_group
+    monkeypatch.setattr(layerwise, "collect", lambda *a: (heard.append("collect"), collect(*a))[1])
+    monkeypatch.setattr(layerwise, "solve_group", lambda *a: (heard.append("solve"), solve_group(*a))[1])
+    monkeypatch.setattr(pipeline._Job, "_compiled", lambda job: heard.append("compiled"))
+    api.compress(source, tmp_path / "out", chosen)
+    assert heard[:3] == ["collect", "compiled", "solve"]
+
+
+def test_what_is_there_is_not_collected_meanwhile() -> None:
+    before = gc.get_freeze_count()
+    with uncollected():
+        assert gc.get_freeze_count() > before
+    assert gc.get_freeze_count() == 0
 
 
 # --- the benchmark

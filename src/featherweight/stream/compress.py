@@ -319,17 +319,22 @@ class _Job:
 
         return token_weights(self.tree, ids_ST, self.device, self.dtype, self.recipe.seed, tick, self.world)
 
+    def _compiled(self) -> None:
+        """Returns once the solver is compiled; whatever that may have met, the block meets too, and says so."""
+        if self.compiled is not None:
+            wait([self.compiled])
+
     def _solve(
         self, folder: OutputFolder, writer: Writer, index: int, block: Block, view: BlockView
     ) -> dict[str, AnySolution]:
         """Solves a block and has its shard written; returns what that will hold."""
         began, total = time.perf_counter(), len(self.tree.blocks)
-        if self.compiled is not None:
-            wait([self.compiled])  # whatever it may have met, the block meets too, and says so
+        if self.recipe.trains:
+            self._compiled()
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solve_block = trained if self.recipe.trains else layerwise
         solutions = solve_block(
-            replace(view, phases=self.phases),
+            replace(view, phases=self.phases, ready=self._compiled),
             rules,
             self.recipe,
             self.choices,

@@ -72,6 +72,7 @@ def _solve_mixture(
 ) -> dict[str, Solved]:
     assert view.inputs is not None
     gathered, served, steps = _prepared(view, mixture, recipe)
+    view.ready()
     matrices = {matrix.path: matrix for matrix in view.matrices}
     columns = [matrices[mixture.matrix_path(0, leaves[0])].columns for leaves in steps]
     each_bytes, processes = 4 * max(columns) ** 2 * (1 if mixture.original is None else 2), view.world.size

@@ -71,6 +71,7 @@ class BlockView:
         special_ST: which of the block's own tokens are special, bool; None where all tokens are alike.
         carries: half of the states' tokens are what an encoder returned, behind the block's own.
         alike: the groups that were found in the blocks before, by how those are made.
+        ready: returns once the solver's kernels are there, which are compiled beside the first block's pass.
     """
 
     module: nn.Module
@@ -89,6 +90,7 @@ class BlockView:
     special_ST: Tensor | None = None
     carries: bool = False
     alike: dict[Hashable, list[Group]] = field(default_factory=dict)
+    ready: Callable[[], None] = lambda: None
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The matrix as R x C float32 (a Conv1D keeps it the other way round)."""

@@ -83,6 +83,7 @@ def solve_stage(
 ) -> dict[str, AnySolution]:
     """Solves the groups of one stage; of several processes each solves some, or a part of the rows of each, whichever
     is done first, and has the others' from the others."""
+    view.ready()
     world = view.world
     dealt, apart = [group.cost() for group in stage], sum(group.cost(world.size) for group in stage)
     loads = [0.0] * world.size
