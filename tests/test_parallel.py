@@ -30,14 +30,15 @@ from featherweight import api, formats
 from featherweight.core.hessian import CrossSum, HessianSum
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.models.checkpoint import Checkpoint
-from featherweight.models.tree import build
+from featherweight.models.tree import Matrix, build
 from featherweight.plan import Database
 from featherweight.recipe import Recipe
 from featherweight.recipes import papers_gptq
 from featherweight.stream import compress as pipeline
+from featherweight.stream import dealing, messages
 from featherweight.stream import hidden as hidden_states
-from featherweight.stream import messages
 from featherweight.stream.allocation import DATABASE
+from featherweight.stream.dealing import Sharers, deal_stage
 from featherweight.stream.inputs import Group, GroupSums, add_up
 from featherweight.stream.messages import FIRST_BYTES
 from featherweight.stream.parallel import ALONE, World, check_divisible
@@ -240,6 +241,25 @@ def hidden_on_disk(_rank: int) -> None:
     hidden_states.free_memory_bytes = lambda: 0
 
 
+def unevenly_shared(_rank: int) -> None:
+    """The dearest group of every stage is shared, whatever that costs."""
+    dealing.WORTH = 100.0
+    one_shared = dealing._one_shared
+
+    def noted(groups: Sequence[Group], divisible: Sequence[bool], world: World) -> dealing.Deal | None:
+        found = one_shared(groups, divisible, world)
+        assert found is not None and (len(groups) == 1) == (found.sharers.shares == (0.5, 0.5))
+        return found
+
+    dealing._one_shared, dealing._all_shared = noted, lambda *_: None
+
+
+def test_a_group_that_is_shared_unevenly(source: Path, text: Path, alone: Path, tmp_path: Path) -> None:
+    chosen = Recipe(**SMALL, calibration=(str(text),))
+    whole(together(source, tmp_path / "out", chosen, unevenly_shared))
+    assert_alike(tmp_path / "out", alone, FIRST)
+
+
 # --- stopped, and gone on with by others
 
 
@@ -428,6 +448,47 @@ def test_tasks_are_dealt_out_by_cost() -> None:
     assert ALONE.deal([3.0, 1.0]) == [0, 0]
     assert World(0, 2).deal([1.0, 5.0, 2.0, 2.0]) == World(1, 2).deal([1.0, 5.0, 2.0, 2.0]) == [1, 0, 1, 1]
     assert sorted(World(0, 4).deal([7.0, 7.0, 7.0])) == [0, 1, 2]
+
+
+def group(columns: int, *rows: int) -> Group:
+    return Group(
+        tuple(Matrix(f"{n}", f"{n}", f"{n}.weight", None, count, columns, False) for n, count in enumerate(rows))
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "owners", "shares"),
+    [
+        ([group(4096, 4096, 4096, 4096), group(4096, 4096), group(4096, 11008, 11008)], [1, 1, 0], (1.0,)),  # 7B
+        ([group(11008, 4096)], [None], (0.5, 0.5)),
+        ([group(8192, 8192, 1024, 1024), group(8192, 8192), group(8192, 28672, 28672)], [0, 1, None], (0.482, 0.518)),
+        ([group(64, 64), group(64, 64), group(64, 64), group(64, 64)], [0, 1, 0, 1], (1.0,)),
+        ([group(64, 640), group(64, 608), group(64, 640)], [None, 1, 0], (0.475, 0.525)),
+    ],
+)
+def test_a_stage_is_dealt_so_that_all_end_together(
+    stage: list[Group], owners: list[int | None], shares: tuple[float, ...]
+) -> None:
+    deals = [deal_stage(stage, [True] * len(stage), World(rank, 2)) for rank in range(2)]
+    assert deals[0].owners == deals[1].owners == owners
+    assert deals[0].sharers.shares == deals[1].sharers.shares == pytest.approx(shares, abs=2e-3)
+    loads = [0.0, 0.0]
+    for each, owner in zip(stage, owners, strict=True):
+        for rank, count in enumerate(map(sum, deals[0].sharers.counts(each)) if owner is None else ()):
+            loads[rank] += each.cost() - each.rows_cost + count * each.matrices[0].columns ** 2
+        if owner is not None:
+            loads[owner] += each.cost()
+    assert max(loads) == pytest.approx(deals[0].cost, rel=0.02)
+    assert deal_stage(stage, [True] * len(stage), ALONE).owners == [0] * len(stage)
+    assert None not in deal_stage(stage, [False] * len(stage), World(0, 2)).owners
+
+
+def test_parts_of_rows_are_all_rows_once() -> None:
+    for rows in (1, 3, 64, 1000, 4096, 28672):
+        for shares in ((0.5, 0.5), (0.732, 0.268), (0.2, 0.5, 0.3)):
+            parts = [Sharers(World(rank, len(shares)), shares).part(rows) for rank in range(len(shares))]
+            assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
+            assert rows < 1000 or all(part.start % 64 == 0 for part in parts)
 
 
 # --- torchrun

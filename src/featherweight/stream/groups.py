@@ -144,10 +144,14 @@ class Group:
         """What stands for the group: its first matrix."""
         return self.matrices[0].path
 
-    def cost(self, sharers: int = 1) -> float:
-        """What solving them takes, to be compared: the sweep of one sharer's part of the rows, and the factor."""
-        rows, columns = sum(matrix.rows for matrix in self.matrices), self.matrices[0].columns
-        return (rows / sharers + FACTOR * columns) * columns**2
+    @property
+    def rows_cost(self) -> float:
+        """What the sweep of all its rows takes, to be compared."""
+        return float(sum(matrix.rows for matrix in self.matrices) * self.matrices[0].columns ** 2)
+
+    def cost(self) -> float:
+        """What solving it takes, to be compared: the sweep of the rows, and the factor."""
+        return self.rows_cost + FACTOR * self.matrices[0].columns ** 3
 
 
 def input_groups(view: BlockView) -> list[Group]:

@@ -18,12 +18,14 @@ from featherweight.core.solution import AnySolution, Solution
 from featherweight.core.solve import Choices, solve
 from featherweight.models.tree import Matrix
 from featherweight.recipe import Recipe
+from featherweight.stream.dealing import Sharers, deal_stage
 from featherweight.stream.experts import mixtures_of, solve_mixtures, without_experts
 from featherweight.stream.groups import Solved
 from featherweight.stream.inputs import BlockView, Group, GroupSums, Tick, collect, input_groups
-from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.portions import round_experts, rtn_problem
 from featherweight.stream.solving import check_certificate, energy_R, split
+
+UNSHARED = Sharers()
 
 
 def layerwise(
@@ -81,24 +83,21 @@ def solve_stage(
     recipe: Recipe,
     choices: Choices,
 ) -> dict[str, AnySolution]:
-    """Solves the groups of one stage; of several processes each solves some, or a part of the rows of each, whichever
-    is done first, and has the others' from the others."""
+    """Solves the groups of one stage; of several processes each solves some, or a part of the rows of one or all,
+    whichever is done first, and has the others' from the others."""
     view.ready()
     world = view.world
-    dealt, apart = [group.cost() for group in stage], sum(group.cost(world.size) for group in stage)
-    loads = [0.0] * world.size
-    for owner, cost in zip(world.deal(dealt), dealt, strict=True):
-        loads[owner] += cost
-    if apart < max(loads) and all(isinstance(rules[m.path], Grid) for group in stage for m in group.matrices):
-        found: dict[str, AnySolution] = {}
-        for group, each in zip(stage, sums, strict=True):
-            found |= solve_group(view, group, each, rules, recipe, choices, world)
-        return found
-
-    def solve_one(number: int) -> dict[str, AnySolution]:
-        return solve_group(view, stage[number], sums[number], rules, recipe, choices)
-
-    return world.solved(dealt, solve_one, rules)
+    divisible = [all(isinstance(rules[matrix.path], Grid) for matrix in group.matrices) for group in stage]
+    deal = deal_stage(stage, divisible, world)
+    mine: dict[str, AnySolution] = {}
+    shared: dict[str, AnySolution] = {}
+    for group, each, owner in zip(stage, sums, deal.owners, strict=True):
+        if owner == world.rank:
+            mine |= solve_group(view, group, each, rules, recipe, choices)
+    for group, each, owner in zip(stage, sums, deal.owners, strict=True):
+        if owner is None:
+            shared |= solve_group(view, group, each, rules, recipe, choices, deal.sharers)
+    return shared | (world.everyones(mine, rules) if any(owner is not None for owner in deal.owners) else {})
 
 
 def solve_group(
@@ -108,7 +107,7 @@ def solve_group(
     rules: Mapping[str, Rule],
     recipe: Recipe,
     choices: Choices,
-    sharers: World = ALONE,
+    sharers: Sharers = UNSHARED,
 ) -> dict[str, AnySolution]:
     """Solves matrices with one H and one rule as one problem of all their rows, and takes the solution apart again.
 
@@ -133,9 +132,9 @@ def _solve_alike(
     rule: Rule,
     recipe: Recipe,
     choices: Choices,
-    sharers: World,
+    sharers: Sharers,
 ) -> dict[str, AnySolution]:
-    parts = [sharers.split(matrix.rows) for matrix in group.matrices]
+    parts = [sharers.part(matrix.rows) for matrix in group.matrices]
     weight_RC = torch.cat([view.weight(matrix)[at] for matrix, at in zip(group.matrices, parts, strict=True)])
     name = " + ".join(matrix.name for matrix in group.matrices)
     problem = LayerProblem(weight_RC, hessian_CC, sums.hessian.tokens, recipe.relative_damping, name)
@@ -149,18 +148,18 @@ def _solve_alike(
         solution = solve(problem, rule, choices, factor)
         check_certificate(problem, solution)
         energy = energy_R(problem)
-        if sharers.size > 1:
+        if len(sharers.shares) > 1:
             solution, energy = _whole(solution, energy, group, sharers)
         return split(energy, solution, group.matrices)
 
 
-def _whole(solution: AnySolution, energy_R: Tensor, group: Group, sharers: World) -> tuple[AnySolution, Tensor]:
+def _whole(solution: AnySolution, energy_R: Tensor, group: Group, sharers: Sharers) -> tuple[AnySolution, Tensor]:
     """What all sharers have, each of its part of every matrix's rows, in the order of the matrices."""
     assert isinstance(solution, Solution) and solution.keep_RC is None
     ours = [solution.codes_RC, solution.scales_RG, solution.zeros_RG, solution.loss_R, energy_R]
-    counts = [[len(range(*each.split(m.rows).indices(m.rows))) for m in group.matrices] for each in sharers.all()]
+    counts = sharers.counts(group)
     wholes: list[Tensor] = []
-    for parts in zip(*sharers.rows_of_each(ours, list(map(sum, counts))), strict=True):
+    for parts in zip(*sharers.world.rows_of_each(ours, list(map(sum, counts))), strict=True):
         by_matrix = zip(*(part.split(rows) for part, rows in zip(parts, counts, strict=True)), strict=True)
         wholes.append(torch.cat([torch.cat(each) for each in by_matrix]))
     codes_RC, scales_RG, zeros_RG, loss_R, energy_R = wholes

@@ -114,10 +114,6 @@ class World:
         """This process's part of `count` things in a row."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def all(self) -> list[World]:
-        """Every process as it sees itself, in their order."""
-        return [replace(self, rank=rank) for rank in range(self.size)]
-
     def deal(self, costs: Sequence[float]) -> list[int]:
         """Which process gets which of some tasks: the dearest first, each to the one with least to do."""
         loads, owners = [0.0] * self.size, [0] * len(costs)
@@ -170,15 +166,6 @@ class World:
         made = make() if self.leads else None
         tensors = self._from(0, (None, [] if made is None else [made]))[1]
         return tensors[0] if tensors else None
-
-    def solved(
-        self, costs: Sequence[float], solve: Callable[[int], dict[str, AnySolution]], rules: Mapping[str, Rule]
-    ) -> dict[str, AnySolution]:
-        """The solutions of every task `solve(number)`, by path, each solved by one process and then known to all."""
-        mine: dict[str, AnySolution] = {}
-        for number, owner in enumerate(self.deal(costs)):
-            mine |= solve(number) if owner == self.rank else {}
-        return self.everyones(mine, rules)
 
     def everyones(self, mine: dict[str, AnySolution], rules: Mapping[str, Rule]) -> dict[str, AnySolution]:
         """The solutions of all processes, by path."""
