@@ -5,8 +5,9 @@ Shapes: R outputs, C inputs, G groups, E layers of one shape.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from featherweight.core import products, scales, triangle
 from featherweight.core.problem import LayerProblem, Order, loss_R
 from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
+from featherweight.core.shared_factor import shared_inverse_factor_
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import round_to_nearest, sweep
 from featherweight.core.triangle import inverse_factor_, inverse_lower
+from featherweight.stream.parallel import ALONE
 from oracles import activation_order, damped, eliminate, layer_loss, levels, random_layer
 
 DATA = Path(__file__).parent / "data"
@@ -338,16 +341,20 @@ def test_the_factor_in_place_is_the_factor(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
-def test_the_factor_in_place_with_products_in_pieces(unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make_", [inverse_factor_, partial(shared_inverse_factor_, helpers=ALONE)])
+def test_the_factor_in_place_with_products_in_pieces(
+    make_: Callable[[Tensor], bool], unit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As exact as float32's own, in any unit, with inputs a thousand times as large as others."""
     for name, size in (("BLOCK", 48), ("WHOLE", 16), ("PANELS", 2)):
         monkeypatch.setattr(f"featherweight.core.triangle.{name}", size)
-    monkeypatch.setattr("featherweight.core.triangle.split_pays", lambda matrix: True)
+    for module in ("triangle", "shared_factor"):
+        monkeypatch.setattr(f"featherweight.core.{module}.split_pays", lambda matrix: True)
     x_TC = torch.randn(600, 200, generator=torch.Generator().manual_seed(0))
     x_TC[:, ::50] *= 1000
     hessian_CC = x_TC.T @ x_TC / len(x_TC) * unit
     upper_CC = hessian_CC.clone()
-    assert inverse_factor_(upper_CC)
+    assert make_(upper_CC)
     found_CC = upper_CC.double() @ hessian_CC.double() @ upper_CC.T.double()
     torch.testing.assert_close(found_CC, torch.eye(200, dtype=torch.float64), rtol=0, atol=3e-6)
 

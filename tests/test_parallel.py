@@ -27,7 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from featherweight import api, formats
+from featherweight.core import problem, shared_factor, triangle
 from featherweight.core.hessian import CrossSum, HessianSum
+from featherweight.core.problem import LayerProblem
 from featherweight.errors import FallbackWarning, FeatherweightError, RequestError
 from featherweight.models.checkpoint import Checkpoint
 from featherweight.models.tree import Matrix, build
@@ -242,8 +244,9 @@ def hidden_on_disk(_rank: int) -> None:
 
 
 def unevenly_shared(_rank: int) -> None:
-    """The dearest group of every stage is shared, whatever that costs."""
+    """The dearest group of every stage is shared, whatever that costs, and so is its factor."""
     dealing.WORTH = 100.0
+    shared_factors()
     one_shared = dealing._one_shared
 
     def noted(groups: Sequence[Group], divisible: Sequence[bool], world: World) -> dealing.Deal | None:
@@ -258,6 +261,41 @@ def test_a_group_that_is_shared_unevenly(source: Path, text: Path, alone: Path, 
     chosen = Recipe(**SMALL, calibration=(str(text),))
     whole(together(source, tmp_path / "out", chosen, unevenly_shared))
     assert_alike(tmp_path / "out", alone, FIRST)
+
+
+def shared_factors() -> None:
+    problem.in_place_pays = lambda matrix_CC: True
+    shared_factor.LEAST_COLUMNS, triangle.BLOCK, triangle.WHOLE = 0, 24, 8
+
+
+def factors(line: Connection, rank: int, place: Path) -> None:
+    """Sends U of some H, and whether there was one of what has none."""
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    shared_factors()
+    made = [LayerProblem(torch.zeros(1, len(h_CC)), h_CC).factor(helpers=World(rank, 2)) for h_CC in hessians()]
+    none = [shared_factor.shared_inverse_factor_(-h_CC, World(rank, 2)) for h_CC in hessians()]
+    line.send(([(factor.upper_CC.numpy(), factor.order_C.numpy()) for factor in made], none))
+    os._exit(0)
+
+
+def hessians() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(400, columns, generator=draw, dtype=torch.float64) for columns in (24, 25, 100, 192)]
+    return [x_TC.T @ x_TC / 400 for x_TC in inputs]
+
+
+def test_a_factor_made_together(tmp_path: Path) -> None:
+    """One block, two, several, blocks that divide the columns; the same numbers for all."""
+    ends = [processes().Pipe() for _ in range(2)]
+    for rank, (_, theirs) in enumerate(ends):
+        processes().Process(target=factors, args=(theirs, rank, tmp_path / "meeting")).start()
+        theirs.close()
+    (one, none), (other, neither) = (heard(ours)[-1] for ours, _ in ends)
+    assert none == neither == [False] * 4
+    for (upper, order), (again, _), h_CC in zip(one, other, hessians(), strict=True):
+        alone = LayerProblem(torch.zeros(1, len(h_CC)), h_CC).factor()
+        assert (upper == again).all() and torch.equal(torch.from_numpy(order), alone.order_C)
+        torch.testing.assert_close(torch.from_numpy(upper), alone.upper_CC)
 
 
 # --- stopped, and gone on with by others

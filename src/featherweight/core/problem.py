@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core.products import split_pays, times
+from featherweight.core.shared_factor import Helpers, shared_inverse_factor_, sharing_pays
 from featherweight.core.triangle import in_place_pays, inverse_factor_, inverse_lower
 from featherweight.errors import FallbackWarning, RequestError
 
@@ -107,7 +108,7 @@ class LayerProblem:
         mean = torch.where(mean > 0, mean, torch.ones_like(mean))
         return diagonal_C + 0.01 * mean * dead_C + (self.damping if damping is None else damping) * mean
 
-    def factor(self, order: Order = "activation") -> Factor:
+    def factor(self, order: Order = "activation", helpers: Helpers | None = None) -> Factor:
         """The upper Cholesky factor of the inverse, by one reversed Cholesky and one triangular inverse.
 
         With J the reversal of the order and J H J = L L^T, U = inv(J L J) = J inv(L) J. If L does not exist in float32
@@ -118,7 +119,7 @@ class LayerProblem:
             damping = max(self.damping, 1e-4) * 10.0**step if step else self.damping
             diagonal_C = self._damped_diagonal(damping)
             order_C = _pivot_order(self.damped(damping)) if order == "pivot" else _plain_order(diagonal_C, order)
-            upper_CC = self._upper(order_C, diagonal_C)
+            upper_CC = self._upper(order_C, diagonal_C, helpers)
             if upper_CC is not None:
                 if step:
                     warnings.warn(
@@ -132,7 +133,7 @@ class LayerProblem:
             "calibrate on more text."
         )
 
-    def _upper(self, order_C: Tensor, diagonal_C: Tensor) -> Tensor | None:
+    def _upper(self, order_C: Tensor, diagonal_C: Tensor, helpers: Helpers | None) -> Tensor | None:
         """U of H with this diagonal, in this order; None where that is not positive definite even in float64."""
 
         def ordered(order_C: Tensor) -> Tensor:
@@ -142,7 +143,14 @@ class LayerProblem:
 
         if in_place_pays(self.hessian_CC):
             upper_CC = ordered(order_C)
-            if inverse_factor_(upper_CC) and self._inverts(upper_CC, order_C, diagonal_C):
+            if helpers is None or not sharing_pays(upper_CC):
+                usable = inverse_factor_(upper_CC) and self._inverts(upper_CC, order_C, diagonal_C)
+            else:
+                made = shared_inverse_factor_(upper_CC, helpers) and self._inverts(upper_CC, order_C, diagonal_C)
+                agreed = torch.tensor([float(made)], device=upper_CC.device)
+                helpers.spread(0, agreed)
+                usable = bool(agreed)
+            if usable:
                 return upper_CC
             del upper_CC
         return _inverse_factor(ordered(order_C.flip(-1)))

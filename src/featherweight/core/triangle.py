@@ -37,10 +37,8 @@ def inverse_factor_(matrix_CC: Tensor) -> bool:
     """
     all_ECC = matrix_CC if matrix_CC.dim() == 3 else matrix_CC.unsqueeze(0)
     columns, block = all_ECC.shape[-1], BLOCK if len(all_ECC) == 1 else STACKED_BLOCK
-    products = _Products(len(all_ECC) == 1 and split_pays(all_ECC))
-    root_EC = torch.exp2(torch.round(torch.log2(all_ECC.diagonal(dim1=-2, dim2=-1)) * -0.5))  # powers of 2: exact
-    if products.halved:
-        all_ECC.mul_(root_EC.unsqueeze(-1)).mul_(root_EC.unsqueeze(-2))
+    products = Products(len(all_ECC) == 1 and split_pays(all_ECC))
+    root_EC = unit_(all_ECC) if products.halved else None
     failures = []
     for start in reversed(range(0, columns, block)):
         stop = min(start + block, columns)
@@ -60,12 +58,19 @@ def inverse_factor_(matrix_CC: Tensor) -> bool:
             for at in range(0, start, PANELS * block):
                 end = min(at + PANELS * block, start)
                 products.subtract_(all_ECC[:, at:end, at:], one[:, at:end], other[..., at:])
-    if products.halved:
+    if root_EC is not None:
         all_ECC.mul_(root_EC.unsqueeze(-2))
     return bool((torch.stack(failures) == 0).all())
 
 
-class _Products:
+def unit_(matrix_ECC: Tensor) -> Tensor:
+    """Scales a symmetric matrix to a diagonal between 1/2 and 2; returns what rows and columns were multiplied by."""
+    root_EC = torch.exp2(torch.round(torch.log2(matrix_ECC.diagonal(dim1=-2, dim2=-1)) * -0.5))  # powers of 2: exact
+    matrix_ECC.mul_(root_EC.unsqueeze(-1)).mul_(root_EC.unsqueeze(-2))
+    return root_EC
+
+
+class Products:
     """Products of float32 matrices: in halves of float16 where that is faster, of one layer then."""
 
     def __init__(self, halved: bool) -> None:

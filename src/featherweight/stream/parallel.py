@@ -151,6 +151,12 @@ class World:
             with self._talking(tensor):
                 dist.reduce(tensor, owner)
 
+    def spread(self, owner: int, tensor: Tensor) -> None:
+        """Puts what the owner has in a contiguous tensor in everyone's."""
+        if self.size > 1:
+            with self._talking(tensor):
+                dist.broadcast(tensor, owner)
+
     def first(self, said: Any) -> Any:
         """What process 0 says: any JSON value."""
         return self._from(0, (said, []))[0] if self.size > 1 else said

@@ -1,0 +1,93 @@
+"""The factor of an inverse by several processes that have the same matrix, each on a device of its own.
+
+Shapes: C columns, N of a block, S before it, E one layer (a leading axis is allowed).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from featherweight.core import triangle
+from featherweight.core.products import split_pays
+
+LEAST_COLUMNS = 16384  # below, what is sent takes as long as what is saved
+
+
+class Helpers(Protocol):
+    """The processes: this one's number, how many there are, and how one's tensor gets to all."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def spread(self, owner: int, tensor: Tensor) -> None:
+        """Puts what the owner has in a contiguous tensor in everyone's."""
+
+
+def sharing_pays(matrix_CC: Tensor) -> bool:
+    """Whether `shared_inverse_factor_` is faster than `inverse_factor_` by each: of one large matrix."""
+    return matrix_CC.dim() == 2 and matrix_CC.shape[-1] >= LEAST_COLUMNS
+
+
+def shared_inverse_factor_(matrix_CC: Tensor, helpers: Helpers) -> bool:
+    """`triangle.inverse_factor_` of a matrix that all helpers have and all call this with.
+
+    Blocks of rows are dealt out in turn. The owner of the last one that is left makes its rows of U and hands them on;
+    every process takes off its own rows before what those lose, of which all need what R has there: the panel. So
+    twice the matrix's upper half is sent, and products, all but those within a block, are shared.
+    """
+    all_ECC, columns, block = matrix_CC.unsqueeze(0), matrix_CC.shape[-1], triangle.BLOCK
+    products = triangle.Products(split_pays(matrix_CC))
+    root_EC = triangle.unit_(all_ECC) if products.halved else None
+    blocks = [slice(start, min(start + block, columns)) for start in range(0, columns, block)]
+    mine = range(helpers.rank, len(blocks), helpers.size)
+    for number, own in reversed(list(enumerate(blocks))):
+        width = own.stop - own.start
+        rows_ENC = all_ECC.new_empty((1, width, columns - own.start))
+        if number in mine:
+            lower_ENN, info_E = torch.linalg.cholesky_ex(all_ECC[:, own, own].flip(-2, -1))
+            upper_ENN = triangle.inverse_lower(lower_ENN).flip(-2, -1)
+            rows_ENC[..., :width] = torch.where(info_E.view(1, 1, 1) == 0, upper_ENN, torch.nan)
+            if own.stop < columns:
+                rows_ENC[..., width:] = products.of(upper_ENN, all_ECC[:, own, own.stop :])
+        helpers.spread(number % helpers.size, rows_ENC)
+        all_ECC[:, own, own.start :] = rows_ENC
+        all_ECC[:, own.stop :, own] = 0.0
+        if number:
+            panel_ESN = _panel(all_ECC, blocks[:number], own, rows_ENC[..., :width], products, helpers)
+            all_ECC[:, : own.start, own] = 0.0
+            other = products.right(torch.cat([panel_ESN.mT, rows_ENC], -1))
+            for at in (blocks[n] for n in mine if n < number):
+                one = products.left(panel_ESN[:, at])
+                products.subtract_(all_ECC[:, at, at.start :], one, other[..., at.start :])
+    if root_EC is not None:
+        all_ECC.mul_(root_EC.unsqueeze(-2))
+    return bool(torch.isfinite(matrix_CC.diagonal()).all())
+
+
+def _panel(
+    all_ECC: Tensor,
+    before: list[slice],
+    own: slice,
+    upper_ENN: Tensor,
+    products: triangle.Products,
+    helpers: Helpers,
+) -> Tensor:
+    """What R has before a block, E x S x N: each process makes that of its rows."""
+    found_ESN = all_ECC.new_empty((1, own.start, own.stop - own.start))
+    for owner in range(helpers.size):
+        theirs = before[owner :: helpers.size]
+        if not theirs:
+            continue
+        part_EPN = all_ECC.new_empty((1, sum(at.stop - at.start for at in theirs), found_ESN.shape[-1]))
+        parts = part_EPN.split([at.stop - at.start for at in theirs], -2)
+        for at, part in zip(theirs, parts, strict=True):
+            if owner == helpers.rank:
+                part.copy_(products.of(all_ECC[:, at, own], upper_ENN.mT))
+        helpers.spread(owner, part_EPN)
+        for at, part in zip(theirs, parts, strict=True):
+            found_ESN[:, at] = part
+    return found_ESN
