@@ -21,11 +21,11 @@ from featherweight.core.solve import Choices
 from featherweight.errors import FeatherweightError, RequestError
 from featherweight.models import reading
 from featherweight.models.checkpoint import Checkpoint
+from featherweight.native.memory import uncollected
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
 from featherweight.stream import layerwise, solving
 from featherweight.stream.carried import Carried
-from featherweight.stream.device import uncollected
 from featherweight.stream.ending import Ending
 from featherweight.stream.folder import JOURNAL, OutputFolder
 from featherweight.stream.phases import Phases, added

@@ -132,6 +132,15 @@ def whole(said: list[tuple[list[Any], int | None]]) -> list[Any]:
     return [words[-1] for words, _ in said]
 
 
+def of_two(work: Callable[[Connection, int, Path], None], meeting: Path) -> list[Any]:
+    """What two processes send that do this."""
+    ends = [processes().Pipe() for _ in range(2)]
+    for rank, (_, theirs) in enumerate(ends):
+        processes().Process(target=work, args=(theirs, rank, meeting)).start()
+        theirs.close()
+    return [heard(ours)[-1] for ours, _ in ends]
+
+
 ALONG = tuple((long, riding) for long in ((), (0,), (0, 1)) for riding in (1 << 18, 16, 0))  # who has a long text
 
 
@@ -151,11 +160,7 @@ def talk(line: Connection, rank: int, place: Path) -> None:
 
 def test_texts_of_any_length_arrive(tmp_path: Path) -> None:
     """In one message or two, whoever has the long one."""
-    ends = [processes().Pipe() for _ in range(2)]
-    for rank, (_, theirs) in enumerate(ends):
-        processes().Process(target=talk, args=(theirs, rank, tmp_path / "meeting")).start()
-        theirs.close()
-    for turns in (heard(ours)[-1] for ours, _ in ends):
+    for turns in of_two(talk, tmp_path / "meeting"):
         for (long, _), (each, first, sent, sums) in zip(ALONG, turns, strict=True):
             said = [f"{rank}" * (3 * FIRST_BYTES["cpu"] if rank in long else 5) for rank in range(2)]
             assert each == said and first == said[0] and sums == [2, 1]
@@ -272,8 +277,12 @@ def factors(line: Connection, rank: int, place: Path) -> None:
     """Sends U of some H, and whether there was one of what has none."""
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
     shared_factors()
+    shared: list[int] = []
+    make_ = shared_factor.shared_inverse_factor_
+    problem.shared_inverse_factor_ = lambda *given: (shared.append(len(given[0])), make_(*given))[1]
     made = [LayerProblem(torch.zeros(1, len(h_CC)), h_CC).factor(helpers=World(rank, 2)) for h_CC in hessians()]
-    none = [shared_factor.shared_inverse_factor_(-h_CC, World(rank, 2)) for h_CC in hessians()]
+    assert shared == [len(h_CC) for h_CC in hessians()]
+    none = [make_(-h_CC, World(rank, 2)) for h_CC in hessians()]
     line.send(([(factor.upper_CC.numpy(), factor.order_C.numpy()) for factor in made], none))
     os._exit(0)
 
@@ -286,11 +295,7 @@ def hessians() -> list[Tensor]:
 
 def test_a_factor_made_together(tmp_path: Path) -> None:
     """One block, two, several, blocks that divide the columns; the same numbers for all."""
-    ends = [processes().Pipe() for _ in range(2)]
-    for rank, (_, theirs) in enumerate(ends):
-        processes().Process(target=factors, args=(theirs, rank, tmp_path / "meeting")).start()
-        theirs.close()
-    (one, none), (other, neither) = (heard(ours)[-1] for ours, _ in ends)
+    (one, none), (other, neither) = of_two(factors, tmp_path / "meeting")
     assert none == neither == [False] * 4
     for (upper, order), (again, _), h_CC in zip(one, other, hessians(), strict=True):
         alone = LayerProblem(torch.zeros(1, len(h_CC)), h_CC).factor()
