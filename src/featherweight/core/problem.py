@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core.products import split_pays, times
-from featherweight.core.shared_factor import Helpers, shared_inverse_factor_, sharing_pays
+from featherweight.core.shared_factor import Helpers, agreed, shared_inverse_factor_, sharing_pays
 from featherweight.core.triangle import in_place_pays, inverse_factor_, inverse_lower
 from featherweight.errors import FallbackWarning, RequestError
 
@@ -143,14 +143,12 @@ class LayerProblem:
 
         if in_place_pays(self.hessian_CC):
             upper_CC = ordered(order_C)
-            if helpers is None or not sharing_pays(upper_CC):
-                usable = inverse_factor_(upper_CC) and self._inverts(upper_CC, order_C, diagonal_C)
-            else:
+            if helpers is not None and sharing_pays(upper_CC, helpers):
                 made = shared_inverse_factor_(upper_CC, helpers) and self._inverts(upper_CC, order_C, diagonal_C)
-                agreed = torch.tensor([float(made)], device=upper_CC.device)
-                helpers.spread(0, agreed)
-                usable = bool(agreed)
-            if usable:
+                made = agreed(made, helpers, upper_CC.device)
+            else:
+                made = inverse_factor_(upper_CC) and self._inverts(upper_CC, order_C, diagonal_C)
+            if made:
                 return upper_CC
             del upper_CC
         return _inverse_factor(ordered(order_C.flip(-1)))

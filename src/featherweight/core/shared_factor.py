@@ -27,9 +27,16 @@ class Helpers(Protocol):
         """Puts what the owner has in a contiguous tensor in everyone's."""
 
 
-def sharing_pays(matrix_CC: Tensor) -> bool:
+def sharing_pays(matrix_CC: Tensor, helpers: Helpers) -> bool:
     """Whether `shared_inverse_factor_` is faster than `inverse_factor_` by each: of one large matrix."""
-    return matrix_CC.dim() == 2 and matrix_CC.shape[-1] >= LEAST_COLUMNS
+    return helpers.size > 1 and matrix_CC.dim() == 2 and matrix_CC.shape[-1] >= LEAST_COLUMNS
+
+
+def agreed(found: bool, helpers: Helpers, device: torch.device) -> bool:
+    """What the first process found, which all go by."""
+    told = torch.tensor([float(found)], device=device)
+    helpers.spread(0, told)
+    return bool(told)
 
 
 def shared_inverse_factor_(matrix_CC: Tensor, helpers: Helpers) -> bool:

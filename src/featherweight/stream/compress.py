@@ -29,13 +29,13 @@ from featherweight.models.encoder_decoder import runner_of
 from featherweight.models.load import load_tokenizer
 from featherweight.models.tokens import token_matrices
 from featherweight.models.tree import Block, Matrix, ModelTree
-from featherweight.native.memory import kept
+from featherweight.native.memory import kept, uncollected
 from featherweight.recipe import FLOAT_BITS, Recipe
 from featherweight.stream import attention
 from featherweight.stream.allocation import allocated_rules, check_reach
 from featherweight.stream.calibration import BATCH_TOKENS, LOW_TOKENS, TOKENS, Tell, calibration_ids, window_length
 from featherweight.stream.carried import Carried
-from featherweight.stream.device import compute_dtype, peak_memory_bytes, uncollected
+from featherweight.stream.device import compute_dtype, peak_memory_bytes
 from featherweight.stream.folder import OutputFolder
 from featherweight.stream.fused import fuse, rotations
 from featherweight.stream.guide import Weights, token_weights
@@ -329,8 +329,6 @@ class _Job:
     ) -> dict[str, AnySolution]:
         """Solves a block and has its shard written; returns what that will hold."""
         began, total = time.perf_counter(), len(self.tree.blocks)
-        if self.recipe.trains:
-            self._compiled()
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solve_block = trained if self.recipe.trains else layerwise
         solutions = solve_block(

@@ -34,6 +34,10 @@ class Sharers:
         """This process's."""
         return self.parts(rows)[self.world.rank]
 
+    def all_have_some(self, group: Group) -> bool:
+        """Whether every process has a row of every matrix of a group."""
+        return min(map(min, self.counts(group))) > 0
+
     def counts(self, group: Group) -> list[list[int]]:
         """How many rows of each matrix of a group each process has, by process."""
         by_matrix = [[part.stop - part.start for part in self.parts(matrix.rows)] for matrix in group.matrices]
@@ -42,8 +46,13 @@ class Sharers:
 
 @dataclass(frozen=True)
 class Deal:
-    """Attributes: owners: of each group, the process that solves it, None where all share it; sharers: who has what of
-    such a group; cost: what the process with most to do takes, in `Group.cost`'s unit."""
+    """Who solves what of a stage.
+
+    Attributes:
+        owners: of each group, the process that solves it; None where all share it.
+        sharers: who has what of such a group.
+        cost: what the process with most to do takes, in `Group.cost`'s unit.
+    """
 
     owners: list[int | None]
     sharers: Sharers
@@ -78,14 +87,14 @@ def _one_shared(groups: Sequence[Group], divisible: Sequence[bool], world: World
     factor, loads = groups[shared].cost() - rows_cost, _loads(others, owners, world.size)
     end = (sum(loads) + rows_cost) / world.size + factor
     sharers = Sharers(world, tuple((end - factor - load) / rows_cost for load in loads))
-    usable = min(sharers.shares) > 0 and all(min(counts) > 0 for counts in sharers.counts(groups[shared]))
+    usable = min(sharers.shares) > 0 and sharers.all_have_some(groups[shared])
     return Deal(owners, sharers, end) if usable else None
 
 
 def _all_shared(groups: Sequence[Group], divisible: Sequence[bool], world: World) -> Deal | None:
     """All groups, evenly."""
     sharers = Sharers(world, (1 / world.size,) * world.size)
-    if world.size == 1 or not all(divisible) or any(min(map(min, sharers.counts(g))) < 1 for g in groups):
+    if world.size == 1 or not (all(divisible) and all(map(sharers.all_have_some, groups))):
         return None
     cost = sum(group.cost() - group.rows_cost * (1 - 1 / world.size) for group in groups)
     return Deal([None] * len(groups), sharers, cost)

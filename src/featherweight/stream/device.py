@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,17 +26,6 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r} was asked for and this machine has {torch.cuda.device_count()} GPUs: use cpu."
         )
     return device
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """What there is already, Python's collector of garbage does not look through as long as this lasts: with a
-    library's modules in memory that takes a tenth of a second each time, and a GPU waits."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -139,7 +139,7 @@ def _solve_alike(
     name = " + ".join(matrix.name for matrix in group.matrices)
     problem = LayerProblem(weight_RC, hessian_CC, sums.hessian.tokens, recipe.relative_damping, name)
     with view.phases("factor"):
-        factor = problem.factor(recipe.order, sharers.world if len(sharers.shares) > 1 else None)
+        factor = problem.factor(recipe.order, sharers.world)
     with view.phases("solve"):
         gap = sums.gap_mean(weight_RC, problem.hessian_CC, parts[0])
         if gap is not None:
@@ -148,7 +148,7 @@ def _solve_alike(
         solution = solve(problem, rule, choices, factor)
         check_certificate(problem, solution)
         energy = energy_R(problem)
-        if len(sharers.shares) > 1:
+        if sharers.world.size > 1:
             solution, energy = _whole(solution, energy, group, sharers)
         return split(energy, solution, group.matrices)
 

@@ -205,13 +205,11 @@ class World:
         so many: nothing needs to be told, and on a GPU nobody waits."""
         found = []
         for owner, rows in enumerate(counts):
-            held = [tensor.contiguous() for tensor in tensors]
-            if owner != self.rank:
-                held = [tensor.new_empty((rows, *tensor.shape[1:])) for tensor in tensors]
+            ours = owner == self.rank
+            held = [tensor if ours else tensor.new_empty((rows, *tensor.shape[1:])) for tensor in tensors]
             sent = bytes_of(held)
-            with self._talking(sent):
-                dist.broadcast(sent, owner)
-            if owner != self.rank:
+            self.spread(owner, sent)
+            if not ours:
                 copy_apart(sent, held)
             found.append(held)
         return found
@@ -270,8 +268,7 @@ class World:
         for bundle in bundles(others):
             sent = bytes_of(bundle)
             if sent.numel():
-                with self._talking(sent):
-                    dist.broadcast(sent, owner)
+                self.spread(owner, sent)
             if len(bundle) > 1 and owner != self.rank:
                 copy_apart(sent, bundle)
         return tensors

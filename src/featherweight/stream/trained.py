@@ -41,6 +41,7 @@ def trained(
     original weights.
     """
     start = _start(view, rules, recipe, choices, lambda share: tick(START * share))
+    view.ready()  # steps are captured as graphs, which bear no other thread's work
     layers = {m.path: _trainable(view, m, start[m.path], recipe, choices) for m in view.matrices}
     schedule = _schedule(recipe)
     assert view.inputs is not None and view.dense is not None
