@@ -24,7 +24,7 @@ from featherweight.models.checkpoint import Checkpoint
 from featherweight.native.memory import uncollected
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
-from featherweight.stream import layerwise, solving
+from featherweight.stream import layerwise, rehearsal
 from featherweight.stream.carried import Carried
 from featherweight.stream.ending import Ending
 from featherweight.stream.folder import JOURNAL, OutputFolder
@@ -234,8 +234,10 @@ def test_what_is_compiled_on_does_not_depend_on_the_default_dtype() -> None:
     """Of torch, which transformers sets for all threads while it makes a model: seen with two GPUs."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        for piece in solving._pieces(Grid(4, 32), Choices(), torch.device("cpu")):
+        for piece in rehearsal._pieces(Grid(4, 32), Choices(), torch.device("cpu")):
             piece()
+        rehearsal._norm(torch.bfloat16, 32, 8, torch.device("cpu"))
+        rehearsal._pass(torch.bfloat16, 32, 8, torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -247,7 +249,7 @@ def test_the_solver_is_waited_for_when_the_first_sums_are_there(
     collect, solve_group = layerwise.collect, layerwise.solve_group
     monkeypatch.setattr(layerwise, "collect", lambda *a: (heard.append("collect"), collect(*a))[1])
     monkeypatch.setattr(layerwise, "solve_group", lambda *a: (heard.append("solve"), solve_group(*a))[1])
-    monkeypatch.setattr(pipeline._Job, "_compiled", lambda job: heard.append("compiled"))
+    monkeypatch.setattr(rehearsal.Rehearsal, "wait_for_solver", lambda self: heard.append("compiled"))
     api.compress(source, tmp_path / "out", chosen)
     assert heard[:3] == ["collect", "compiled", "solve"]
 

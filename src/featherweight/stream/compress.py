@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,8 +43,8 @@ from featherweight.stream.layerwise import layerwise
 from featherweight.stream.parallel import World, check_divisible, joined
 from featherweight.stream.phases import Phases
 from featherweight.stream.portions import room_for_experts
+from featherweight.stream.rehearsal import Rehearsal, waking
 from featherweight.stream.request import check_ids, manifest, refuse_parts
-from featherweight.stream.solving import compile_solver
 from featherweight.stream.states import States
 from featherweight.stream.storing import OUTSIDE, Packed, Shards
 from featherweight.stream.tokens import round_tokens
@@ -105,6 +104,8 @@ def _compress(
 ) -> Result:
     started = time.perf_counter()
     torch_device = world.device(device)
+    if torch_device.type == "cuda":
+        waking()
     world = world.over(torch_device)
     checkpoint = Checkpoint.open(resolve(model))
     tree = trees.build(checkpoint)
@@ -169,7 +170,8 @@ class _Job:
         self.fuses = not recipe.trains  # training compiles blocks and needs gradients
         self.low = memory == "low"
         self.carried = Carried(device, self.low)
-        self.compiled: Future[None] | None = None
+        first = tree.model.get_submodule(tree.blocks[0].module)
+        self.rehearsal = Rehearsal(device, self.dtype, first, tree.matrices[0].columns)
         self.between_blocks: Callable[[], None] = lambda: None
         # A plain format rounds what the pass has gone through, and training goes through the block again.
         self.endings = not (self.low or recipe.trains or self.format.plain)
@@ -202,14 +204,12 @@ class _Job:
         """Writes every shard that is not there yet."""
         self.tell(0, len(self.tree.blocks), "reading")
         finished = self.world.first([folder.finished(number) for number in range(len(self.tree.blocks) + 1)])
-        with Writer(self.beside) as writer, ThreadPoolExecutor(1, "compiler") as beside, self.world.meeting():
+        with Writer(self.beside) as writer, self.rehearsal, self.world.meeting():
             if not finished[0]:
                 self._solve_rest(folder, writer)
             runner = runner_of(self.tree, self.device, self.dtype, self.expert_bytes)
-            if self.device.type == "cuda" and not all(finished):
-                rule = next(iter(self.rules.values()))
-                # only now: while a model is made, torch's default dtype is the model's, on all threads
-                self.compiled = beside.submit(compile_solver, rule, self.choices, self.device)
+            if not all(finished):
+                self.rehearsal.solver(next(iter(self.rules.values())), self.choices)
             turned = rotations(runner.model) if self.fuses else nullcontext()
             attending = attention.in_c() if self.fuses and self.device.type == "cpu" else nullcontext()
             carried, total = self.carried, len(self.tree.blocks)
@@ -264,6 +264,7 @@ class _Job:
         index = block.index
         with self.phases("load"):
             module = runner.load(index, ahead.take(index))
+        self.rehearsal.wait_for_pieces()
         if self.fuses:
             fuse(module)
         settled: set[str] = set()
@@ -319,11 +320,6 @@ class _Job:
 
         return token_weights(self.tree, ids_ST, self.device, self.dtype, self.recipe.seed, tick, self.world)
 
-    def _compiled(self) -> None:
-        """Returns once the solver is compiled; whatever that may have met, the block meets too, and says so."""
-        if self.compiled is not None:
-            wait([self.compiled])
-
     def _solve(
         self, folder: OutputFolder, writer: Writer, index: int, block: Block, view: BlockView
     ) -> dict[str, AnySolution]:
@@ -332,7 +328,7 @@ class _Job:
         rules = {matrix.path: self.rules[matrix.name] for matrix in block.matrices}
         solve_block = trained if self.recipe.trains else layerwise
         solutions = solve_block(
-            replace(view, phases=self.phases, ready=self._compiled),
+            replace(view, phases=self.phases, ready=self.rehearsal.wait_for_solver),
             rules,
             self.recipe,
             self.choices,

@@ -5,29 +5,21 @@ Shapes: E layers of equal shape, R outputs, C inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from featherweight.core import fused, scales
 from featherweight.core.problem import LayerProblem, loss_R
-from featherweight.core.products import left, roughly, times
-from featherweight.core.refine import descend, refit_scales
-from featherweight.core.rules import Grid, Rule
-from featherweight.core.solution import AnySolution, Solution
+from featherweight.core.products import roughly, times
+from featherweight.core.rules import Rule
+from featherweight.core.solution import AnySolution
 from featherweight.core.solve import Choices
-from featherweight.core.sweep import WIDE_SLAB, sweep
 from featherweight.errors import FeatherweightError
 from featherweight.models.tree import Matrix
 from featherweight.stream.onelayer import solve_layer
 
-COMPILERS = 3  # threads
-COMPILED_ROWS, COMPILED_COLUMNS = 64, 256  # of the layer that is solved for the sake of its kernels
-MANY_ROWS = 1 << 16  # for which column loops are another kernel
 LOSS_TOLERANCE, ENERGY_TOLERANCE = 1e-3, 1e-6  # of a loss that is claimed: relative to itself, and to w H w^T
 
 
@@ -96,51 +88,6 @@ def solve_stack(
     check_certificate(problem, stack)
     stack = replace(stack, loss_R=stack.loss_R.cpu())
     return problem, [stack.layer(n) for n in range(count)]
-
-
-def compile_solver(rule: Rule, choices: Choices, device: torch.device) -> None:
-    """Has what the first real layer needs compiled, on a small random one, one kernel a thread: it takes seconds, and
-    the device has other work meanwhile.
-    """
-    if not isinstance(rule, Grid) or choices.method != "gptq" or not fused.usable(torch.empty(0, device=device)):
-        return
-    with torch.cuda.device(device), torch.no_grad():  # neither is known to other threads than the first
-        pieces = _pieces(rule, choices, device)
-        torch.cuda.current_stream().synchronize()
-    with ThreadPoolExecutor(COMPILERS, "compiler") as pool:
-        list(pool.map(lambda piece: _run_apart(piece, device), pieces))
-    fused.try_again()  # if compiling beside other things has failed, the first layer may yet do it alone
-
-
-def _pieces(grid: Grid, choices: Choices, device: torch.device) -> list[Callable[[], Any]]:
-    """What of a solver is a kernel each, on a small layer."""
-    width = grid.group_size or COMPILED_COLUMNS
-    columns = -(-COMPILED_COLUMNS // width) * width
-    draw = torch.Generator(device).manual_seed(0)
-    weight_RC = torch.randn(COMPILED_ROWS, columns, generator=draw, dtype=torch.float32, device=device)
-    problem = LayerProblem(weight_RC, torch.eye(columns, dtype=torch.float32, device=device), columns)
-    shape = (COMPILED_ROWS, columns // width)
-    fitted = (
-        torch.ones(shape, dtype=grid.scale_dtype, device=device),
-        torch.full(shape, grid.middle, dtype=torch.uint8, device=device),
-    )
-    codes_RC = torch.full_like(weight_RC, grid.middle, dtype=torch.uint8)
-    solution = Solution(codes_RC, *fitted, grid, weight_RC.square().sum(-1))
-    return [
-        lambda: scales.fit(grid, weight_RC.unflatten(-1, (-1, width)), None, choices.lowest_zero),
-        lambda: sweep(problem, grid, choices.order, fitted=fitted),
-        lambda: fused.compile_slabs(device, MANY_ROWS, WIDE_SLAB),
-        lambda: descend(weight_RC, problem.hessian_CC, solution),
-        lambda: refit_scales(weight_RC, problem.hessian_CC, solution),
-        lambda: [left(weight_RC.mT), left(weight_RC, torch.float16), left(weight_RC.mT, torch.float16)],
-    ]
-
-
-def _run_apart(work: Callable[[], Any], device: torch.device) -> None:
-    stream = torch.cuda.Stream(device)
-    with torch.no_grad(), torch.cuda.stream(stream):
-        work()
-    stream.synchronize()
 
 
 def _of(problem: LayerProblem, at: slice) -> LayerProblem:
