@@ -90,7 +90,7 @@ def main() -> None:
         row["h_to_codes_ms"], _ = timed(device, args.repeats, lambda p=problem: sweep(p, grid))
         row["h_to_codes_peak"] = peak(device, problem)
         row["factor_ms"], factor = timed(device, args.repeats, lambda p=problem: p.factor("activation"))
-        price_GN = _importance(factor.upper_CC[None], factor.order_C[None], args.group)[0]
+        price_GN = _importance(factor.root_CC[None], factor.order_C[None], args.group)[0]
         grouped_RGN = weight_RC.unflatten(-1, (-1, args.group))
         row["search_ms"], fitted = timed(device, args.repeats, lambda w=grouped_RGN, p=price_GN: scales.fit(grid, w, p))
         for name in ("kernels", "loops") if args.loops else ("kernels",):

@@ -19,10 +19,10 @@ from featherweight.core import products, scales, triangle
 from featherweight.core.problem import LayerProblem, Order, loss_R
 from featherweight.core.refine import refine
 from featherweight.core.rules import Grid
-from featherweight.core.shared_factor import shared_inverse_factor_
+from featherweight.core.shared_factor import shared_root_
 from featherweight.core.solution import Solution
 from featherweight.core.sweep import round_to_nearest, sweep
-from featherweight.core.triangle import inverse_factor_, inverse_lower
+from featherweight.core.triangle import Blocks, inverse_lower, inverses, root_
 from featherweight.stream.parallel import ALONE
 from oracles import activation_order, damped, eliminate, layer_loss, levels, random_layer
 
@@ -208,9 +208,12 @@ def test_default_settings_lose_less_than_the_authors(cell: str) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("slab", [1, 32, 48, 160])
-def test_slabs_do_not_matter(slab: int, order: Order) -> None:
+@pytest.mark.parametrize("together", [32, 100, 4096])
+def test_slabs_do_not_matter(slab: int, together: int, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, rule = layer(columns=160), grid(3, 32, False)
-    assert_same(sweep(problem, rule, order, slab=slab), sweep(problem, rule, order))  # 128 and 32
+    usual = sweep(problem, rule, order)  # 128 and 32
+    monkeypatch.setattr("featherweight.core.sweep.TOGETHER", together)
+    assert_same(sweep(problem, rule, order, slab=slab), usual)
 
 
 @pytest.mark.parametrize("solver", [rounded, swept, swept_updated, refined])
@@ -322,11 +325,14 @@ def test_the_factor_in_place(columns: int, layers: int | None, monkeypatch: pyte
     draw = torch.Generator().manual_seed(0)
     x_TC = torch.randn(*lead, 3 * columns, columns, generator=draw, dtype=torch.float64)
     hessian_CC = x_TC.mT @ x_TC
-    upper_CC = hessian_CC + torch.randn(hessian_CC.shape, generator=draw, dtype=torch.float64).tril(-1)
-    assert inverse_factor_(upper_CC)
-    assert torch.equal(upper_CC, upper_CC.triu())
-    torch.testing.assert_close(upper_CC.mT @ upper_CC, torch.linalg.inv(hessian_CC))
-    assert not inverse_factor_(-hessian_CC)
+    root_CC = hessian_CC + torch.randn(hessian_CC.shape, generator=draw, dtype=torch.float64).tril(-1)
+    blocks = root_(root_CC)
+    assert torch.equal(root_CC, root_CC.triu()) and blocks is not None
+    for (own, found_ENN), (_, wanted_ENN) in zip(blocks, inverses(root_CC), strict=True):
+        torch.testing.assert_close(found_ENN, wanted_ENN)
+        assert own.stop - own.start == found_ENN.shape[-1]
+    torch.testing.assert_close(root_CC @ root_CC.mT, hessian_CC)
+    assert not root_(-hessian_CC)
 
 
 def test_the_factor_in_place_is_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,14 +342,14 @@ def test_the_factor_in_place_is_the_factor(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("featherweight.core.problem.in_place_pays", lambda matrix_CC: True)
     in_place = problem.factor()
     assert torch.equal(in_place.order_C, usual.order_C)
-    torch.testing.assert_close(in_place.upper_CC, usual.upper_CC)
+    torch.testing.assert_close(in_place.root_CC, usual.root_CC)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("make_", [inverse_factor_, partial(shared_inverse_factor_, helpers=ALONE)])
+@pytest.mark.parametrize("make_", [root_, partial(shared_root_, helpers=ALONE)])
 def test_the_factor_in_place_with_products_in_pieces(
-    make_: Callable[[Tensor], bool], unit: float, monkeypatch: pytest.MonkeyPatch
+    make_: Callable[[Tensor], Blocks | None], unit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As exact as float32's own, in any unit, with inputs a thousand times as large as others."""
     for name, size in (("BLOCK", 48), ("WHOLE", 16), ("PANELS", 2)):
@@ -353,24 +359,24 @@ def test_the_factor_in_place_with_products_in_pieces(
     x_TC = torch.randn(600, 200, generator=torch.Generator().manual_seed(0))
     x_TC[:, ::50] *= 1000
     hessian_CC = x_TC.T @ x_TC / len(x_TC) * unit
-    upper_CC = hessian_CC.clone()
-    assert make_(upper_CC)
-    found_CC = upper_CC.double() @ hessian_CC.double() @ upper_CC.T.double()
+    root_CC = hessian_CC.clone()
+    assert make_(root_CC)
+    upper_CC = torch.linalg.inv(root_CC.double())
+    found_CC = upper_CC @ hessian_CC.double() @ upper_CC.T
     torch.testing.assert_close(found_CC, torch.eye(200, dtype=torch.float64), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("harm", [1.02, float("nan")])
 def test_a_factor_that_is_not_exact_enough_is_made_again(harm: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def inexact(matrix_CC: Tensor) -> bool:
-        done = inverse_factor_(matrix_CC)
+    def inexact(matrix_CC: Tensor) -> Blocks | None:
         matrix_CC *= harm
-        return done
+        return root_(matrix_CC)
 
     problem = LayerProblem(*random_layer(4, 128, seed=3, dead=DEAD))
     usual = problem.factor()
     monkeypatch.setattr("featherweight.core.problem.in_place_pays", lambda matrix_CC: True)
-    monkeypatch.setattr("featherweight.core.problem.inverse_factor_", inexact)
-    assert torch.equal(problem.factor().upper_CC, usual.upper_CC)
+    monkeypatch.setattr("featherweight.core.problem.root_", inexact)
+    assert torch.equal(problem.factor().root_CC, usual.root_CC)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -379,5 +385,5 @@ def test_triangles_without_most_of_their_zeros(monkeypatch: pytest.MonkeyPatch) 
     factor = LayerProblem(weight_RC, hessian_CC).factor()
     plain_RC = weight_RC @ factor.inverse()
     monkeypatch.setattr("featherweight.core.problem.split_pays", lambda matrix: True)
-    monkeypatch.setattr("featherweight.core.problem.TRIANGLE_COLUMNS", 40)
+    monkeypatch.setattr("featherweight.core.triangle.BLOCK", 40)
     assert float((factor.solve(weight_RC) - plain_RC).norm() / plain_RC.norm()) < 1e-4

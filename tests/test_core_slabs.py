@@ -62,8 +62,9 @@ class Slab:
         x = torch.randn(self.layers, 4 * self.all_columns, self.all_columns, generator=draw)
         x[..., 1:] += 0.5 * x[..., :-1].clone()
         self.hessian_ECC = (x.mT @ x / x.shape[1] + 0.05 * torch.eye(self.all_columns)).contiguous()
-        inverse_ECC = torch.linalg.inv(self.hessian_ECC.double())
-        self.upper_ECC = torch.linalg.cholesky(inverse_ECC, upper=True).float().contiguous()
+        lower_ECC = torch.linalg.cholesky(self.hessian_ECC.double().flip(-2, -1))
+        self.root_ECC = lower_ECC.flip(-2, -1).float().contiguous()
+        self.owed_ENR = 0.2 * torch.randn(self.layers, self.count, self.rows, generator=draw)
         self.scale_EGR = 0.2 + 0.4 * torch.rand(self.layers, self.groups, self.rows, generator=draw)
         self.zero_EGR = torch.randint(0, self.top + 1, self.scale_EGR.shape, generator=draw).float()
         width, layers = self.all_columns // self.groups, range(self.layers)
@@ -85,15 +86,16 @@ class Slab:
         return "-".join(map(str, words)) + "-masked" * self.masked + "-priced" * self.priced
 
     def swept(self, run: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Errors, codes of all columns and losses, by a kernel."""
+        """What was moved, codes of all columns and losses, by a kernel."""
         device = self.weight_ECR.device
-        error_ENR = torch.full((self.layers, self.count, self.rows), torch.nan, device=device)
+        moved_ENR = torch.full((self.layers, self.count, self.rows), torch.nan, device=device)
         codes_ECR = torch.full_like(self.weight_ECR, 99, dtype=torch.uint8)
         loss_ER = torch.ones(self.layers, self.rows, device=device)
-        tensors = {"given": self.weight_ECR, "matrix": self.upper_ECC, "scale": self.scale_EGR, "zero": self.zero_EGR}
-        more = {"group": self.group_EC, "keep": self.keep_ECR, "found": error_ENR, "codes": codes_ECR, "total": loss_ER}
-        run("sweep_slab", {**tensors, **more}, self.sizes)
-        return error_ENR, codes_ECR, loss_ER
+        tensors = {"given": self.owed_ENR, "matrix": self.root_ECC, "scale": self.scale_EGR, "zero": self.zero_EGR}
+        read = {"group": self.group_EC, "keep": self.keep_ECR, "value": self.weight_ECR}
+        written = {"found": moved_ENR, "codes": codes_ECR, "total": loss_ER}
+        run("sweep_slab", {**tensors, **read, **written}, self.sizes)
+        return moved_ENR, codes_ECR, loss_ER
 
     def descended(self, run: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What was moved, codes of all columns, gains and what is left, by a kernel."""
@@ -110,13 +112,14 @@ class Slab:
     def checked(self, run: Any) -> None:
         """A kernel against the loops; sums are taken in another order, so a tie may go the other way."""
         at, keep_ENR = self.at, None if self.keep_ECR is None else self.keep_ECR[:, self.at]
-        error_ENR, codes_ECR, loss_ER = self.swept(run)
-        wanted, codes = columns.sweep_slab(
-            self.weight_ECR[:, at].clone(), self.upper_ECC[:, at, at], self.levels, self.group_EC[:, at], keep_ENR
-        )
+        moved_ENR, codes_ECR, loss_ER = self.swept(run)
+        wanted, codes, loss = columns.sweep_slab(
+            self.owed_ENR.clone(), self.root_ECC[:, at, at], self.weight_ECR[:, at], self.levels,
+            self.group_EC[:, at], keep_ENR,
+        )  # fmt: skip
         same_ER = (codes_ECR[:, at] == codes).all(1)
-        self._same(same_ER, error_ENR, wanted, codes_ECR)
-        torch.testing.assert_close(loss_ER[same_ER], 1 + wanted.square().sum(1)[same_ER], rtol=1e-4, atol=1e-4)
+        self._same(same_ER, moved_ENR, wanted, codes_ECR)
+        torch.testing.assert_close(loss_ER[same_ER], 1 + loss[same_ER], rtol=1e-4, atol=1e-4)
 
         moved_ENR, codes_ECR, gain_ER, delta_ECR = self.descended(run)
         wanted, codes, gain = columns.descend_slab(
@@ -354,9 +357,10 @@ def test_on_a_gpu_they_are_the_loops_and_tritons(slab: Slab, monkeypatch: pytest
         slab.checked(run)
     monkeypatch.setattr(fused, "_cuda_failed", ["on purpose"])
     levels = (0, slab.top)
-    error_ENR, codes_ECR = torch.empty_like(on_gpu.pull_ENR), torch.zeros_like(on_gpu.weight_ECR, dtype=torch.uint8)
+    moved_ENR, codes_ECR = torch.empty_like(on_gpu.pull_ENR), torch.zeros_like(on_gpu.weight_ECR, dtype=torch.uint8)
     loss_ER = torch.ones(slab.layers, slab.rows, device="cuda")
-    given = (on_gpu.weight_ECR, on_gpu.upper_ECC, on_gpu.scale_EGR, on_gpu.zero_EGR, on_gpu.group_EC, on_gpu.keep_ECR)
-    assert fused.sweep_slab(*given, error_ENR, codes_ECR, loss_ER, slab.at, levels) and not fused._failed
+    given = (on_gpu.owed_ENR, on_gpu.root_ECC, on_gpu.weight_ECR, on_gpu.scale_EGR, on_gpu.zero_EGR, on_gpu.group_EC)
+    written = (moved_ENR, codes_ECR, loss_ER)
+    assert fused.sweep_slab(*given, on_gpu.keep_ECR, *written, slab.at, levels) and not fused._failed
     ours = on_gpu.swept(lambda name, tensors, sizes: cuda_slabs.launch(name, tensors, sizes, chosen))
     assert float((ours[1][:, slab.at] == codes_ECR[:, slab.at]).float().mean()) > 0.999

@@ -274,16 +274,16 @@ def shared_factors() -> None:
 
 
 def factors(line: Connection, rank: int, place: Path) -> None:
-    """Sends U of some H, and whether there was one of what has none."""
+    """Sends R of some H, and whether there was one of what has none."""
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
     shared_factors()
     shared: list[int] = []
-    make_ = shared_factor.shared_inverse_factor_
-    problem.shared_inverse_factor_ = lambda *given: (shared.append(len(given[0])), make_(*given))[1]
+    make_ = shared_factor.shared_root_
+    problem.shared_root_ = lambda *given: (shared.append(len(given[0])), make_(*given))[1]
     made = [LayerProblem(torch.zeros(1, len(h_CC)), h_CC).factor(helpers=World(rank, 2)) for h_CC in hessians()]
     assert shared == [len(h_CC) for h_CC in hessians()]
     none = [make_(-h_CC, World(rank, 2)) for h_CC in hessians()]
-    line.send(([(factor.upper_CC.numpy(), factor.order_C.numpy()) for factor in made], none))
+    line.send(([(factor.root_CC.numpy(), factor.order_C.numpy()) for factor in made], none))
     os._exit(0)
 
 
@@ -296,11 +296,11 @@ def hessians() -> list[Tensor]:
 def test_a_factor_made_together(tmp_path: Path) -> None:
     """One block, two, several, blocks that divide the columns; the same numbers for all."""
     (one, none), (other, neither) = of_two(factors, tmp_path / "meeting")
-    assert none == neither == [False] * 4
-    for (upper, order), (again, _), h_CC in zip(one, other, hessians(), strict=True):
+    assert none == neither == [None] * 4
+    for (root, order), (again, _), h_CC in zip(one, other, hessians(), strict=True):
         alone = LayerProblem(torch.zeros(1, len(h_CC)), h_CC).factor()
-        assert (upper == again).all() and torch.equal(torch.from_numpy(order), alone.order_C)
-        torch.testing.assert_close(torch.from_numpy(upper), alone.upper_CC)
+        assert (root == again).all() and torch.equal(torch.from_numpy(order), alone.order_C)
+        torch.testing.assert_close(torch.from_numpy(root), alone.root_CC)
 
 
 # --- stopped, and gone on with by others

@@ -2,8 +2,8 @@
 
 An exact greedy solver holds an inverse Hessian for every row, C x C each. Here columns go slab by slab, as in the
 sweep: inside a slab each row still chooses what goes next, every free weight of the layer making up for it, but what
-is done in earlier slabs stands. With inv(H) = U^T U, the inverse Hessian that a slab's columns see while those after
-it are free is U_ss^T U_ss, so a slab is a small layer of its own; its scaled errors E = (W_s - V_s) inv(U_ss) go into
+is done in earlier slabs stands. With H = R R^T and U = inv(R), the Hessian that a slab's columns see while those after
+it are free is R_ss R_ss^T, so a slab is a small layer of its own; its scaled errors E = (W_s - V_s) R_ss go into
 the columns after it as E U_st, and ||E||^2 is its part of the loss. With one slab this is `obs` and `obq`.
 
 Shapes: R outputs, C inputs, N columns of a slab.
@@ -80,13 +80,11 @@ def _by_slabs(problem: LayerProblem, slab: int, solve: SolveSlab) -> tuple[Tenso
     loss_R = torch.zeros_like(weight_RC[:, 0])
     for start in range(0, weight_RC.shape[-1], slab):
         at = slice(start, min(start + slab, weight_RC.shape[-1]))
-        upper_NN, now_RN = upper_CC[at, at].contiguous(), weight_RC[:, at].clone()
-        identity_NN = torch.eye(upper_NN.shape[-1], dtype=upper_NN.dtype, device=upper_NN.device)
-        inverse_NN = torch.linalg.solve_triangular(upper_NN, identity_NN, upper=True)
-        part = LayerProblem(now_RN, inverse_NN @ inverse_NN.T, problem.tokens, 0.0, problem.name)
+        root_NN, now_RN = factor.root_CC[at, at].contiguous(), weight_RC[:, at].clone()
+        part = LayerProblem(now_RN, root_NN @ root_NN.T, problem.tokens, 0.0, problem.name)
         order_N = torch.arange(now_RN.shape[-1], device=now_RN.device)
-        weight_RC[:, at] = solve(part, Factor(upper_NN, order_N, 0.0), at)
-        error_RN = (now_RN - weight_RC[:, at]) @ inverse_NN
+        weight_RC[:, at] = solve(part, Factor(root_NN, order_N, 0.0), at)
+        error_RN = (now_RN - weight_RC[:, at]) @ root_NN
         weight_RC[:, at.stop :] -= error_RN @ upper_CC[at, at.stop :]
         loss_R += error_RN.square().sum(-1)
     return weight_RC, loss_R, factor.damping

@@ -56,29 +56,20 @@ class Levels:
 
 
 def sweep_slab(
-    weight_ENR: Tensor, upper_ENN: Tensor, levels: Levels, group_EN: Tensor, keep_ENR: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Scaled errors and codes of a slab; `weight_ENR` may be written over. `keep_ENR` is 1 where a weight may differ
-    from zero."""
-    now_ENR, upper_ENN = weight_ENR.cpu(), upper_ENN.cpu()
-    errors_ENR, steps_ENR = torch.empty_like(now_ENR), torch.empty_like(now_ENR)
-    errors, steps = errors_ENR.numpy(), steps_ENR.numpy()
-    pivots = upper_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().numpy()
-    keep = None if keep_ENR is None else keep_ENR.cpu().numpy()
-    columns = levels.columns(group_EN)
-
-    def decide(j: int, now: Array) -> None:
-        inverse, scale, low, high = columns[j]
-        if keep is not None:  # a pruned weight has one level left, zero
-            low, high = low * keep[:, j], high * keep[:, j]
-        step, error = steps[:, j], errors[:, j]
-        _nearest(now, inverse, low, high, step)
-        np.multiply(step, scale, out=error)
-        np.subtract(now, error, out=error)
-        np.multiply(error, pivots[:, j : j + 1], out=error)
-
-    _one_by_one(now_ENR, upper_ENN.mT.contiguous(), errors_ENR, decide)
-    return errors_ENR.to(weight_ENR.device), levels.codes(steps_ENR, group_EN)
+    pull_ENR: Tensor,
+    root_ENN: Tensor,
+    weight_ENR: Tensor,
+    levels: Levels,
+    group_EN: Tensor,
+    keep_ENR: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each weight of the slab moves, its codes, and the losses (E x R); `pull` is (W - V) R of the columns
+    before the slab, and may be written over. `keep_ENR` is 1 where a weight may differ from zero."""
+    now_ENR, moved_ENR, codes_ENR = _decided(pull_ENR, root_ENN.mT, weight_ENR, levels, group_EN, keep_ENR, None)
+    # `now` holds the pull of each column as it was decided
+    lost_ER = (now_ENR - moved_ENR * root_ENN.cpu().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).square().sum(1)
+    device = pull_ENR.device
+    return moved_ENR.to(device), codes_ENR, lost_ER.to(device)
 
 
 def descend_slab(
@@ -93,10 +84,29 @@ def descend_slab(
     """How far each value of the slab moves, its codes, and what the losses (E x R) fall by; `pull` is (D H) of the
     slab's columns as it begins, and may be written over. `free_ENR` is 1 where a weight may differ from zero, which
     costs `price_E` where it does."""
-    now_ENR, hessian_ENN = pull_ENR.cpu(), hessian_ENN.cpu().contiguous()
+    now_ENR, moved_ENR, codes_ENR = _decided(pull_ENR, hessian_ENN, values_ENR, levels, group_EN, free_ENR, price_E)
+    # `now` holds (D H) of each column as it was decided; the loss falls by 2 move (D H) - move^2 H
+    curve_EN1 = hessian_ENN.cpu().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    gain_ER = ((2 * now_ENR - moved_ENR * curve_EN1) * moved_ENR).sum(1)
+    device = pull_ENR.device
+    return moved_ENR.to(device), codes_ENR, gain_ER.to(device)
+
+
+def _decided(
+    pull_ENR: Tensor,
+    owed_ENN: Tensor,
+    values_ENR: Tensor,
+    levels: Levels,
+    group_EN: Tensor,
+    free_ENR: Tensor | None,
+    price_E: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Column by column the level nearest to value + pull / pivot: the pulls as they were then, how far values moved,
+    and codes. What a column moves by is owed to all after it, of which `owed` holds what of it, row by row."""
+    now_ENR, owed_ENN = pull_ENR.cpu(), owed_ENN.cpu().contiguous()
     moved_ENR, steps_ENR = torch.empty_like(now_ENR), torch.empty_like(now_ENR)
     moved, steps, values = moved_ENR.numpy(), steps_ENR.numpy(), values_ENR.cpu().numpy()
-    curve = hessian_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().numpy()
+    curve = owed_ENN.diagonal(dim1=-2, dim2=-1).reciprocal().numpy()
     price = None if price_E is None else price_E.cpu().numpy()[:, None] * curve
     free = None if free_ENR is None else free_ENR.cpu().numpy()
     columns, goal = levels.columns(group_EN), np.empty_like(values[:, 0])
@@ -116,12 +126,8 @@ def descend_slab(
             np.multiply(move, keep, out=move)
         np.subtract(move, value, out=move)
 
-    _one_by_one(now_ENR, hessian_ENN, moved_ENR, decide)
-    # `now` holds (D H) of each column as it was decided; the loss falls by 2 move (D H) - move^2 H
-    curve_EN1 = hessian_ENN.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    gain_ER = ((2 * now_ENR - moved_ENR * curve_EN1) * moved_ENR).sum(1)
-    device = pull_ENR.device
-    return moved_ENR.to(device), levels.codes(steps_ENR, group_EN), gain_ER.to(device)
+    _one_by_one(now_ENR, owed_ENN, moved_ENR, decide)
+    return now_ENR, moved_ENR, levels.codes(steps_ENR, group_EN)
 
 
 def _nearest(goal: Array, inverse: Array, low: Array, high: Array, step: Array) -> None:

@@ -25,13 +25,14 @@ def usable(tensor: Tensor) -> bool:
 
 
 def sweep_slab(
+    pull_ENR: Tensor,
+    root_ECC: Tensor,
     weight_ECR: Tensor,
-    upper_ECC: Tensor,
     scale_EGR: Tensor,
     zero_EGR: Tensor,
     group_EC: Tensor,
     keep_ECR: Tensor | None,
-    error_ENR: Tensor,
+    moved_ENR: Tensor,
     code_ECR: Tensor,
     loss_ER: Tensor,
     at: slice,
@@ -41,10 +42,10 @@ def sweep_slab(
     if not usable(weight_ECR):
         return False
     layers, columns, rows = weight_ECR.shape
-    owed_ENN = upper_ECC[:, at, at].mT.contiguous()
-    tensors = (weight_ECR, owed_ENN, scale_EGR, zero_EGR, group_EC.contiguous(), keep_ECR)
-    sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels, error_ENR.stride(0))
-    _rows("sweep_slab", (*tensors, error_ENR, code_ECR, loss_ER), sizes, layers)
+    owed_ENN = root_ECC[:, at, at].mT.contiguous()
+    tensors = (pull_ENR.contiguous(), owed_ENN, weight_ECR, scale_EGR, zero_EGR, group_EC.contiguous(), keep_ECR)
+    sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels, moved_ENR.stride(0))
+    _rows("sweep_slab", (*tensors, moved_ENR, code_ECR, loss_ER), sizes, layers)
     return True
 
 

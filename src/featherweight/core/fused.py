@@ -28,19 +28,20 @@ _cuda_failed: list[str] = []  # likewise of CUDA C++: Triton goes on
 
 
 def sweep_slab(
+    pull_ENR: Tensor,
+    root_ECC: Tensor,
     weight_ECR: Tensor,
-    upper_ECC: Tensor,
     scale_EGR: Tensor,
     zero_EGR: Tensor,
     group_EC: Tensor,
     keep_ECR: Tensor | None,
-    error_ENR: Tensor,
+    moved_ENR: Tensor,
     code_ECR: Tensor,
     loss_ER: Tensor,
     at: slice,
     levels: tuple[int, int],
 ) -> bool:
-    """Rounds `sweep`'s columns `at`: writes their codes (uint8) and their scaled errors and adds to the losses.
+    """Rounds `sweep`'s columns `at`: writes their codes (uint8) and what they moved by, and adds to the losses.
 
     False, and nothing written, where the loop has to do it.
 
@@ -50,11 +51,11 @@ def sweep_slab(
         return False
     _, columns, rows = weight_ECR.shape
     sizes = (rows, columns, scale_EGR.shape[1], at.start, at.stop - at.start, *levels)
-    read = {"matrix": upper_ECC, "scale": scale_EGR, "zero": zero_EGR, "group": group_EC, "keep": keep_ECR}
-    written = {"found": error_ENR, "codes": code_ECR, "total": loss_ER}
-    if _cuda("sweep_slab", {"given": weight_ECR, **read, **written}, sizes):
+    read = {"matrix": root_ECC, "scale": scale_EGR, "zero": zero_EGR, "group": group_EC, "keep": keep_ECR}
+    written = {"found": moved_ENR, "codes": code_ECR, "total": loss_ER}
+    if _cuda("sweep_slab", {"given": pull_ENR, "value": weight_ECR, **read, **written}, sizes):
         return True
-    tensors = (weight_ECR, upper_ECC, scale_EGR, zero_EGR, group_EC, keep_ECR, error_ENR, code_ECR, loss_ER)
+    tensors = (pull_ENR, root_ECC, weight_ECR, scale_EGR, zero_EGR, group_EC, keep_ECR, moved_ENR, code_ECR, loss_ER)
     return _launch(lambda kernels: kernels.sweep_slab, tensors, sizes, HAS_KEEP=keep_ECR is not None)
 
 

@@ -6,16 +6,18 @@ Shapes: R outputs, C inputs; a leading E (layers of one shape, experts) is allow
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from featherweight.core.products import split_pays, times
-from featherweight.core.shared_factor import Helpers, agreed, shared_inverse_factor_, sharing_pays
-from featherweight.core.triangle import in_place_pays, inverse_factor_, inverse_lower
+from featherweight.core.products import split_pays, subtract_, times
+from featherweight.core.shared_factor import Helpers, agreed, shared_root_, sharing_pays
+from featherweight.core.triangle import Blocks, in_place_pays, inverse_upper, inverses, root_
 from featherweight.errors import FallbackWarning, RequestError
 
 Order = Literal["activation", "pivot", "natural"]
@@ -23,16 +25,21 @@ DAMPING_TRIES = 5
 INEXACT = 1e-2  # how far off the image of the random vector may be that a factor is tried on
 PERMUTED_ROWS = 4096  # at a time
 PIVOTS = 64  # columns that a greedy order takes before the rest of H is brought up to date
-TRIANGLE_COLUMNS = 2048  # of a product with a triangular matrix, at a time
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What solvers need of H: U upper triangular with inv(H damped and permuted) = U^T U, and the permutation."""
+    """What solvers need of H: R upper triangular with H damped and permuted = R R^T, and the permutation."""
 
-    upper_CC: Tensor
+    root_CC: Tensor
     order_C: Tensor
     damping: float
+    blocks: Blocks | None = None  # inverses of R's on the diagonal, where they are there already
+
+    @cached_property
+    def upper_CC(self) -> Tensor:
+        """U = inv(R), so that the inverse of H is U^T U."""
+        return inverse_upper(self.root_CC)
 
     def inverse(self) -> Tensor:
         """inv(H damped), C x C, in the layer's own column order."""
@@ -43,11 +50,51 @@ class Factor:
     def solve(self, rows_RC: Tensor) -> Tensor:
         """rows inv(H damped), for rows in the layer's own column order."""
         if rows_RC.dim() == 2:  # a gather of single numbers takes several times as long
-            permuted_RC = times(times(rows_RC.index_select(-1, self.order_C), self.upper_CC.mT), self.upper_CC)
-            return permuted_RC.index_select(-1, torch.argsort(self.order_C))
+            found_RC = self._without_root(rows_RC.index_select(-1, self.order_C))
+            return found_RC.index_select(-1, torch.argsort(self.order_C))
         order_RC = self.order_C.unsqueeze(-2).expand_as(rows_RC)
-        permuted_RC = _times_upper(_times_lower(rows_RC.gather(-1, order_RC), self.upper_CC), self.upper_CC)
-        return torch.empty_like(permuted_RC).scatter_(-1, order_RC, permuted_RC)
+        found_RC = self._without_root(rows_RC.gather(-1, order_RC))
+        return torch.empty_like(found_RC).scatter_(-1, order_RC, found_RC)
+
+    def _without_root(self, rows_RC: Tensor) -> Tensor:
+        """rows inv(R^T) inv(R), of rows in the factor's order."""
+        if not split_pays(rows_RC):
+            half_RC = torch.linalg.solve_triangular(self.root_CC.mT, rows_RC, upper=False, left=False)
+            solved_RC: Tensor = torch.linalg.solve_triangular(self.root_CC, half_RC, upper=True, left=False)
+            return solved_RC
+        found_RC = rows_RC.clone(memory_format=torch.contiguous_format)
+        found_ERC = found_RC if found_RC.dim() == 3 else found_RC.unsqueeze(0)
+        for turned in (False, True):
+            for own, inverse_ENN, rest, owing_ESN in self._steps(turned):
+                found_ERC[..., own] = times(found_ERC[..., own], inverse_ENN.mT)
+                if owing_ESN.numel():
+                    subtract_(found_ERC[..., rest], found_ERC[..., own], owing_ESN.mT)
+        return found_RC
+
+    def off_root(self, z_C: Tensor, turned: bool) -> Tensor:
+        """inv(R) z, or with R `turned` inv(R^T) z."""
+        found_EC = z_C.clone() if z_C.dim() == 2 else z_C.unsqueeze(0).clone()
+        for own, inverse_ENN, rest, owing_ESN in self._steps(turned):
+            found_EC[:, own] = _image(inverse_ENN, found_EC[:, own])
+            if owing_ESN.numel():
+                found_EC[:, rest] -= _image(owing_ESN, found_EC[:, own])
+        return found_EC.view(z_C.shape)
+
+    def _steps(self, turned: bool) -> Iterator[tuple[slice, Tensor, slice, Tensor]]:
+        """Block by block, in the order in which they are solved: its columns, the inverse there, the columns that are
+        left, and what they owe to it."""
+        root_ECC = self.root_CC if self.root_CC.dim() == 3 else self.root_CC.unsqueeze(0)
+        for own, inverse_ENN in self._inverses if turned else reversed(self._inverses):
+            rest = slice(own.stop, root_ECC.shape[-1]) if turned else slice(0, own.start)
+            if turned:
+                yield own, inverse_ENN.mT, rest, root_ECC[:, own, rest].mT
+            else:
+                yield own, inverse_ENN, rest, root_ECC[:, rest, own]
+
+    @cached_property
+    def _inverses(self) -> Blocks:
+        """Of R's blocks on the diagonal."""
+        return self.blocks or inverses(self.root_CC)
 
 
 @dataclass(frozen=True)
@@ -109,60 +156,65 @@ class LayerProblem:
         return diagonal_C + 0.01 * mean * dead_C + (self.damping if damping is None else damping) * mean
 
     def factor(self, order: Order = "activation", helpers: Helpers | None = None) -> Factor:
-        """The upper Cholesky factor of the inverse, by one reversed Cholesky and one triangular inverse.
+        """R by one reversed Cholesky: with J the reversal of the order and J H J = L L^T, R = J L J.
 
-        With J the reversal of the order and J H J = L L^T, U = inv(J L J) = J inv(L) J. If L does not exist in float32
-        it is tried in float64; if not there either, the damping is raised tenfold, with a FallbackWarning, until it
-        does.
+        If L does not exist in float32 it is tried in float64; if not there either, the damping is raised tenfold, with
+        a FallbackWarning, until it does.
         """
         for step in range(DAMPING_TRIES):
             damping = max(self.damping, 1e-4) * 10.0**step if step else self.damping
             diagonal_C = self._damped_diagonal(damping)
             order_C = _pivot_order(self.damped(damping)) if order == "pivot" else _plain_order(diagonal_C, order)
-            upper_CC = self._upper(order_C, diagonal_C, helpers)
-            if upper_CC is not None:
+            found = self._factor(order_C, diagonal_C, damping, helpers)
+            if found is not None:
                 if step:
                     warnings.warn(
                         f"{self.name}: H needs more than damping {self.damping:g}: going on with {damping:g}",
                         FallbackWarning,
                         stacklevel=2,
                     )
-                return Factor(upper_CC, order_C, damping)
+                return found
         raise RequestError(
             f"{self.name}: H is not positive definite even with damping {damping:g} (asked: {self.damping:g}): "
             "calibrate on more text."
         )
 
-    def _upper(self, order_C: Tensor, diagonal_C: Tensor, helpers: Helpers | None) -> Tensor | None:
-        """U of H with this diagonal, in this order; None where that is not positive definite even in float64."""
+    def _factor(self, order_C: Tensor, diagonal_C: Tensor, damping: float, helpers: Helpers | None) -> Factor | None:
+        """The factor of H with this diagonal, in this order; None where that is not positive definite even in
+        float64."""
 
         def ordered(order_C: Tensor) -> Tensor:
             matrix_CC = permuted(self.hessian_CC, order_C)
-            matrix_CC.diagonal(dim1=-2, dim2=-1).copy_(diagonal_C.gather(-1, order_C))
+            matrix_CC.diagonal(dim1=-2, dim2=-1).copy_(_taken(diagonal_C, order_C))
             return matrix_CC
 
         if in_place_pays(self.hessian_CC):
-            upper_CC = ordered(order_C)
-            if helpers is not None and sharing_pays(upper_CC, helpers):
-                made = shared_inverse_factor_(upper_CC, helpers) and self._inverts(upper_CC, order_C, diagonal_C)
-                made = agreed(made, helpers, upper_CC.device)
-            else:
-                made = inverse_factor_(upper_CC) and self._inverts(upper_CC, order_C, diagonal_C)
-            if made:
-                return upper_CC
-            del upper_CC
-        return _inverse_factor(ordered(order_C.flip(-1)))
+            root_CC = ordered(order_C)
+            sharers = helpers if helpers is not None and sharing_pays(root_CC, helpers) else None
+            blocks = root_(root_CC) if sharers is None else shared_root_(root_CC, sharers)
+            found = Factor(root_CC, order_C, damping, blocks)
+            made = blocks is not None and self._is_root(found, diagonal_C)
+            if made if sharers is None else agreed(made, sharers, root_CC.device):
+                return found
+            del root_CC, blocks, found
+        whole_CC = _root(ordered(order_C.flip(-1)))
+        return None if whole_CC is None else Factor(whole_CC, order_C, damping)
 
-    def _inverts(self, upper_CC: Tensor, order_C: Tensor, diagonal_C: Tensor) -> bool:
-        """Whether U H U^T z = z for some random z and H with this diagonal: products in halves of float16 may be too
-        inexact for an H that float32 can still do."""
-        draw = torch.Generator(upper_CC.device).manual_seed(0)
-        z_C = torch.randn(upper_CC.shape[:-1], generator=draw, dtype=upper_CC.dtype, device=upper_CC.device)
-        x_C = torch.empty_like(z_C).scatter_(-1, order_C, _image(upper_CC.mT, z_C))
+    def _is_root(self, factor: Factor, diagonal_C: Tensor) -> bool:
+        """Whether inv(R) H inv(R^T) z = z for some random z and H with this diagonal: products in halves of float16 may
+        be too inexact for an H that float32 can still do."""
+        draw = torch.Generator(diagonal_C.device).manual_seed(0)
+        z_C = torch.randn(diagonal_C.shape, generator=draw, dtype=diagonal_C.dtype, device=diagonal_C.device)
+        x_C = torch.empty_like(z_C).scatter_(-1, factor.order_C, factor.off_root(z_C, turned=True))
         added_C = diagonal_C - self.hessian_CC.diagonal(dim1=-2, dim2=-1)
         y_C = _image(self.hessian_CC, x_C) + added_C * x_C
-        error = (_image(upper_CC, y_C.gather(-1, order_C)) - z_C).square().sum(-1)
+        error = (factor.off_root(_taken(y_C, factor.order_C), turned=False) - z_C).square().sum(-1)
         return bool((error <= INEXACT**2 * z_C.square().sum(-1)).all())
+
+
+def _taken(values_C: Tensor, order_C: Tensor) -> Tensor:
+    """Values in this order; of one layer by a kernel that is faster than a gather."""
+    return values_C.index_select(0, order_C) if values_C.dim() == 1 else values_C.gather(-1, order_C)
 
 
 def _image(matrix_CC: Tensor, z_C: Tensor) -> Tensor:
@@ -197,24 +249,6 @@ def _plain_order(diagonal_C: Tensor, order: Order) -> Tensor:
     if order == "activation":
         return torch.argsort(diagonal_C, dim=-1, descending=True, stable=True)
     return torch.arange(diagonal_C.shape[-1], device=diagonal_C.device).expand(diagonal_C.shape).contiguous()
-
-
-def _times_lower(rows_RC: Tensor, upper_CC: Tensor) -> Tensor:
-    """rows U^T, by blocks of columns so that most zeros of U are left out."""
-    if not split_pays(rows_RC):
-        return rows_RC @ upper_CC.mT
-    columns = upper_CC.shape[-1]
-    blocks = [slice(at, at + TRIANGLE_COLUMNS) for at in range(0, columns, TRIANGLE_COLUMNS)]
-    return torch.cat([times(rows_RC[..., at.start :], upper_CC[..., at, at.start :].mT) for at in blocks], -1)
-
-
-def _times_upper(rows_RC: Tensor, upper_CC: Tensor) -> Tensor:
-    """rows U, likewise."""
-    if not split_pays(rows_RC):
-        return rows_RC @ upper_CC
-    columns = upper_CC.shape[-1]
-    blocks = [slice(at, at + TRIANGLE_COLUMNS) for at in range(0, columns, TRIANGLE_COLUMNS)]
-    return torch.cat([times(rows_RC[..., : at.stop], upper_CC[..., : at.stop, at]) for at in blocks], -1)
 
 
 def permuted(matrix_CC: Tensor, order_C: Tensor) -> Tensor:
@@ -253,12 +287,11 @@ def _pivot_order(damped_CC: Tensor) -> Tensor:
     return torch.cat(picks[::-1], -1)
 
 
-def _inverse_factor(reversed_CC: Tensor) -> Tensor | None:
-    """U with inv(H) = U^T U, of J H J; None where H is not positive definite even in float64."""
+def _root(reversed_CC: Tensor) -> Tensor | None:
+    """R with H = R R^T, of J H J; None where H is not positive definite even in float64."""
     for dtype in (reversed_CC.dtype, torch.float64):
         lower_CC, info = torch.linalg.cholesky_ex(reversed_CC.to(dtype))
-        if bool((info == 0).all()):
-            result_CC = inverse_lower(lower_CC).to(reversed_CC.dtype).flip(-2, -1)
-            if bool(torch.isfinite(result_CC).all()):
-                return result_CC
+        root_CC: Tensor = lower_CC.to(reversed_CC.dtype).flip(-2, -1)
+        if bool((info == 0).all()) and bool(torch.isfinite(root_CC).all()):
+            return root_CC
     return None

@@ -91,7 +91,7 @@ def split_pays(one_AK: Tensor) -> bool:
 def left(one_AK: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """[a1 a1 a2], A x 3K in `dtype`: a factor that is used on the left more than once.
 
-    In float16 a sum has 22 bits, as long as the numbers lie around 1 (`inverse_factor_` sees to that): its products
+    In float16 a sum has 22 bits, as long as the numbers lie around 1 (`triangle.root_` sees to that): its products
     are as exact as float32's own. In bfloat16 it has 16, wherever the numbers lie.
     """
     found = fused.halves(one_AK, "left", dtype)

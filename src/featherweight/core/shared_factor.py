@@ -1,4 +1,4 @@
-"""The factor of an inverse by several processes that have the same matrix, each on a device of its own.
+"""The triangular factor of a matrix by several processes that have the same matrix, each on a device of its own.
 
 Shapes: C columns, N of a block, S before it, E one layer (a leading axis is allowed).
 """
@@ -28,7 +28,7 @@ class Helpers(Protocol):
 
 
 def sharing_pays(matrix_CC: Tensor, helpers: Helpers) -> bool:
-    """Whether `shared_inverse_factor_` is faster than `inverse_factor_` by each: of one large matrix."""
+    """Whether `shared_root_` is faster than `root_` by each: of one large matrix."""
     return helpers.size > 1 and matrix_CC.dim() == 2 and matrix_CC.shape[-1] >= LEAST_COLUMNS
 
 
@@ -39,40 +39,39 @@ def agreed(found: bool, helpers: Helpers, device: torch.device) -> bool:
     return bool(told)
 
 
-def shared_inverse_factor_(matrix_CC: Tensor, helpers: Helpers) -> bool:
-    """`triangle.inverse_factor_` of a matrix that all helpers have and all call this with.
+def shared_root_(matrix_CC: Tensor, helpers: Helpers) -> triangle.Blocks | None:
+    """`triangle.root_` of a matrix that all helpers have and all call this with.
 
-    Blocks of rows are dealt out in turn. The owner of the last one that is left makes its rows of U and hands them on;
-    every process takes off its own rows before what those lose, of which all need what R has there: the panel. So
-    twice the matrix's upper half is sent, and products, all but those within a block, are shared.
+    Blocks of rows are dealt out in turn. The owner of the last one that is left makes its R and the inverse of that;
+    every process makes R before the block for its own rows, which all need, and takes off them what they lose. So the
+    matrix's upper half is sent once, and products, all but those within a block, are shared.
     """
     all_ECC, columns, block = matrix_CC.unsqueeze(0), matrix_CC.shape[-1], triangle.BLOCK
     products = triangle.Products(split_pays(matrix_CC))
-    root_EC = triangle.unit_(all_ECC) if products.halved else None
+    unit_EC = triangle.unit_(all_ECC, block) if products.halved else None
     blocks = [slice(start, min(start + block, columns)) for start in range(0, columns, block)]
     mine = range(helpers.rank, len(blocks), helpers.size)
+    inverses = []
     for number, own in reversed(list(enumerate(blocks))):
         width = own.stop - own.start
-        rows_ENC = all_ECC.new_empty((1, width, columns - own.start))
+        both_2NN = all_ECC.new_empty((2, width, width))  # R of the block and its inverse
         if number in mine:
             lower_ENN, info_E = torch.linalg.cholesky_ex(all_ECC[:, own, own].flip(-2, -1))
-            upper_ENN = triangle.inverse_lower(lower_ENN).flip(-2, -1)
-            rows_ENC[..., :width] = torch.where(info_E.view(1, 1, 1) == 0, upper_ENN, torch.nan)
-            if own.stop < columns:
-                rows_ENC[..., width:] = products.of(upper_ENN, all_ECC[:, own, own.stop :])
-        helpers.spread(number % helpers.size, rows_ENC)
-        all_ECC[:, own, own.start :] = rows_ENC
-        all_ECC[:, own.stop :, own] = 0.0
+            both_2NN[0] = torch.where(info_E.view(1, 1, 1) == 0, lower_ENN.flip(-2, -1), torch.nan)[0]
+            both_2NN[1] = triangle.inverse_lower(lower_ENN).flip(-2, -1)[0]
+        helpers.spread(number % helpers.size, both_2NN)
+        all_ECC[:, own, own] = both_2NN[:1]
+        inverses.append((own, both_2NN[1:] if unit_EC is None else both_2NN[1:] * unit_EC[:, None, own]))
         if number:
-            panel_ESN = _panel(all_ECC, blocks[:number], own, rows_ENC[..., :width], products, helpers)
-            all_ECC[:, : own.start, own] = 0.0
-            other = products.right(torch.cat([panel_ESN.mT, rows_ENC], -1))
+            panel_ESN = _panel(all_ECC, blocks[:number], own, both_2NN[1:], products, helpers)
+            all_ECC[:, : own.start, own], all_ECC[:, own, : own.start] = panel_ESN, 0.0
+            other = products.right(panel_ESN.mT)
             for at in (blocks[n] for n in mine if n < number):
                 one = products.left(panel_ESN[:, at])
-                products.subtract_(all_ECC[:, at, at.start :], one, other[..., at.start :])
-    if root_EC is not None:
-        all_ECC.mul_(root_EC.unsqueeze(-2))
-    return bool(torch.isfinite(matrix_CC.diagonal()).all())
+                products.subtract_(all_ECC[:, at, at.start : own.start], one, other[..., at.start :])
+    if unit_EC is not None:
+        triangle.without_unit_(all_ECC, unit_EC, block)
+    return inverses[::-1] if bool(torch.isfinite(matrix_CC.diagonal()).all()) else None
 
 
 def _panel(

@@ -1,7 +1,7 @@
-"""The inverse of a triangular matrix, its diagonal blocks all at once and the rest by products; and the factor of an
-inverse, in the matrix's own memory.
+"""The inverse of a triangular matrix, its diagonal blocks all at once and the rest by products; and the triangular
+factor of a matrix, in its own memory.
 
-Shapes: C columns, N of a block, M after it, S before it; B blocks; E layers (a leading axis is allowed throughout).
+Shapes: C columns, N of a block, S before it; B blocks; E layers (a leading axis is allowed throughout).
 """
 
 from __future__ import annotations
@@ -13,61 +13,90 @@ from featherweight.core import fused
 from featherweight.core.products import add_, left, right, split_pays
 
 WHOLE = 256  # columns of a block on the diagonal, where torch inverts it
-BLOCK, STACKED_BLOCK = 2048, 256  # columns of a block of `inverse_factor_`, of one matrix and of many
+BLOCK, STACKED_BLOCK = 2048, 256  # columns of a block of `root_`, of one matrix and of many
 PANELS = 2  # blocks of rows that one product before a block has
-IN_PLACE = 6144  # columns of one matrix from which on `inverse_factor_` is faster than the whole at once
+IN_PLACE = 6144  # columns of one matrix from which on `root_` is faster than the whole at once
+Blocks = list[tuple[slice, Tensor]]  # columns of a block and something of it, E x N x N, from the first on
 
 
 def in_place_pays(matrix_CC: Tensor) -> bool:
-    """Whether `inverse_factor_` is faster than a Cholesky factor and its inverse: of many, or of a large one, on a
-    GPU."""
+    """Whether `root_` is faster than a Cholesky factor of the whole: of many, or of a large one, on a GPU."""
     alone, columns = matrix_CC.dim() == 2 or len(matrix_CC) == 1, matrix_CC.shape[-1]
     return matrix_CC.is_cuda and columns >= (IN_PLACE if alone else STACKED_BLOCK + 1)
 
 
-def inverse_factor_(matrix_CC: Tensor) -> bool:
-    """Puts U, upper triangular with inv(H) = U^T U, in the place of H, whose upper triangle is read.
+def root_(matrix_CC: Tensor) -> Blocks | None:
+    """Puts R, upper triangular with H = R R^T, in the place of H, whose upper triangle is read.
 
-    With H = R R^T, R upper triangular as well, U = inv(R). Blocks go from the last to the first, and rows are taken
-    off rows as in Gauss's elimination of [H I]: a block's own R and its inverse are small problems; with P = what R
-    has before the block and Y = what U has from it on, the rows before it lose P P^T of H and P Y of U. Nothing here
-    waits for a GPU but the last line. False, and nothing of use left, where H is not positive definite.
+    Blocks go from the last to the first: a block's own R is a small Cholesky factor, P = what R has before the block
+    is H's part there times its inverse, and the rows before lose P P^T. Nothing here waits for a GPU but the last
+    line. Returns the blocks' inverses; None, and nothing of use left, where H is not positive definite.
 
     A large matrix is scaled to a diagonal between 1/2 and 2 first, and multiplied in halves of float16.
     """
     all_ECC = matrix_CC if matrix_CC.dim() == 3 else matrix_CC.unsqueeze(0)
-    columns, block = all_ECC.shape[-1], BLOCK if len(all_ECC) == 1 else STACKED_BLOCK
+    columns, block = all_ECC.shape[-1], block_of(all_ECC)
     products = Products(len(all_ECC) == 1 and split_pays(all_ECC))
-    root_EC = unit_(all_ECC) if products.halved else None
-    failures = []
+    unit_EC = unit_(all_ECC, block) if products.halved else None
+    failures, found = [], []
     for start in reversed(range(0, columns, block)):
         stop = min(start + block, columns)
-        own, before, after = slice(start, stop), slice(0, start), slice(stop, columns)
+        own, before = slice(start, stop), slice(0, start)
         lower_ENN, info_E = torch.linalg.cholesky_ex(all_ECC[:, own, own].flip(-2, -1))
         failures.append(info_E)
-        upper_ENN = inverse_lower(lower_ENN).flip(-2, -1)
-        if stop < columns:
-            all_ECC[:, own, after] = products.of(upper_ENN, all_ECC[:, own, after])
-            all_ECC[:, after, own] = 0.0
-        all_ECC[:, own, own] = upper_ENN
+        all_ECC[:, own, own] = lower_ENN.flip(-2, -1)
+        inverse_ENN = inverse_lower(lower_ENN).flip(-2, -1)
+        found.append((own, inverse_ENN if unit_EC is None else inverse_ENN * unit_EC[:, None, own]))
         if start:
-            panel_ESN = products.of(all_ECC[:, before, own], upper_ENN.mT)
-            all_ECC[:, before, own] = 0.0
-            one = products.left(panel_ESN)
-            other = products.right(torch.cat([panel_ESN.mT, all_ECC[:, own, start:]], -1))
+            panel_ESN = products.of(all_ECC[:, before, own], inverse_ENN.mT)
+            all_ECC[:, before, own], all_ECC[:, own, before] = panel_ESN, 0.0
+            one, other = products.left(panel_ESN), products.right(panel_ESN.mT)
             for at in range(0, start, PANELS * block):
                 end = min(at + PANELS * block, start)
-                products.subtract_(all_ECC[:, at:end, at:], one[:, at:end], other[..., at:])
-    if root_EC is not None:
-        all_ECC.mul_(root_EC.unsqueeze(-2))
-    return bool((torch.stack(failures) == 0).all())
+                products.subtract_(all_ECC[:, at:end, at:start], one[:, at:end], other[..., at:])
+    if unit_EC is not None:
+        without_unit_(all_ECC, unit_EC, block)
+    return found[::-1] if bool((torch.stack(failures) == 0).all()) else None
 
 
-def unit_(matrix_ECC: Tensor) -> Tensor:
-    """Scales a symmetric matrix to a diagonal between 1/2 and 2; returns what rows and columns were multiplied by."""
-    root_EC = torch.exp2(torch.round(torch.log2(matrix_ECC.diagonal(dim1=-2, dim2=-1)) * -0.5))  # powers of 2: exact
-    matrix_ECC.mul_(root_EC.unsqueeze(-1)).mul_(root_EC.unsqueeze(-2))
-    return root_EC
+def inverses(upper_CC: Tensor) -> Blocks:
+    """The inverses of an upper triangular matrix's blocks on the diagonal."""
+    all_ECC = upper_CC if upper_CC.dim() == 3 else upper_CC.unsqueeze(0)
+    columns, block = all_ECC.shape[-1], block_of(all_ECC)
+    blocks = [slice(start, min(start + block, columns)) for start in range(0, columns, block)]
+    whole = blocks[: columns // block]
+    found = []
+    if whole:  # those of one size at once
+        stacked = inverse_upper(torch.cat([all_ECC[:, own, own] for own in whole]))
+        found = list(zip(whole, stacked.split(len(all_ECC)), strict=True))
+    return found + [(own, inverse_upper(all_ECC[:, own, own])) for own in blocks[len(whole) :]]
+
+
+def block_of(matrix_ECC: Tensor) -> int:
+    """Columns of a block, of one matrix or of many."""
+    return BLOCK if matrix_ECC.dim() == 2 or len(matrix_ECC) == 1 else STACKED_BLOCK
+
+
+def inverse_upper(upper_CC: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix."""
+    return inverse_lower(upper_CC.flip(-2, -1)).flip(-2, -1)
+
+
+def unit_(matrix_ECC: Tensor, block: int) -> Tensor:
+    """Scales the upper half of a symmetric matrix to a diagonal between 1/2 and 2, blocks of rows at a time; returns
+    what rows and columns were multiplied by."""
+    unit_EC = torch.exp2(torch.round(torch.log2(matrix_ECC.diagonal(dim1=-2, dim2=-1)) * -0.5))  # powers of 2: exact
+    for start in range(0, matrix_ECC.shape[-1], block):
+        rows, columns = slice(start, start + block), slice(start, None)
+        matrix_ECC[:, rows, columns].mul_(unit_EC[:, rows, None]).mul_(unit_EC[:, None, columns])
+    return unit_EC
+
+
+def without_unit_(root_ECC: Tensor, unit_EC: Tensor, block: int) -> None:
+    """R of a matrix, where there is that of what `unit_` made of it."""
+    for start in range(0, root_ECC.shape[-1], block):
+        rows = slice(start, start + block)
+        root_ECC[:, rows, start:].div_(unit_EC[:, rows, None])
 
 
 class Products:

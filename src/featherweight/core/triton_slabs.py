@@ -46,13 +46,14 @@ def owed(matrix_ptr, moved_ptr, begin, all_columns, rows, row_R, inside_R, insid
 
 @triton.jit(do_not_specialize=["groups"])  # one kernel whatever the number of groups
 def sweep_slab(
+    pull_ptr,  # E x S x R
+    root_ptr,  # E x C x C
     weight_ptr,  # E x C x R
-    upper_ptr,  # E x C x C
     scale_ptr,  # E x G x R
     zero_ptr,  # E x G x R
     group_ptr,  # E x C, int64
     keep_ptr,  # E x C x R
-    error_ptr,  # E x S x R, written
+    moved_ptr,  # E x S x R, written
     code_ptr,  # E x C x R, uint8, written
     loss_ptr,  # E x R, added to
     rows,
@@ -70,17 +71,17 @@ def sweep_slab(
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside_R, place_N = row_R < rows, tl.arange(0, TILE)
     first = layer * all_columns + start
-    slab_ptr, slab_error_ptr = upper_ptr + first * all_columns + start, error_ptr + layer * columns * rows
+    slab_ptr, slab_moved_ptr = root_ptr + first * all_columns + start, moved_ptr + layer * columns * rows
     loss_R = load_row(loss_ptr, layer, rows, row_R, inside_R, 0.0)
     for begin in range(0, columns, TILE):
         inside_N, last = begin + place_N < columns, tl.minimum(begin + TILE, columns) - 1
         tile_NR = tl.load(
-            weight_ptr + (first + begin + place_N)[:, None] * rows + row_R[None, :],
+            pull_ptr + (layer * columns + begin + place_N)[:, None] * rows + row_R[None, :],
             mask=inside_N[:, None] & inside_R[None, :],
             other=0.0,
         )
-        tile_NR -= owed(slab_ptr, slab_error_ptr, begin, all_columns, rows, row_R, inside_R, inside_N, TILE)
-        upper_row = upper_ptr + start + begin + place_N
+        tile_NR -= owed(slab_ptr, slab_moved_ptr, begin, all_columns, rows, row_R, inside_R, inside_N, TILE)
+        root_row = root_ptr + start + begin + place_N
         group_0 = layer * groups + tl.load(group_ptr + first + begin)
         group_1 = layer * groups + tl.load(group_ptr + first + tl.minimum(begin + 1, last))
         group_2 = layer * groups + tl.load(group_ptr + first + tl.minimum(begin + 2, last))
@@ -88,30 +89,37 @@ def sweep_slab(
         scale_1R = load_row(scale_ptr, group_1, rows, row_R, inside_R, 1.0)
         zero_0R = load_row(zero_ptr, group_0, rows, row_R, inside_R, 0.0)
         zero_1R = load_row(zero_ptr, group_1, rows, row_R, inside_R, 0.0)
-        upper_0N = tl.load(upper_row + (first + begin) * all_columns, mask=inside_N, other=0.0)
-        upper_1N = tl.load(upper_row + (first + tl.minimum(begin + 1, last)) * all_columns, mask=inside_N, other=0.0)
+        next_1 = tl.minimum(begin + 1, last)
+        weight_0R = load_row(weight_ptr, first + begin, rows, row_R, inside_R, 0.0)
+        weight_1R = load_row(weight_ptr, first + next_1, rows, row_R, inside_R, 0.0)
+        root_0N = tl.load(root_row + (first + begin) * all_columns, mask=inside_N, other=0.0)
+        root_1N = tl.load(root_row + (first + next_1) * all_columns, mask=inside_N, other=0.0)
         for j in range(begin, last + 1):
-            scale_R, zero_R, upper_N = scale_0R, zero_0R, upper_0N
-            scale_0R, zero_0R, upper_0N = scale_1R, zero_1R, upper_1N
+            scale_R, zero_R, weight_R, root_N = scale_0R, zero_0R, weight_0R, root_0N
+            scale_0R, zero_0R, weight_0R, root_0N = scale_1R, zero_1R, weight_1R, root_1N
+            ahead = tl.minimum(j + 2, last)
             scale_1R = load_row(scale_ptr, group_2, rows, row_R, inside_R, 1.0)
             zero_1R = load_row(zero_ptr, group_2, rows, row_R, inside_R, 0.0)
-            upper_1N = tl.load(upper_row + (first + tl.minimum(j + 2, last)) * all_columns, mask=inside_N, other=0.0)
+            weight_1R = load_row(weight_ptr, first + ahead, rows, row_R, inside_R, 0.0)
+            root_1N = tl.load(root_row + (first + ahead) * all_columns, mask=inside_N, other=0.0)
             group_2 = layer * groups + tl.load(group_ptr + first + tl.minimum(j + 3, last))
             own_N = begin + place_N == j
-            now_R = tl.sum(tl.where(own_N[:, None], tile_NR, 0.0), axis=0)
-            pivot = tl.sum(tl.where(own_N, upper_N, 0.0), axis=0)
+            pull_R = tl.sum(tl.where(own_N[:, None], tile_NR, 0.0), axis=0)
+            pivot = tl.sum(tl.where(own_N, root_N, 0.0), axis=0)
             low_R, high_R = bottom - zero_R, top - zero_R
             at_R = (first + j) * rows + row_R
             if HAS_KEEP:
                 keep_R = tl.load(keep_ptr + at_R, mask=inside_R, other=0.0)
                 low_R, high_R = low_R * keep_R, high_R * keep_R
-            step_R = nearest(now_R * (1.0 / scale_R), low_R, high_R)
-            error_R = (now_R - step_R * scale_R) * (1.0 / pivot)
-            loss_R += error_R * error_R
-            tl.store(error_ptr + (layer * columns + j) * rows + row_R, error_R, mask=inside_R)
+            goal_R = weight_R + pull_R * (1.0 / pivot)
+            step_R = nearest(goal_R * (1.0 / scale_R), low_R, high_R)
+            moved_R = step_R * scale_R - weight_R
+            left_R = pull_R - moved_R * pivot
+            loss_R += left_R * left_R
+            tl.store(moved_ptr + (layer * columns + j) * rows + row_R, moved_R, mask=inside_R)
             tl.store(code_ptr + at_R, (step_R + zero_R).to(tl.uint8), mask=inside_R)
-            tile_NR -= tl.where(begin + place_N > j, upper_N, 0.0)[:, None] * error_R[None, :]
-        tl.debug_barrier()  # errors of this tile are read by the next
+            tile_NR -= tl.where(begin + place_N > j, root_N, 0.0)[:, None] * moved_R[None, :]
+        tl.debug_barrier()  # what this tile moved by is read by the next
     tl.store(loss_ptr + layer * rows + row_R, loss_R, mask=inside_R)
 
 

@@ -54,15 +54,16 @@ static void tables(Lanes *to, const float *scale, const float *zero, int64_t gro
 
 static inline float *room(int64_t lanes) { return aligned_alloc(64, lanes * sizeof(Lanes)); }
 
-/* weight E x C x R, owed E x N x N (U transposed), scale and zero E x G x R, group E x C, keep E x C x R or none: writes
-   errors E x N x R (layers `apart` numbers apart) and codes E x C x R, and adds to loss E x R. */
+/* pull E x N x R, owed E x N x N (R transposed), weight E x C x R, scale and zero E x G x R, group E x C, keep E x C x R or none:
+   writes what was moved by E x N x R (layers `apart` numbers apart) and codes E x C x R, and adds to loss E x R. */
 void sweep_slab(const int64_t *a, int64_t begin, int64_t end) {
-    const float *weight = (float *)a[0], *owed = (float *)a[1], *scale = (float *)a[2], *zero = (float *)a[3];
-    const int64_t *group = (int64_t *)a[4];
-    const float *keep = (float *)a[5];
-    float *errors = (float *)a[6], *loss = (float *)a[8];
-    uint8_t *codes = (uint8_t *)a[7];
-    const int64_t R = a[9], C = a[10], G = a[11], start = a[12], N = a[13], lowest = a[14], highest = a[15], apart = a[16];
+    const float *pull = (float *)a[0], *owed = (float *)a[1], *weight = (float *)a[2];
+    const float *scale = (float *)a[3], *zero = (float *)a[4];
+    const int64_t *group = (int64_t *)a[5];
+    const float *keep = (float *)a[6];
+    float *moved = (float *)a[7], *loss = (float *)a[9];
+    uint8_t *codes = (uint8_t *)a[8];
+    const int64_t R = a[10], C = a[11], G = a[12], start = a[13], N = a[14], lowest = a[15], highest = a[16], apart = a[17];
     const int64_t blocks = (R + LANES - 1) / LANES;
     Lanes *found = (Lanes *)room(N + 4 * G), *table = found + N;
     for (int64_t task = begin; task < end; task++) {
@@ -70,25 +71,26 @@ void sweep_slab(const int64_t *a, int64_t begin, int64_t end) {
         Lanes lost = {0};
         tables(table, scale + e * G * R + first, zero + e * G * R + first, G, R, rows, lowest, highest);
         for (int64_t j = 0; j < N; j++) {
-            const float *row = owed + (e * N + j) * N, pivot = 1 / row[j];
+            const float *row = owed + (e * N + j) * N, pivot = row[j], curve = 1 / pivot;
             const int64_t at = (e * C + start + j) * R + first;
             const Lanes *t = table + 4 * group[e * C + start + j];
-            Lanes now, step, kept;
-            load(now, weight + at, rows);
+            Lanes now, was, step, kept;
+            load(now, pull + (e * N + j) * R + first, rows);
             settle(now, row, found, j);
+            load(was, weight + at, rows);
             if (keep) load(kept, keep + at, rows);
             else EACH kept[r] = 1;
             EACH {
                 const float low = t[2][r] * kept[r], high = t[3][r] * kept[r]; /* a pruned weight has one level left, zero */
-                float s = (now[r] * t[1][r] + BIG) - BIG;
+                float s = ((was[r] + now[r] * curve) * t[1][r] + BIG) - BIG;
                 s = s < high ? s : high;
                 s = s > low ? s : low;
                 step[r] = s;
-                const float error = (now[r] - s * t[0][r]) * pivot;
-                found[j][r] = error;
+                const float move = s * t[0][r] - was[r], error = now[r] - move * pivot;
+                found[j][r] = move;
                 lost[r] += error * error;
             }
-            store(errors + e * apart + j * R + first, found[j], rows);
+            store(moved + e * apart + j * R + first, found[j], rows);
             uint8_t code[LANES];
             EACH code[r] = (uint8_t)(int32_t)(step[r] + ((float)lowest - t[2][r]));
             memcpy(codes + at, code, rows);

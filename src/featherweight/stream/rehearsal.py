@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from featherweight.codec.bits import pack_dense
 from featherweight.core import fused, scales
 from featherweight.core.hessian import HessianSum
 from featherweight.core.problem import LayerProblem
@@ -30,7 +29,7 @@ from featherweight.core.rules import Grid, Rule
 from featherweight.core.solution import Solution
 from featherweight.core.solve import Choices
 from featherweight.core.sweep import WIDE_SLAB, sweep
-from featherweight.core.triangle import BLOCK, inverse_factor_
+from featherweight.core.triangle import BLOCK, root_
 from featherweight.stream.fused import rms_norm
 
 COMPILERS = 3  # threads
@@ -164,8 +163,7 @@ def _pieces(grid: Grid, choices: Choices, device: torch.device) -> list[Callable
         lambda: descend(weight_RC, problem.hessian_CC, solution),
         lambda: refit_scales(weight_RC, problem.hessian_CC, solution),
         lambda: [left(weight_RC.mT), left(weight_RC, torch.float16), left(weight_RC.mT, torch.float16)],
-        lambda: inverse_factor_(torch.eye(order, dtype=torch.float32, device=device)),
-        lambda: pack_dense(codes_RC, grid.stored_bits),
+        lambda: root_(torch.eye(order, dtype=torch.float32, device=device)),
     ]
 
 

@@ -9,19 +9,19 @@ struct Column {
     __device__ __forceinline__ void look(int parity, int j, int lane) {
         level = ((const float4*)(memory + AT_LEVELS))[parity * WEIGHTS + j * ROWS + lane];
         const float4* pivots = (const float4*)(memory + AT_PIVOTS) + parity * TILE;
-        pivot.x = pivots[j].x;
-        if (KIND != SWEEP) pivot.y = pivots[j].y;
+        pivot.x = pivots[j].x, pivot.y = pivots[j].y;
         if (KIND == PRICED) pivot.z = pivots[j].z;
-        if (KIND != SWEEP) value = memory[AT_VALUES + parity * WEIGHTS + j * ROWS + lane];
+        value = memory[AT_VALUES + parity * WEIGHTS + j * ROWS + lane];
     }
     // The level for what is there now, and what the columns to come are to be told of; adds to the total.
     __device__ __forceinline__ float step(float now, float& found, float& total) const {
-        const float goal = KIND == SWEEP ? now : fmaf(now, pivot.x, value);
+        const float goal = fmaf(now, pivot.x, value);
         float step = fminf(fmaxf(__fmul_rn(goal, level.x), level.z), level.w);
         step = __fadd_rn(__fadd_rn(step, MAGIC), -MAGIC);
         if (KIND == SWEEP) {
-            found = __fmul_rn(fmaf(-step, level.y, now), pivot.x);
-            total = fmaf(found, found, total);
+            found = fmaf(step, level.y, -value);
+            const float left = fmaf(-found, pivot.y, now);
+            total = fmaf(left, left, total);
             return step;
         }
         float made = __fmul_rn(step, level.y);
@@ -99,7 +99,7 @@ struct Ahead {
     __device__ __forceinline__ void look(const Params& p, const Here& here, int tile) {
         const Strip strip(p, here, tile);
         const i64 in_layer = here.first * p.rows + strip.here, in_slab = here.layer * p.columns * p.rows + strip.here;
-        const float* given = p.given + (KIND == SWEEP ? in_layer : in_slab);
+        const float* given = p.given + in_slab;
         const i64 table = here.layer * p.groups * p.rows + here.row + strip.row;
         const int* groups = here.groups() + tile * TILE + strip.column;
 #pragma unroll
@@ -110,7 +110,7 @@ struct Ahead {
             scale[n] = load_now(p.scale + group, has, 1.0f), zero[n] = load_now(p.zero + group, has, 0.0f);
             keep[n] = has;
             if (p.keep) keep[n] = load_now(p.keep + in_layer + n * strip.step, has, 0.0f);
-            if (KIND != SWEEP) value[n] = load_now(p.value + in_layer + n * strip.step, has, 0.0f);
+            value[n] = load_now(p.value + in_layer + n * strip.step, has, 0.0f);
         }
         const int j = tile * TILE + here.lane;
         pivot = load_now(here.slab + (i64)j * (p.all_columns + 1), j < p.columns, 0.0f);
@@ -126,7 +126,7 @@ struct Ahead {
             ((float4*)(memory + AT_LEVELS))[tile % 2 * WEIGHTS + place] = make_float4(
                 1.0f / scale[n], scale[n], (p.bottom - zero[n]) * keep[n], (p.top - zero[n]) * keep[n]);
             to[AT_NOW + place] = now[n], to[AT_ZEROS + place] = zero[n];
-            if (KIND != SWEEP) to[AT_VALUES + place] = value[n];
+            to[AT_VALUES + place] = value[n];
         }
         if (here.warp == 1) {
             const float inverse = tile * TILE + here.lane < p.columns ? 1.0f / pivot : 0.0f;

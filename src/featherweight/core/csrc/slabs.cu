@@ -26,16 +26,16 @@ constexpr float MAGIC = 12582912.0f;                // 1.5 x 2^23: added and tak
 constexpr int SWEEP = 0, DESCENT = 1, PRICED = 2;
 
 struct Params {
-    const float* given;   // E x C x R, weights; of a descent E x S x R, pulls
-    const float* matrix;  // E x C x C: U, or H
+    const float* given;   // E x S x R, pulls
+    const float* matrix;  // E x C x C: R with H = R R^T, or H
     const float* scale;   // E x G x R
     const float* zero;    // E x G x R
     const i64* group;     // E x C; of a descent none: groups are equally wide
     const float* keep;    // E x C x R, 1 where a weight may differ from zero; or none
-    const float* value;   // E x C x R, of a descent
+    const float* value;   // E x C x R: weights, or what they are rounded to so far
     const float* price;   // E, of a weight that is not zero
     float* delta;         // E x C x R, of a descent: brought up to date
-    float* found;         // E x S x R, written: scaled errors, or what columns moved by
+    float* found;         // E x S x R, written: what columns moved by
     u8* codes;            // E x C x R, written
     float* total;         // E x R, added to: losses, or what they fall by
     int rows, all_columns, groups, start, columns, bottom, top;
