@@ -98,6 +98,45 @@ def test_work_that_was_put_is_done_whatever_the_caller_runs_into() -> None:
     assert done == [1]
 
 
+def test_what_is_put_aside_holds_up_nobody_and_its_error_comes_out() -> None:
+    done: list[int] = []
+    others = threading.Event()
+
+    def long() -> None:
+        assert others.wait(5)
+        done.append(9)
+        raise RequestError("the disk is full")
+
+    def write() -> None:
+        with Writer(beside=True) as writer:
+            writer.put_aside(long)
+            for number in range(6):
+                writer.put(lambda n=number: done.append(n))  # type: ignore[misc]
+            writer.put(others.set)
+            writer.wait()
+
+    with pytest.raises(RequestError, match="the disk is full"):
+        write()
+    assert done == [0, 1, 2, 3, 4, 5, 9]
+
+
+def test_shards_of_two_threads_have_their_own_lines_each_once(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path, 9)
+    folder.begin({"recipe": {}})
+
+    def write(block: int) -> None:
+        with folder.staged(block + 1, {"weight": torch.ones(4)}):
+            folder.lines += [{"block": block, "name": f"{block}.{n}"} for n in range(3)]
+            time.sleep(0.01)
+
+    with Writer(beside=True) as writer:
+        for block in range(8):
+            (writer.put_aside if block % 2 else writer.put)(lambda b=block: write(b))  # type: ignore[misc]
+    lines = folder.finished_lines()
+    assert len((tmp_path / JOURNAL).read_text().splitlines()) == len(lines) == 24
+    assert sorted(line["name"] for line in lines) == [f"{block}.{n}" for block in range(8) for n in range(3)]
+
+
 def test_the_next_is_made_before_it_is_asked_for() -> None:
     made: list[int] = []
     second = threading.Event()

@@ -290,8 +290,10 @@ def _pivot_order(damped_CC: Tensor) -> Tensor:
 def _root(reversed_CC: Tensor) -> Tensor | None:
     """R with H = R R^T, of J H J; None where H is not positive definite even in float64."""
     for dtype in (reversed_CC.dtype, torch.float64):
-        lower_CC, info = torch.linalg.cholesky_ex(reversed_CC.to(dtype))
-        root_CC: Tensor = lower_CC.to(reversed_CC.dtype).flip(-2, -1)
+        upper = not reversed_CC.is_cuda  # R then lies row by row; on a GPU turning it over costs less
+        half_CC, info = torch.linalg.cholesky_ex(reversed_CC.to(dtype), upper=upper)
+        lower_CC = half_CC.mT if upper else half_CC
+        root_CC: Tensor = lower_CC.to(reversed_CC.dtype).flip(-2, -1).contiguous()
         if bool((info == 0).all()) and bool(torch.isfinite(root_CC).all()):
             return root_CC
     return None

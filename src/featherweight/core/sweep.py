@@ -158,7 +158,7 @@ class _Pass:
 
     def _slabs(self, at: slice, slab: int, together: int, refit: bool) -> None:
         """The slabs of the columns `at`, whose pull by all columns before is made at once; what weights have moved by,
-        V - W, takes their place."""
+        V - W, takes their place for the columns after these."""
         # (W - V) R of the columns that are decided
         pull_ENR = torch.zeros_like(self.weight_ECR[:, at], memory_format=torch.contiguous_format)
         for done in range(0, at.start, together):
@@ -172,7 +172,7 @@ class _Pass:
             self._slab(own, pull_ENR[:, start - at.start : own.stop - at.start].contiguous(), moved_ENR)
             if rest.start < rest.stop:
                 subtract_(pull_ENR[:, rest.start - at.start :], self.root_ECC[:, own, rest].mT, moved_ENR)
-            if not refit:
+            if at.stop < self.weight_ECR.shape[1]:
                 self.weight_ECR[:, own] = moved_ENR
 
     def _wide_slab(self) -> int:

@@ -292,13 +292,14 @@ class _Job:
             solutions[matrix.path] = round_tokens(self.tree, matrix, grid, self.format.lowest_zero(grid), self.device)
         if self.world.leads:
             rest = Block(OUTSIDE, "", matrices, self.tree.rest)
-            self._write(folder, writer, self.shards.pack(rest, solutions, time.perf_counter() - began))
+            packed = self.shards.pack(rest, solutions, time.perf_counter() - began)
+            self._write(folder, writer.put_aside, packed)  # of a large vocabulary, longer than several blocks
 
-    def _write(self, folder: OutputFolder, writer: Writer, packed: Packed) -> None:
+    def _write(self, folder: OutputFolder, put: Callable[[Callable[[], None]], None], packed: Packed) -> None:
         """Has the shard of a block written, or of what lies in none."""
         bring, stretch = self.carried.back(packed.tensors), self.phases.stretch()
         rest = replace(packed, tensors={}, stored={})
-        writer.put(lambda: self.shards.write(folder, replace(rest, tensors=bring()), stretch))
+        put(lambda: self.shards.write(folder, replace(rest, tensors=bring()), stretch))
 
     def _stored_tokens(self, folder: OutputFolder, writer: Writer) -> dict[str, Tensor]:
         """What the first shard holds of embedding and head, by their names on the original's disk."""
@@ -337,5 +338,5 @@ class _Job:
         with self.phases("pack"):
             packed = self.shards.pack(block, solutions, time.perf_counter() - began, self.world)
             if self.world.leads:
-                self._write(folder, writer, packed)
+                self._write(folder, writer.put, packed)
         return packed.stored

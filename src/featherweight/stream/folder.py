@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,7 @@ class OutputFolder:
     def __init__(self, path: Path, blocks: int) -> None:
         self.path, self.blocks = path, blocks
         self.lines: list[dict[str, Any]] = []
+        self._settling = Lock()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -99,7 +101,10 @@ class OutputFolder:
 
     @contextmanager
     def staged(self, index: int, tensors: dict[str, Tensor]) -> Iterator[Path]:
-        """Writes a shard beside its place, lets the caller look at it, then moves it there with its journal lines."""
+        """Writes a shard beside its place, lets the caller look at it, then moves it there with its journal lines.
+
+        Several threads may, each another shard; they look and move one after the other.
+        """
         from safetensors.torch import save_file
 
         part = self.shard(index).with_suffix(".part")
@@ -108,19 +113,20 @@ class OutputFolder:
             save_file(tensors, part, metadata={"format": "pt"})
             shutil.copymode(self.path / MANIFEST, part)  # it comes for the owner alone
             _sync(part)
-        lines_before = len(self.lines)
-        try:
-            yield part
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        new = "".join(json.dumps(line) + "\n" for line in self.lines[lines_before:])
-        with self._saving(part, len(new)):
-            with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
-                journal.write(new)
-                journal.flush()
-                os.fsync(journal.fileno())
-            part.rename(self.shard(index))
+        with self._settling:
+            lines_before = len(self.lines)
+            try:
+                yield part
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+            new = "".join(json.dumps(line) + "\n" for line in self.lines[lines_before:])
+            with self._saving(part, len(new)):
+                with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
+                    journal.write(new)
+                    journal.flush()
+                    os.fsync(journal.fileno())
+                part.rename(self.shard(index))
 
     def write_text(self, name: str, text: str) -> None:
         """A small file, whole or not at all."""

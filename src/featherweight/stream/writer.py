@@ -22,7 +22,9 @@ class Writer:
 
     def __init__(self, beside: bool) -> None:
         self._thread = ThreadPoolExecutor(1, "writer") if beside else None
+        self._other = ThreadPoolExecutor(1, "writer of what is long") if beside else None
         self._jobs: deque[Future[None]] = deque()
+        self._aside: list[Future[None]] = []
         self._failed = False
 
     def put(self, job: Callable[[], None]) -> None:
@@ -33,6 +35,13 @@ class Writer:
         self._settle(WAITING)
         self._jobs.append(self._thread.submit(self._run, job))
 
+    def put_aside(self, job: Callable[[], None]) -> None:
+        """Hands over a long job that those put later need not wait for."""
+        if self._other is None:
+            job()
+            return
+        self._aside.append(self._other.submit(self._run, job))
+
     def wait(self) -> None:
         """Returns when all is done."""
         self._settle(0)
@@ -41,14 +50,18 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
+        for thread in (self._thread, self._other):
+            if thread is not None:
+                thread.shutdown(wait=True)
         if kind is None:
             self._settle(0)
 
     def _settle(self, left: int) -> None:
         while len(self._jobs) > left:
             self._jobs.popleft().result()
+        for job in [job for job in self._aside if left == 0 or job.done()]:
+            self._aside.remove(job)
+            job.result()
 
     def _run(self, job: Callable[[], None]) -> None:
         if self._failed:
