@@ -264,7 +264,7 @@ class _Job:
         index = block.index
         with self.phases("load"):
             module = runner.load(index, ahead.take(index))
-        self.rehearsal.wait_for_pieces()
+        self.rehearsal.wait_for_triton()
         if self.fuses:
             fuse(module)
         settled: set[str] = set()

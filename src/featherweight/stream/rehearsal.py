@@ -71,7 +71,7 @@ class Rehearsal:
         """Has the solver's kernels made. Not while a model is: torch's default dtype is the model's then."""
         self._solver = self._begin(self._compile, rule, choices)
 
-    def wait_for_pieces(self) -> None:
+    def wait_for_triton(self) -> None:
         """Returns once Triton knows itself: threads that come before that do it over again, each for itself."""
         if self._norm is not None:
             wait([self._norm])
@@ -98,7 +98,7 @@ class Rehearsal:
             work(*arguments, self._device)
 
     def _compile(self, rule: Rule, choices: Choices, device: torch.device) -> None:
-        self.wait_for_pieces()
+        self.wait_for_triton()
         compile_solver(rule, choices, device)
 
 
