@@ -26,7 +26,7 @@ from featherweight.stream.hidden import HiddenStates
 from featherweight.stream.parallel import ALONE, World
 from featherweight.stream.phases import Phases
 
-FACTOR = 0.5  # what a column costs the factor, in rows of the sweep and the descent (measured on an H100)
+FACTOR = 0.5  # what a column counts in the factor, in rows; it takes 0.33 (an H100), but few rows more than their share
 PROBE_TOKENS = 64  # enough to see which way tensors go in a block
 
 
