@@ -24,6 +24,7 @@ from featherweight.models.checkpoint import Checkpoint
 from featherweight.native.memory import uncollected
 from featherweight.recipe import Recipe
 from featherweight.stream import compress as pipeline
+from featherweight.stream import folder as folder_room
 from featherweight.stream import layerwise, rehearsal
 from featherweight.stream.carried import Carried
 from featherweight.stream.ending import Ending
@@ -214,6 +215,16 @@ def test_the_journal_has_a_line_a_block_with_its_phases(alone: tuple[Path, Any])
     assert len(lines) == BLOCKS + 1 and len(journal(out)) == result.matrices == 7 * BLOCKS
     assert {"load", "forward", "hessian", "factor", "solve", "pack", "write"} <= result.phase_seconds.keys()
     assert 0 < sum(result.phase_seconds.values()) <= result.seconds
+
+
+def test_what_a_slow_disk_takes_is_counted_once(
+    source: Path, chosen: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = folder_room._sync
+    monkeypatch.setattr(folder_room, "_sync", lambda path: (time.sleep(0.2), sync(path)))
+    result = api.compress(source, tmp_path / "out", chosen)
+    assert result.phase_seconds["write"] >= 0.2 * (BLOCKS + 1)
+    assert result.phase_seconds["pack"] < 0.2
 
 
 # --- the end of a pass

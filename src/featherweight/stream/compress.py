@@ -300,6 +300,8 @@ class _Job:
         bring, stretch = self.carried.back(packed.tensors), self.phases.stretch()
         rest = replace(packed, tensors={}, stored={})
         put(lambda: self.shards.write(folder, replace(rest, tensors=bring()), stretch))
+        if not self.beside:  # it was written here and now, and the shard's own line says how long that took
+            self.phases.skip()
 
     def _stored_tokens(self, folder: OutputFolder, writer: Writer) -> dict[str, Tensor]:
         """What the first shard holds of embedding and head, by their names on the original's disk."""

@@ -41,6 +41,11 @@ class Phases:
         marks, self._marks = self._marks, self._marks[-1:]
         return Stretch(marks)
 
+    def skip(self) -> None:
+        """What was done since the last mark counts as nothing: it is counted elsewhere."""
+        self._marks.pop()
+        self._mark()
+
     def _mark(self) -> None:
         moment: float | torch.cuda.Event = time.perf_counter()
         if self.device.type == "cuda":
