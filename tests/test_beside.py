@@ -286,7 +286,7 @@ def test_what_is_compiled_on_does_not_depend_on_the_default_dtype() -> None:
     try:
         for piece in rehearsal._pieces(Grid(4, 32), Choices(), torch.device("cpu")):
             piece()
-        rehearsal._norm(torch.bfloat16, 32, 8, torch.device("cpu"))
+        rehearsal._norm(torch.bfloat16, 32, torch.device("cpu"))
         rehearsal._pass(torch.bfloat16, 32, 8, torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)

@@ -65,11 +65,10 @@ def sweep_slab(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How far each weight of the slab moves, its codes, and the losses (E x R); `pull` is (W - V) R of the columns
     before the slab, and may be written over. `keep_ENR` is 1 where a weight may differ from zero."""
-    now_ENR, moved_ENR, codes_ENR = _decided(pull_ENR, root_ENN.mT, weight_ENR, levels, group_EN, keep_ENR, None)
-    # `now` holds the pull of each column as it was decided
-    lost_ER = (now_ENR - moved_ENR * root_ENN.cpu().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).square().sum(1)
-    device = pull_ENR.device
-    return moved_ENR.to(device), codes_ENR, lost_ER.to(device)
+    moved_ENR, codes_ENR, pull_ENR, pivot_EN1 = _decided(
+        pull_ENR, root_ENN.mT, weight_ENR, levels, group_EN, keep_ENR, None
+    )
+    return moved_ENR, codes_ENR, (pull_ENR - moved_ENR * pivot_EN1).square().sum(1)
 
 
 def descend_slab(
@@ -84,12 +83,11 @@ def descend_slab(
     """How far each value of the slab moves, its codes, and what the losses (E x R) fall by; `pull` is (D H) of the
     slab's columns as it begins, and may be written over. `free_ENR` is 1 where a weight may differ from zero, which
     costs `price_E` where it does."""
-    now_ENR, moved_ENR, codes_ENR = _decided(pull_ENR, hessian_ENN, values_ENR, levels, group_EN, free_ENR, price_E)
-    # `now` holds (D H) of each column as it was decided; the loss falls by 2 move (D H) - move^2 H
-    curve_EN1 = hessian_ENN.cpu().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    gain_ER = ((2 * now_ENR - moved_ENR * curve_EN1) * moved_ENR).sum(1)
-    device = pull_ENR.device
-    return moved_ENR.to(device), codes_ENR, gain_ER.to(device)
+    moved_ENR, codes_ENR, pull_ENR, curve_EN1 = _decided(
+        pull_ENR, hessian_ENN, values_ENR, levels, group_EN, free_ENR, price_E
+    )
+    # the loss falls by 2 move (D H) - move^2 H
+    return moved_ENR, codes_ENR, ((2 * pull_ENR - moved_ENR * curve_EN1) * moved_ENR).sum(1)
 
 
 def _decided(
@@ -100,9 +98,9 @@ def _decided(
     group_EN: Tensor,
     free_ENR: Tensor | None,
     price_E: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Column by column the level nearest to value + pull / pivot: the pulls as they were then, how far values moved,
-    and codes. What a column moves by is owed to all after it, of which `owed` holds what of it, row by row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Column by column the level nearest to value + pull / pivot: how far values moved, codes, pulls as they were then,
+    and pivots. What a column moves by is owed to all after it, of which `owed` holds what of it, row by row."""
     now_ENR, owed_ENN = pull_ENR.cpu(), owed_ENN.cpu().contiguous()
     moved_ENR, steps_ENR = torch.empty_like(now_ENR), torch.empty_like(now_ENR)
     moved, steps, values = moved_ENR.numpy(), steps_ENR.numpy(), values_ENR.cpu().numpy()
@@ -127,7 +125,8 @@ def _decided(
         np.subtract(move, value, out=move)
 
     _one_by_one(now_ENR, owed_ENN, moved_ENR, decide)
-    return now_ENR, moved_ENR, levels.codes(steps_ENR, group_EN)
+    device, pivot_EN1 = pull_ENR.device, owed_ENN.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    return moved_ENR.to(device), levels.codes(steps_ENR, group_EN), now_ENR.to(device), pivot_EN1.to(device)
 
 
 def _nearest(goal: Array, inverse: Array, low: Array, high: Array, step: Array) -> None:

@@ -46,10 +46,9 @@ def shared_root_(matrix_CC: Tensor, helpers: Helpers) -> triangle.Blocks | None:
     every process makes R before the block for its own rows, which all need, and takes off them what they lose. So the
     matrix's upper half is sent once, and products, all but those within a block, are shared.
     """
-    all_ECC, columns, block = matrix_CC.unsqueeze(0), matrix_CC.shape[-1], triangle.BLOCK
+    all_ECC, blocks = matrix_CC.unsqueeze(0), triangle.blocks_of(matrix_CC)
     products = triangle.Products(split_pays(matrix_CC))
-    unit_EC = triangle.unit_(all_ECC, block) if products.halved else None
-    blocks = [slice(start, min(start + block, columns)) for start in range(0, columns, block)]
+    unit_EC = triangle.unit_(all_ECC) if products.halved else None
     mine = range(helpers.rank, len(blocks), helpers.size)
     inverses = []
     for number, own in reversed(list(enumerate(blocks))):
@@ -70,7 +69,7 @@ def shared_root_(matrix_CC: Tensor, helpers: Helpers) -> triangle.Blocks | None:
                 one = products.left(panel_ESN[:, at])
                 products.subtract_(all_ECC[:, at, at.start : own.start], one, other[..., at.start :])
     if unit_EC is not None:
-        triangle.without_unit_(all_ECC, unit_EC, block)
+        triangle.without_unit_(all_ECC, unit_EC)
     return inverses[::-1] if bool(torch.isfinite(matrix_CC.diagonal()).all()) else None
 
 

@@ -6,6 +6,8 @@ Shapes: C columns, N of a block, S before it; B blocks; E layers (a leading axis
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -35,46 +37,46 @@ def root_(matrix_CC: Tensor) -> Blocks | None:
     A large matrix is scaled to a diagonal between 1/2 and 2 first, and multiplied in halves of float16.
     """
     all_ECC = matrix_CC if matrix_CC.dim() == 3 else matrix_CC.unsqueeze(0)
-    columns, block = all_ECC.shape[-1], block_of(all_ECC)
     products = Products(len(all_ECC) == 1 and split_pays(all_ECC))
-    unit_EC = unit_(all_ECC, block) if products.halved else None
-    failures, found = [], []
-    for start in reversed(range(0, columns, block)):
-        stop = min(start + block, columns)
-        own, before = slice(start, stop), slice(0, start)
+    unit_EC = unit_(all_ECC) if products.halved else None
+    blocks, failures, found = blocks_of(all_ECC), [], []
+    for number, own in reversed(list(enumerate(blocks))):
+        before = slice(0, own.start)
         lower_ENN, info_E = torch.linalg.cholesky_ex(all_ECC[:, own, own].flip(-2, -1))
         failures.append(info_E)
         all_ECC[:, own, own] = lower_ENN.flip(-2, -1)
         inverse_ENN = inverse_lower(lower_ENN).flip(-2, -1)
         found.append((own, inverse_ENN if unit_EC is None else inverse_ENN * unit_EC[:, None, own]))
-        if start:
+        if number:
             panel_ESN = products.of(all_ECC[:, before, own], inverse_ENN.mT)
             all_ECC[:, before, own], all_ECC[:, own, before] = panel_ESN, 0.0
             one, other = products.left(panel_ESN), products.right(panel_ESN.mT)
-            for at in range(0, start, PANELS * block):
-                end = min(at + PANELS * block, start)
-                products.subtract_(all_ECC[:, at:end, at:start], one[:, at:end], other[..., at:])
+            for first in range(0, number, PANELS):
+                at, end = blocks[first].start, blocks[min(first + PANELS, number) - 1].stop
+                products.subtract_(all_ECC[:, at:end, at : own.start], one[:, at:end], other[..., at:])
     if unit_EC is not None:
-        without_unit_(all_ECC, unit_EC, block)
+        without_unit_(all_ECC, unit_EC)
     return found[::-1] if bool((torch.stack(failures) == 0).all()) else None
 
 
 def inverses(upper_CC: Tensor) -> Blocks:
     """The inverses of an upper triangular matrix's blocks on the diagonal."""
     all_ECC = upper_CC if upper_CC.dim() == 3 else upper_CC.unsqueeze(0)
-    columns, block = all_ECC.shape[-1], block_of(all_ECC)
-    blocks = [slice(start, min(start + block, columns)) for start in range(0, columns, block)]
-    whole = blocks[: columns // block]
-    found = []
-    if whole:  # those of one size at once
-        stacked = inverse_upper(torch.cat([all_ECC[:, own, own] for own in whole]))
-        found = list(zip(whole, stacked.split(len(all_ECC)), strict=True))
-    return found + [(own, inverse_upper(all_ECC[:, own, own])) for own in blocks[len(whole) :]]
+    found: Blocks = []
+    for _, alike in groupby(
+        blocks_of(all_ECC), lambda own: own.stop - own.start
+    ):  # all of one size at once, and the last
+        blocks = list(alike)
+        stacked = inverse_upper(torch.cat([all_ECC[:, own, own] for own in blocks]))
+        found += zip(blocks, stacked.split(len(all_ECC)), strict=True)
+    return found
 
 
-def block_of(matrix_ECC: Tensor) -> int:
-    """Columns of a block, of one matrix or of many."""
-    return BLOCK if matrix_ECC.dim() == 2 or len(matrix_ECC) == 1 else STACKED_BLOCK
+def blocks_of(matrix_CC: Tensor) -> list[slice]:
+    """The columns of each block, of one matrix or of many."""
+    alone, columns = matrix_CC.dim() == 2 or len(matrix_CC) == 1, matrix_CC.shape[-1]
+    block = BLOCK if alone else STACKED_BLOCK
+    return [slice(start, min(start + block, columns)) for start in range(0, columns, block)]
 
 
 def inverse_upper(upper_CC: Tensor) -> Tensor:
@@ -82,21 +84,19 @@ def inverse_upper(upper_CC: Tensor) -> Tensor:
     return inverse_lower(upper_CC.flip(-2, -1)).flip(-2, -1)
 
 
-def unit_(matrix_ECC: Tensor, block: int) -> Tensor:
+def unit_(matrix_ECC: Tensor) -> Tensor:
     """Scales the upper half of a symmetric matrix to a diagonal between 1/2 and 2, blocks of rows at a time; returns
     what rows and columns were multiplied by."""
     unit_EC = torch.exp2(torch.round(torch.log2(matrix_ECC.diagonal(dim1=-2, dim2=-1)) * -0.5))  # powers of 2: exact
-    for start in range(0, matrix_ECC.shape[-1], block):
-        rows, columns = slice(start, start + block), slice(start, None)
-        matrix_ECC[:, rows, columns].mul_(unit_EC[:, rows, None]).mul_(unit_EC[:, None, columns])
+    for own in blocks_of(matrix_ECC):
+        matrix_ECC[:, own, own.start :].mul_(unit_EC[:, own, None]).mul_(unit_EC[:, None, own.start :])
     return unit_EC
 
 
-def without_unit_(root_ECC: Tensor, unit_EC: Tensor, block: int) -> None:
+def without_unit_(root_ECC: Tensor, unit_EC: Tensor) -> None:
     """R of a matrix, where there is that of what `unit_` made of it."""
-    for start in range(0, root_ECC.shape[-1], block):
-        rows = slice(start, start + block)
-        root_ECC[:, rows, start:].div_(unit_EC[:, rows, None])
+    for own in blocks_of(root_ECC):
+        root_ECC[:, own, own.start :].div_(unit_EC[:, own, None])
 
 
 class Products:

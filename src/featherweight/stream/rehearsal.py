@@ -82,7 +82,7 @@ class Rehearsal:
             wait([self._solver])
 
     def __enter__(self) -> Rehearsal:
-        self._norm = self._begin(_norm, *self._sizes)
+        self._norm = self._begin(_norm, *self._sizes[:2])
         self._begin(_pass, *self._sizes)
         return self
 
@@ -107,7 +107,7 @@ def _head_width(block: nn.Module) -> int:
     return next((width for width in widths if isinstance(width, int)), HEAD)
 
 
-def _norm(dtype: torch.dtype, width: int, _head: int, device: torch.device) -> None:
+def _norm(dtype: torch.dtype, width: int, device: torch.device) -> None:
     """The first kernel of Triton."""
     waking().join()
     weight_D = torch.ones(width, dtype=dtype, device=device)
