@@ -292,6 +292,28 @@ def test_what_is_compiled_on_does_not_depend_on_the_default_dtype() -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def test_the_solver_is_compiled_after_triton_knows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+
+    def slowly(*_: Any) -> None:
+        time.sleep(0.05)
+        heard.append("Triton")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("what fails here is left to the block that needs it")
+
+    monkeypatch.setattr(rehearsal, "_norm", slowly)
+    monkeypatch.setattr(rehearsal, "_pass", fail)
+    monkeypatch.setattr(rehearsal, "compile_solver", lambda *_: heard.append("solver"))
+    monkeypatch.setattr(rehearsal.Rehearsal, "_run", lambda self, work, *arguments: work(*arguments, self._device))
+    with rehearsal.Rehearsal(torch.device("cuda"), torch.bfloat16, torch.nn.Identity(), 32) as threads:
+        threads.solver(Grid(4, 32), Choices())
+        threads.wait_for_triton()
+        assert heard[0] == "Triton"
+        threads.wait_for_solver()
+        assert heard == ["Triton", "solver"]
+
+
 def test_the_solver_is_waited_for_when_the_first_sums_are_there(
     source: Path, chosen: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

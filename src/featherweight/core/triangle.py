@@ -63,9 +63,7 @@ def inverses(upper_CC: Tensor) -> Blocks:
     """The inverses of an upper triangular matrix's blocks on the diagonal."""
     all_ECC = upper_CC if upper_CC.dim() == 3 else upper_CC.unsqueeze(0)
     found: Blocks = []
-    for _, alike in groupby(
-        blocks_of(all_ECC), lambda own: own.stop - own.start
-    ):  # all of one size at once, and the last
+    for _, alike in groupby(blocks_of(all_ECC), lambda own: own.stop - own.start):  # those of one size at once
         blocks = list(alike)
         stacked = inverse_upper(torch.cat([all_ECC[:, own, own] for own in blocks]))
         found += zip(blocks, stacked.split(len(all_ECC)), strict=True)
