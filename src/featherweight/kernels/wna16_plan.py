@@ -173,7 +173,7 @@ def choices(tokens: int, tiles: int, blocks: int, layout: Layout, device: Device
         yield Choice(4, 12, 3)
     elif few and not (deep and tokens <= 16):
         if layout.bits == 4 and each == 2 and tokens <= 16:
-            yield Choice(8, 9, 3, 2, hold=3)
+            yield Choice(8, 9, 2, 2, hold=3)
         yield Choice(2, 8, 2, 2)
     elif layout.bits == 4 and each == 6 and not deep and tokens <= 16:
         yield Choice(8, 13, 2, 2)  # two passes of 13 tiles

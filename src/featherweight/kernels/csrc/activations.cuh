@@ -16,29 +16,44 @@ __device__ __forceinline__ u32 scaled(u32 pair) {
     return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);  // exact: bfloat16 is half a float
 }
 
-// x[:, slice] into shared memory, for dense bfloat16 products times 2^64, where all threads may read it afterwards.
-__device__ __forceinline__ void load_x(const Params& p, int first_column, int columns, u8* x, u32 barrier) {
-    const int present = min(columns, p.columns - first_column), chunks = columns / 8;
+// The columns of x that a CTA needs, in shared memory, for dense bfloat16 products times 2^64.
+struct Slice {
+    u8* x;
+    u32 barrier;
+    int first_column, columns;
+
+    __device__ __forceinline__ int present(const Params& p) const { return max(0, min(columns, p.columns - first_column)); }
+
+    // Says what is to come, once, after the barrier was made and before `load`.
+    __device__ __forceinline__ void expect(const Params& p) const {
 #if BULK
-    if (threadIdx.x == 0) expect_bytes(barrier, p.tokens * max(0, present) * 2);
-    for (int token = threadIdx.x / 32; token < p.tokens && present > 0; token += blockDim.x / 32)
-        if (one_lane())
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(shared_address(x + token * p.x_stride)), "l"(p.x + (u64)token * p.columns + first_column),
-                         "r"(present * 2), "r"(barrier) : "memory");
-    wait_barrier(barrier, 0);
+        if (threadIdx.x == 0) expect_bytes(barrier, p.tokens * present(p) * 2);
 #endif
-    if (BULK && !SCALED && present == columns) return;
-    for (int i = threadIdx.x; i < p.tokens * chunks; i += blockDim.x) {
-        int token = i / chunks, column = (i - token * chunks) * 8;
-        uint4* at = (uint4*)(x + token * p.x_stride + column * 2);
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (column < present) v = BULK ? *at : *(const uint4*)(p.x + (u64)token * p.columns + first_column + column);
-        if (SCALED) v.x = scaled(v.x), v.y = scaled(v.y), v.z = scaled(v.z), v.w = scaled(v.w);
-        *at = v;
     }
-    __syncthreads();
-}
+
+    // All threads; where they may all read it afterwards.
+    __device__ __forceinline__ void load(const Params& p) const {
+        const int here = present(p), chunks = columns / 8;
+#if BULK
+        for (int token = threadIdx.x / 32; token < p.tokens && here > 0; token += blockDim.x / 32)
+            if (one_lane())
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                             ::"r"(shared_address(x + token * p.x_stride)), "l"(p.x + (u64)token * p.columns + first_column),
+                             "r"(here * 2), "r"(barrier) : "memory");
+        wait_barrier(barrier, 0);
+#endif
+        if (BULK && !SCALED && here == columns) return;
+        for (int i = threadIdx.x; i < p.tokens * chunks; i += blockDim.x) {
+            int token = i / chunks, column = (i - token * chunks) * 8;
+            uint4* at = (uint4*)(x + token * p.x_stride + column * 2);
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (column < here) v = BULK ? *at : *(const uint4*)(p.x + (u64)token * p.columns + first_column + column);
+            if (SCALED) v.x = scaled(v.x), v.y = scaled(v.y), v.z = scaled(v.z), v.w = scaled(v.w);
+            *at = v;
+        }
+        __syncthreads();
+    }
+};
 
 // 8 tokens x 32 columns as the registers of products; `x` is where this lane's row of the four matrices begins: of lane l row
 // l % 8 of the eight columns l / 8.

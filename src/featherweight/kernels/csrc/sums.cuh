@@ -47,9 +47,7 @@ __device__ __forceinline__ void store_rows(const Params& p, u32 partials, u32 ri
         for (int e = 0; e < 4; e++) {
             const int row = (tile + half / 2 * step) * ROWS + half % 2 * 16 + e / 2 * 8 + g, token = n * 8 + t * 2 + e % 2;
             if (row >= p.rows || token >= p.tokens) continue;
-            float value = sum[e] * (e / 2 ? 1 / STEP / ODD : 1 / STEP);
-            if (p.bias) value += activation_to_float(p.bias[row]);
-            p.y[(u64)token * p.rows + row] = float_to_activation(value);
+            p.y[(u64)token * p.rows + row] = float_to_activation(sum[e] * (e / 2 ? 1 / STEP / ODD : 1 / STEP));
         }
     }
 }

@@ -122,6 +122,23 @@ __device__ __forceinline__ void multiply_block(
     }
 }
 
+// A tile's sums begin with the bias of its rows, from `row` on, in one of its parts, and with nothing in the others. Begun
+// here rather than after they were sent, they stay in the registers where products leave them.
+template <int NT>
+__device__ __forceinline__ void begin_tile(const Params& p, float (&total)[2][NT][4], bool with_bias, int row, int lane) {
+#pragma unroll
+    for (int i = 0; i < 8 * NT; i++) total[i / 4 / NT][i / 4 % NT][i % 4] = 0;
+    if (!p.bias || !with_bias) return;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int at = row + e * 8 + (lane >> 2);
+        if (at >= p.rows) continue;
+        const float bias = activation_to_float(p.bias[at]) * (e % 2 ? STEP * ODD : STEP);
+#pragma unroll
+        for (int n = 0; n < NT; n++) total[e / 2][n][e % 2 * 2] = total[e / 2][n][e % 2 * 2 + 1] = bias;
+    }
+}
+
 template <int NT> __device__ __forceinline__ void product(const Params& p) {
     extern __shared__ __align__(128) u8 memory[];
     const u32 base = shared_address(memory);
@@ -153,8 +170,15 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
     const int slice_end = min(chunk_of_part((rank + 1) * p.warp_splits) * p.chunk, p.blocks);
     // Where the next launch's CTAs fit beside ours, their fetches delay what is still to come of our own.
     if (p.hold < 0 || to_come <= p.hold) let_the_next_kernel_start();
+    auto may_send = [&](int pass) {
+        int halves = min(p.owned, max(0, min(p.row_warps, tiles - pass * p.row_warps) * 2 - rank * p.owned));
+        exchange.may_send(p.warp_splits * (int)cluster_size() * halves * ((p.tokens + 1) / 2) * 128);
+    };
+    may_send(0);  // while there is time
+    const Slice x_slice = {memory + p.at_x, exchange.barrier + 8, slice * COLUMNS, (slice_end - slice) * COLUMNS};
+    x_slice.expect(p);
     wait_for_the_kernel_before();
-    load_x(p, slice * COLUMNS, (slice_end - slice) * COLUMNS, memory + p.at_x, exchange.barrier + 8);
+    x_slice.load(p);
 
     u32 x[NT];
 #pragma unroll
@@ -167,10 +191,12 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
 #endif
 
     // A pass has two steps: the rows of the pass before are stored between them, when their sums have long come.
-    float total[2][NT][4] = {};
+    float total[2][NT][4];
     for (int step = 0; step <= 2 * passes; step++) {
         const int pass = step / 2, middle = ring.chunks / 2;
         const bool mine = pass * p.row_warps + warp_row < tiles;
+        if (step % 2 == 0)
+            begin_tile<NT>(p, total, part == 0 && mine, ((pass * p.row_warps + warp_row) * clusters + cluster) * ROWS, lane);
         if (mine)
             for (int i = step % 2 ? middle : 0; i < (step % 2 ? ring.chunks : middle); i++) {
                 const u8* block = ring.wait();
@@ -185,11 +211,8 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
                 if (--to_come == p.hold) let_the_next_kernel_start();
             }
         if (step % 2) {
-            int halves = min(p.owned, max(0, min(p.row_warps, tiles - pass * p.row_warps) * 2 - rank * p.owned));
-            exchange.may_send(p.warp_splits * (int)cluster_size() * halves * ((p.tokens + 1) / 2) * 128);
+            if (pass > 0) may_send(pass);
             if (mine) send_partials<NT>(p, total, exchange, shared_address(ring.slots), part, rank, warp_row, lane);
-#pragma unroll
-            for (int i = 0; i < 8 * NT; i++) total[i / 4 / NT][i / 4 % NT][i % 4] = 0;
         } else if (pass > 0) {
             const int before = (pass - 1) * p.row_warps;
             exchange.wait_for(pass - 1);
