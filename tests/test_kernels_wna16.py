@@ -131,7 +131,7 @@ def test_the_next_launch_is_held_back_only_where_it_fits_beside(layout: Layout, 
 
 
 def test_plans_are_those_that_were_fastest() -> None:
-    """bench/results/2026-11-2*-h100-wna16.md: clusters, warps, rings, and when the next launch may begin."""
+    """bench/results/2026-11-2{3,4}-h100-wna16.md: clusters, warps, rings, and when the next launch may begin."""
 
     def shape(bits: int, tokens: int, rows: int, columns: int) -> tuple[int | None, ...]:
         layout = Layout(4, 128, HALF, False) if bits == 4 else Layout(2, 64, HALF, True)

@@ -122,8 +122,9 @@ __device__ __forceinline__ void multiply_block(
     }
 }
 
-// A tile's sums begin with the bias of its rows, from `row` on, in one of its parts, and with nothing in the others. Begun
-// here rather than after they were sent, they stay in the registers where products leave them.
+// A tile's sums begin with the bias of its rows, from `row` on, in one of its parts, and with nothing in the others. Set
+// before the products, not after the sums were sent: else the compiler moves them about in between. Added here, the bias
+// leaves the stores, which everything waits for, without a branch.
 template <int NT>
 __device__ __forceinline__ void begin_tile(const Params& p, float (&total)[2][NT][4], bool with_bias, int row, int lane) {
 #pragma unroll
@@ -174,7 +175,8 @@ template <int NT> __device__ __forceinline__ void product(const Params& p) {
         int halves = min(p.owned, max(0, min(p.row_warps, tiles - pass * p.row_warps) * 2 - rank * p.owned));
         exchange.may_send(p.warp_splits * (int)cluster_size() * halves * ((p.tokens + 1) / 2) * 128);
     };
-    may_send(0);  // while there is time
+    // What need not wait for x is done before: at few tokens each step behind it is a per cent of the launch.
+    may_send(0);
     const Slice x_slice = {memory + p.at_x, exchange.barrier + 8, slice * COLUMNS, (slice_end - slice) * COLUMNS};
     x_slice.expect(p);
     wait_for_the_kernel_before();
